@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+# One function per kind of target. Every folder lists its sources and dependencies explicitly: no globbing, no global flags.
+
+find_package(Threads REQUIRED)
+find_package(absl REQUIRED)
+
+# Flags shared by all our targets (never leak to packaged libraries).
+add_library(bebop_options INTERFACE)
+target_include_directories(bebop_options INTERFACE ${PROJECT_SOURCE_DIR})
+target_compile_options(bebop_options INTERFACE
+  -Wall -Wextra -Werror -Wnon-virtual-dtor -Woverloaded-virtual
+  -fno-omit-frame-pointer -fstack-protector-strong -ffp-contract=off
+  $<$<CXX_COMPILER_ID:Clang>:-Wthread-safety>
+  $<$<AND:$<CONFIG:Release>,$<STREQUAL:${BEBOP_SANITIZE},>>:-U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2>)
+target_compile_definitions(bebop_options INTERFACE $<$<CXX_COMPILER_ID:GNU>:_GLIBCXX_ASSERTIONS>)
+target_link_options(bebop_options INTERFACE -Wl,-z,relro,-z,now)
+if(BEBOP_SANITIZE)
+  target_compile_options(bebop_options INTERFACE -fsanitize=${BEBOP_SANITIZE} -fno-sanitize-recover=all)
+  target_link_options(bebop_options INTERFACE -fsanitize=${BEBOP_SANITIZE})
+  target_compile_definitions(bebop_options INTERFACE BEBOP_SANITIZED=1)
+endif()
+
+# bebop_library(NAME foo SRCS a.cc DEPS bebop::bar): a library `bebop_foo` with the alias `bebop::foo`.
+# A library without sources is header only.
+function(bebop_library)
+  cmake_parse_arguments(ARG "" "NAME" "SRCS;DEPS" ${ARGN})
+  set(target bebop_${ARG_NAME})
+  if(ARG_SRCS)
+    add_library(${target} STATIC ${ARG_SRCS})
+    target_link_libraries(${target} PUBLIC ${ARG_DEPS} PRIVATE bebop_options)
+    target_include_directories(${target} PUBLIC ${PROJECT_SOURCE_DIR})
+  else()
+    add_library(${target} INTERFACE)
+    target_link_libraries(${target} INTERFACE ${ARG_DEPS})
+    target_include_directories(${target} INTERFACE ${PROJECT_SOURCE_DIR})
+  endif()
+  add_library(bebop::${ARG_NAME} ALIAS ${target})
+endfunction()
+
+# bebop_program(NAME bebop-server SRCS main.cc DEPS ...): an executable in build/<preset>/bin.
+function(bebop_program)
+  cmake_parse_arguments(ARG "" "NAME" "SRCS;DEPS" ${ARGN})
+  add_executable(${ARG_NAME} ${ARG_SRCS})
+  target_link_libraries(${ARG_NAME} PRIVATE ${ARG_DEPS} bebop_options)
+endfunction()
+
+# bebop_test(NAME linear_test SRCS ... DEPS ... [LABELS slow] [TIMEOUT 60]): one gtest program, one ctest entry.
+# Labels: none = fast and part of every configuration; `statistics` and `oracle` run in cpu-release alone.
+function(bebop_test)
+  cmake_parse_arguments(ARG "" "NAME;TIMEOUT" "SRCS;DEPS;LABELS" ${ARGN})
+  if(NOT BEBOP_BUILD_TESTS)
+    return()
+  endif()
+  find_package(GTest REQUIRED)
+  add_executable(${ARG_NAME} ${ARG_SRCS})
+  target_link_libraries(${ARG_NAME} PRIVATE ${ARG_DEPS} GTest::gtest GTest::gtest_main bebop_options)
+  set_target_properties(${ARG_NAME} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/tests)
+  add_test(NAME ${ARG_NAME} COMMAND ${ARG_NAME} WORKING_DIRECTORY ${PROJECT_SOURCE_DIR})
+  if(NOT ARG_TIMEOUT)
+    set(ARG_TIMEOUT 120)
+  endif()
+  set_tests_properties(${ARG_NAME} PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS "${ARG_LABELS}")
+endfunction()
+
+# bebop_benchmark(NAME linear_bench SRCS ... DEPS ...): a Google Benchmark program; never a ctest entry.
+function(bebop_benchmark)
+  cmake_parse_arguments(ARG "" "NAME" "SRCS;DEPS" ${ARGN})
+  if(NOT BEBOP_BUILD_BENCH)
+    return()
+  endif()
+  find_package(benchmark REQUIRED)
+  add_executable(${ARG_NAME} ${ARG_SRCS})
+  target_link_libraries(${ARG_NAME} PRIVATE ${ARG_DEPS} benchmark::benchmark bebop_options)
+  set_target_properties(${ARG_NAME} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/bench)
+endfunction()
+
+# bebop_fuzz_target(NAME safetensors_fuzz SRCS ... DEPS ... CORPUS dir): with BEBOP_BUILD_FUZZ a libFuzzer program in
+# build/<preset>/fuzz; in every test build a ctest entry that replays the corpus through the same entry point.
+function(bebop_fuzz_target)
+  cmake_parse_arguments(ARG "" "NAME;CORPUS" "SRCS;DEPS" ${ARGN})
+  if(BEBOP_BUILD_FUZZ)
+    add_executable(${ARG_NAME} ${ARG_SRCS})
+    target_compile_options(${ARG_NAME} PRIVATE -fsanitize=fuzzer)
+    target_link_options(${ARG_NAME} PRIVATE -fsanitize=fuzzer)
+    target_link_libraries(${ARG_NAME} PRIVATE ${ARG_DEPS} bebop_options)
+    set_target_properties(${ARG_NAME} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/fuzz)
+  elseif(BEBOP_BUILD_TESTS)
+    add_executable(${ARG_NAME} ${ARG_SRCS} ${PROJECT_SOURCE_DIR}/tests/support/fuzz_replay_main.cc)
+    target_link_libraries(${ARG_NAME} PRIVATE ${ARG_DEPS} bebop_options)
+    set_target_properties(${ARG_NAME} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/tests)
+    add_test(NAME ${ARG_NAME}_corpus COMMAND ${ARG_NAME} ${ARG_CORPUS} WORKING_DIRECTORY ${PROJECT_SOURCE_DIR})
+    set_tests_properties(${ARG_NAME}_corpus PROPERTIES TIMEOUT 60)
+  endif()
+endfunction()

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace bebop {
+
+enum class LayerKind : uint8_t { kLinearAttention, kFullAttention };
+
+// The network of a checkpoint (`qwen3_5` dense text model), as read from config.json; shapes only, no run options.
+// `ParseModelConfig` fills and validates it: every field the engine does not implement is refused there.
+struct ModelConfig {
+  int32_t hidden_size = 0;        // H
+  int32_t intermediate_size = 0;  // F
+  int32_t vocab_size = 0;         // V
+  std::vector<LayerKind> layers;  // one a decoder layer
+  int32_t num_attention_heads = 0;
+  int32_t num_key_value_heads = 0;
+  int32_t head_dim = 0;
+  int32_t rotary_dim = 0;  // head_dim * partial_rotary_factor, even
+  double rope_theta = 1e7;
+  float rms_norm_eps = 1e-6f;
+  int32_t linear_num_key_heads = 0;    // Hk
+  int32_t linear_num_value_heads = 0;  // Hv
+  int32_t linear_key_head_dim = 0;     // dk
+  int32_t linear_value_head_dim = 0;   // dv
+  int32_t linear_conv_kernel_dim = 0;  // K
+  bool tie_word_embeddings = false;
+  int32_t num_mtp_layers = 0;  // 0 or 1
+  int32_t max_position_embeddings = 0;
+  std::vector<uint32_t> eos_token_ids;  // union of config.json and generation_config.json
+  std::string tensor_prefix;            // "model.language_model." or "model.", as the checkpoint has it
+
+  int32_t num_full_attention_layers() const;
+  int32_t num_linear_attention_layers() const;
+  int32_t linear_key_width() const { return linear_num_key_heads * linear_key_head_dim; }
+  int32_t linear_value_width() const { return linear_num_value_heads * linear_value_head_dim; }
+  int32_t conv_channels() const { return 2 * linear_key_width() + linear_value_width(); }
+};
+
+}  // namespace bebop

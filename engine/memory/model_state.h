@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/config/model_config.h"
+#include "kernels/common/ragged_batch.h"
+
+namespace bebop {
+
+// The caches that a forward pass reads and writes: borrowed views, one per layer of the kind, in layer order.
+struct ModelState {
+  std::vector<KvPagesView> kv;          // full-attention layers of the target
+  std::vector<LinearStateView> linear;  // linear-attention layers of the target
+  KvPagesView mtp_kv;                   // the MTP layer; num_pages 0 without one
+};
+
+struct ModelStateOptions {
+  DType kv_dtype = DType::kBFloat16;
+  int32_t num_pages = 0;     // of page_tokens positions each, for all layers together
+  int32_t page_tokens = 16;
+  int32_t num_slots = 0;     // recurrent-state slots
+  int32_t window = 0;        // most draft rows per pass (γ)
+};
+
+// Bytes that one page (all attention layers and the MTP layer) and one state slot (all linear layers) take.
+int64_t PageBytes(const ModelConfig& config, const ModelStateOptions& options);
+int64_t SlotBytes(const ModelConfig& config, const ModelStateOptions& options);
+
+// Owns the KV pages and recurrent-state slots of one model. Which page and slot belongs to whom is the business of the pools
+// (engine/memory/page_pool.h); this class only holds the bytes. Not thread safe: the engine thread.
+class ModelStateStorage {
+ public:
+  // RESOURCE_EXHAUSTED, naming the bytes asked for, when the memory cannot be had.
+  static absl::StatusOr<std::unique_ptr<ModelStateStorage>> Create(const ModelConfig& config, const ModelStateOptions& options);
+  const ModelState& state() const { return state_; }
+  // Copies all layers of page `source` to page `destination` (copy on write of a shared, partly filled page).
+  void CopyPage(int32_t source, int32_t destination);
+
+ private:
+  ModelStateStorage() = default;
+  ModelState state_;
+  std::unique_ptr<char, void (*)(char*)> bytes_{nullptr, nullptr};
+};
+
+}  // namespace bebop

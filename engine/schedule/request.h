@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "engine/sampling/sampling_params.h"
+
+namespace bebop {
+
+struct StoppingParams {
+  int32_t max_new_tokens = 0;  // > 0; "up to the model length" is resolved before submission
+  int32_t min_new_tokens = 0;
+  std::vector<uint32_t> stop_token_ids;
+  std::vector<std::string> stop_strings;  // matched on decoded bytes; tokens are kept through the one that completes the match
+  bool ignore_eos = false;
+};
+
+struct SpeculationParams {
+  SpeculationMode mode = SpeculationMode::kOff;
+  int32_t num_draft_tokens = 0;         // γ, 0..kMaxDraftTokens
+  double synthetic_acceptance = -1.0;   // < 0: off
+};
+
+// A validated generation request: a group of samples of one prompt.
+struct GenerateRequest {
+  std::string request_id;     // unique while known to the server
+  uint64_t body_hash = 0;     // of everything but the id: same id + same hash attaches, same id + another hash is refused
+  std::vector<uint32_t> prompt;  // >= 1 tokens
+  int32_t num_samples = 1;
+  SamplingParams sampling;
+  StoppingParams stopping;
+  OutputParams output;
+  SpeculationParams speculation;
+  int32_t priority = 0;       // lower runs first
+  bool stream_tokens = false;
+  absl::Time deadline = absl::InfiniteFuture();  // on the engine's (monotonic) clock
+};
+
+// Teacher-forced scoring of one sequence (cli.md section 3).
+struct ScoreRequest {
+  std::vector<uint32_t> token_ids;  // T >= 1
+  int32_t score_start = 0;
+  float temperature = 1.0f;         // > 0
+  int32_t top_logprobs = 0;
+  std::vector<uint32_t> token_ids_logprob;
+  bool entropy = false;
+  int32_t draft_depth = 0;          // 0..kMaxDraftTokens
+  int32_t priority = 0;
+  absl::Time deadline = absl::InfiniteFuture();
+};
+
+enum class FinishReason : uint8_t { kNone, kStop, kLength, kAborted, kDrained, kNonFinite, kDeadline, kFailed };
+
+// Exact counts of speculation for one sample; per position i (0-based) over steps whose draft i existed and whose drafts before i were
+// accepted, before trimming at a stop (cli.md section 3).
+struct SpecCounts {
+  int32_t num_spec_steps = 0;              // verifications with at least one draft
+  int32_t num_draft_tokens = 0;            // all drafts verified
+  int32_t num_accepted_draft_tokens = 0;   // before trimming
+  int32_t num_trimmed_tokens = 0;          // accepted but cut by a stop
+  std::array<int32_t, kMaxDraftTokens> drafted_per_pos{};
+  std::array<int32_t, kMaxDraftTokens> accepted_per_pos{};
+  std::array<double, kMaxDraftTokens> overlap_per_pos{};
+  void Add(const SpecCounts& other);
+};
+
+// One finished sample. Per-token arrays have the length of token_ids, or are empty when not asked for.
+struct SampleResult {
+  int32_t sample_index = 0;
+  uint64_t seed_used = 0;
+  std::vector<uint32_t> token_ids;
+  std::vector<float> logprobs, raw_logprobs, entropy, draft_logprobs;
+  std::vector<int32_t> token_source;
+  FinishReason finish = FinishReason::kNone;
+  std::optional<uint32_t> stop_token_id;
+  std::optional<std::string> stop_string;
+  SpecCounts spec;
+  int64_t weight_step = 0;
+  int32_t prompt_tokens = 0, cached_tokens = 0, preemptions = 0, recomputed_tokens = 0;
+  absl::Duration queue_time, prefill_time, decode_time, time_to_first_token, total_time;
+};
+
+// What a request tells its owner. Called on the engine thread; must return quickly and never block or call the engine.
+class GenerateObserver {
+ public:
+  virtual ~GenerateObserver() = default;
+  // The request left the queue and holds its resources.
+  virtual void OnAdmitted() {}
+  // New tokens of a sample (only with stream_tokens): result arrays from index `begin` on are new.
+  virtual void OnTokens(const SampleResult& /*partial*/, int32_t /*begin*/) {}
+  // A sample ended; each sample of an accepted request ends exactly once.
+  virtual void OnSample(const SampleResult& sample) = 0;
+  // The request ended: OK after all samples were delivered, else why (deadline, engine failure). Called exactly once, last.
+  virtual void OnDone(const absl::Status& status) = 0;
+  // False while the owner's output buffer is full: the request's samples pause and may be preempted; others go on.
+  virtual bool HasRoom() const { return true; }
+};
+
+struct ScoredPosition {
+  std::vector<uint32_t> top_ids;
+  std::vector<float> top_logprobs;
+  std::vector<float> asked_logprobs;  // token_ids_logprob's
+};
+struct DraftScore {
+  int32_t depth = 0;  // 1-based
+  int32_t start = 0;
+  std::vector<float> logprobs, overlap, argmax_prob, entropy;
+};
+struct ScoreResult {
+  std::vector<float> logprobs;             // t = max(score_start, 1) .. T-1
+  std::vector<float> entropy;
+  std::vector<ScoredPosition> positions;   // when top_logprobs or token_ids_logprob were asked for
+  std::vector<DraftScore> draft;           // draft_depth entries
+  int64_t weight_step = 0;
+};
+
+class ScoreObserver {
+ public:
+  virtual ~ScoreObserver() = default;
+  // Called once, on the engine thread.
+  virtual void OnScore(const absl::Status& status, ScoreResult result) = 0;
+};
+
+}  // namespace bebop

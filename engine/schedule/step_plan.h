@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "engine/sampling/sampling_params.h"
+#include "engine/schedule/request.h"
+
+namespace bebop {
+
+// Sequence counters (defined once, in docs/engine_contract.md): a sequence's tokens are prompt + output. `num_computed` of them have
+// been through the target and are in KV pages and recurrent state (the accepted drafts of the last iteration count as computed; they
+// sit in the slot's window until the next pass replays them). Outside a step at least one token is not computed: the last
+// emitted one, or the rest of the prompt.
+
+// What one sequence does in a step. Two shapes, one code path:
+//   prefill chunk: known_tokens = the next tokens; sample = true when they reach the end of the sequence's tokens.
+//   decode: known_tokens = the last emitted token; num_drafts drafts (held by the executor in `slot`) are verified after it.
+struct SequencePlan {
+  int32_t slot = -1;               // executor slot of this sequence (drafts and their distributions live there), 0..max_num_seqs-1
+  std::span<const uint32_t> known_tokens;  // committed by this pass, first one at position num_computed
+  int32_t num_computed = 0;
+  int32_t num_replay = 0;          // drafts accepted in this sequence's previous pass (recurrent window of state_src)
+  int32_t num_drafts = 0;          // drafts to verify now: the first num_drafts that the previous step left in `slot`
+  bool sample = false;             // draw tokens after the last known row
+  int32_t num_drafts_next = 0;     // drafts to make at the end of this step (0: none). REQUIRES sample.
+  std::span<const uint32_t> next_known_token;  // prefill chunk that ends before the sequence does: its following token, else empty
+  bool keep_mtp = false;           // the request may draft: extend the MTP cache over this pass's certain rows
+  // Page table covering positions [0, num_computed + known + num_drafts + max(num_drafts_next, keep_mtp ? 1 : 0)): the MTP entry for
+  // a row lies at its *next* token's position, and recurrent draft steps write behind the last emitted token.
+  std::span<const int32_t> pages;
+  int32_t state_src = -1;          // recurrent-state slots; src -1 = fresh zero state
+  int32_t state_dst = -1;
+  int32_t num_output = 0;          // tokens emitted so far by this sample (before this step)
+  // Constant over the sequence's life; borrowed from the sequence.
+  const GenerateRequest* request = nullptr;
+  uint64_t seed = 0;
+  uint32_t sample_index = 0;
+  std::span<const uint32_t> banned_before_min;  // ids banned while fewer than min_new_tokens are out
+};
+
+// Work on a scoring sequence: target rows [begin, end), or, once all target rows are done, MTP rows for bases [begin, end).
+// One sequence's target rows and draft bases come in order; the executor keeps its hidden states between steps under `handle`.
+struct ScorePlan {
+  uint64_t handle = 0;
+  const ScoreRequest* request = nullptr;
+  bool draft_phase = false;
+  int32_t begin = 0, end = 0;
+  bool first = false, last = false;  // first / last work of this handle; after `last` the result is complete
+  std::span<const int32_t> pages;
+  int32_t state_src = -1, state_dst = -1;
+};
+
+struct PageCopy {
+  int32_t source = 0, destination = 0;
+};
+
+// Everything one executor call does, in this order: page copies, target pass (scores, prefill chunks, then decodes), verification, MTP extend
+// and drafting. Plain data; spans point into scheduler state and are valid until StepResult is applied.
+struct StepPlan {
+  std::vector<PageCopy> page_copies;
+  std::vector<uint64_t> dropped_score_handles;  // cancelled scores: forget their hidden states
+  std::vector<ScorePlan> scores;
+  std::vector<SequencePlan> sequences;
+  bool empty() const { return sequences.empty() && scores.empty(); }
+};
+
+// What a sequence emitted. Arrays hold num_emitted values when the request asked for them. Trimming at stops is the scheduler's.
+struct SequenceOutcome {
+  int32_t num_emitted = 0;   // 0 for a chunk that did not sample
+  int32_t num_accepted = 0;  // drafts accepted: num_emitted = num_accepted + 1 unless non_finite
+  int32_t num_reached = 0;
+  bool non_finite = false;   // a needed row was not finite; tokens before it are valid
+  std::array<uint32_t, kMaxDraftTokens + 1> tokens{};
+  std::array<int32_t, kMaxDraftTokens + 1> source{};
+  std::array<float, kMaxDraftTokens + 1> logprob{}, raw_logprob{}, entropy{}, draft_logprob{};
+  std::array<double, kMaxDraftTokens> overlap{};  // of the reached places, when spec_detail asks
+  int32_t num_drafts_made = 0;  // <= num_drafts_next
+};
+
+struct StepResult {
+  std::vector<SequenceOutcome> sequences;        // parallel to StepPlan::sequences
+  std::vector<ScoreResult> finished_scores;      // one for each ScorePlan with `last`, in order
+};
+
+// Runs steps. The engine's implementation drives the model; the simulator's is a fake.
+class Executor {
+ public:
+  virtual ~Executor() = default;
+  // Fills *result (reused between steps). An error means the engine cannot go on: everything in flight fails with it.
+  virtual absl::Status Execute(const StepPlan& plan, StepResult* result) = 0;
+};
+
+}  // namespace bebop

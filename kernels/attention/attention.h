@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/common/ragged_batch.h"
+#include "kernels/common/tensor_view.h"
+#include "kernels/common/thread_pool.h"
+
+namespace bebop {
+
+// Causal paged attention with the sigmoid output gate of Qwen3.5:
+//   out[t, h] = sigmoid(gate[t, h]) · Σ_j softmax_j(q[t,h]·k_j / √head_dim) v_j,
+// j over the cached positions [first_index, limit(t)] of row t's sequence, GQA by grouping (kv head = h / (nq/nkv)).
+//
+//   q: [T, nq*head_dim] float32 (after norm and RoPE); gate: inside q_gate [T, nq*2*head_dim], second half of each head
+//   out: [T, nq*head_dim] float32
+// limit(t) = row_position[t] normally. With a chain (num_chain > 0; teacher-forced MTP depth > 1) limit(t) = row_position[t] - num_chain
+// for the pages, followed by num_chain private entries of the row itself: chain entry c of row t is row t of chain_k[c]/chain_v[c]
+// ([T, nkv*head_dim] of the pages' dtype); the last one is the row's own position.
+//
+// float32 accumulation, softmax in one fixed order over absolute positions: a row's result does not depend on the batch, on how
+// the prompt was cut into chunks, or on threads.
+struct AttentionArgs {
+  RaggedBatch batch;  // row_sequence and row_position must be set
+  TensorView q;
+  TensorView q_gate;
+  KvPagesView pages;
+  int32_t num_q_heads = 0;
+  int32_t first_index = 0;  // 1 for the MTP cache, whose entry for h_t and x_{t+1} lies at position t+1
+  int32_t num_chain = 0;
+  const TensorView* chain_k = nullptr;  // [num_chain]
+  const TensorView* chain_v = nullptr;  // [num_chain]
+  TensorView out;
+};
+
+namespace cpu {
+void Attention(const AttentionArgs& args, ThreadPool& pool);
+}  // namespace cpu
+}  // namespace bebop

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "kernels/common/tensor_view.h"
+#include "kernels/common/thread_pool.h"
+#include "kernels/linear/packed_matrix.h"
+
+namespace bebop {
+
+// y = x Wᵀ.
+//   x: [T, K] float32. With bf16 weights x is rounded to bf16 first (as the reference network does); products accumulate in float32.
+//   w: [N, K] packed, bf16 or float32.
+//   y: [T, N] float32 (N = w.rows; padding rows are not written). Must not alias x.
+//
+// Every y[t, n] is accumulated over K in one fixed order that depends on the instruction set alone, never on T, the thread count or
+// the other rows: a row alone and the same row in a batch of 512 agree bit for bit. Up to 16 rows stream the weights once.
+struct LinearArgs {
+  TensorView x;
+  PackedMatrix w;
+  TensorView y;
+};
+
+namespace cpu {
+
+// The instruction sets of the bf16 and float32 kernels; the best supported one is chosen once, at first use.
+enum class InstructionSet { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
+InstructionSet DetectInstructionSet();
+const char* InstructionSetName(InstructionSet set);
+
+// Scratch for the bf16 copy of x: grows to its largest use and stays (the engine sizes it at start).
+class LinearScratch {
+ public:
+  LinearScratch();
+  ~LinearScratch();
+  LinearScratch(const LinearScratch&) = delete;
+  LinearScratch& operator=(const LinearScratch&) = delete;
+  // Makes room for x of `rows` x `cols`, so that later calls up to this size do not allocate.
+  void Reserve(int64_t rows, int64_t cols);
+  BFloat16* data() const { return data_; }
+  int64_t capacity() const { return capacity_; }
+
+ private:
+  BFloat16* data_ = nullptr;
+  int64_t capacity_ = 0;  // elements
+};
+
+// Runs on `pool` with the detected instruction set.
+void Linear(const LinearArgs& args, LinearScratch& scratch, ThreadPool& pool);
+// The same with a chosen set (tests). REQUIRES: the processor has it.
+void LinearWith(InstructionSet set, const LinearArgs& args, LinearScratch& scratch, ThreadPool& pool);
+
+}  // namespace cpu
+}  // namespace bebop

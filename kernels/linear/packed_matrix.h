@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/common/dtype.h"
+#include "kernels/common/tensor_view.h"
+
+namespace bebop {
+
+// A weight matrix W [rows, cols] in the CPU's packed layout, borrowed (16-row panels; bf16 in VNNI pairs of columns, so that one
+// panel of 16 rows x 32 columns is 1 KiB; float32 panels hold 16 rows per column). Rows and columns are padded with zeros to
+// multiples of 16 and 32. The layout is the same for every instruction set; see docs/numerics.md.
+struct PackedMatrix {
+  const void* data = nullptr;  // 64-byte aligned
+  DType dtype = DType::kFloat32;
+  int64_t rows = 0;  // N, output features
+  int64_t cols = 0;  // K, input features
+};
+
+// Rows of a packed panel: fused matrices start each segment at a multiple of this.
+inline constexpr int64_t kPanelRows = 16;
+
+constexpr int64_t RoundUp(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Bytes that a packed [rows, cols] matrix of `dtype` takes.
+int64_t PackedBytes(DType dtype, int64_t rows, int64_t cols);
+
+namespace cpu {
+
+// Writes the rows of `source` [n, cols] (float32 or bf16) as rows [first_row, first_row + n) of the packed matrix at `destination`
+// (rows x cols in all, of `dtype`; converts with round-to-nearest-even). REQUIRES: first_row + n <= rows, destination zeroed before
+// the first call (padding stays zero).
+void PackRows(const TensorView& source, DType dtype, int64_t rows, int64_t cols, int64_t first_row, void* destination);
+
+// Row `row` of W as float: out [cols]. Exact.
+void UnpackRow(const PackedMatrix& matrix, int64_t row, float* out);
+
+}  // namespace cpu
+}  // namespace bebop

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "kernels/common/tensor_view.h"
+#include "kernels/common/thread_pool.h"
+
+namespace bebop {
+
+// Zero-centred RMSNorm: out = x · rsqrt(mean(x²) + eps) · (1 + weight), per row, in float32 with the sum of squares in double
+// on the CPU. `residual`, when its data is set, is added first: x <- x + residual in place (the residual stream), then normalised.
+//   x, residual, out: [T, H] float32. weight: [H] float32. out may alias residual, not x.
+struct RmsNormArgs {
+  TensorView x;
+  TensorView residual;  // optional: data == nullptr
+  const float* weight = nullptr;
+  float eps = 1e-6f;
+  TensorView out;
+};
+
+// Gated RMSNorm of the linear-attention block, per head over dv, with a *plain* weight:
+//   out = x · rsqrt(mean(x²) + eps) · weight · SiLU(gate).
+//   x, gate, out: [T, heads*dv] float32, weight: [dv]. out may alias x.
+struct GatedRmsNormArgs {
+  TensorView x;
+  TensorView gate;
+  const float* weight = nullptr;
+  int32_t head_dim = 0;
+  float eps = 1e-6f;
+  TensorView out;
+};
+
+namespace cpu {
+void RmsNorm(const RmsNormArgs& args, ThreadPool& pool);
+void GatedRmsNorm(const GatedRmsNormArgs& args, ThreadPool& pool);
+}  // namespace cpu
+}  // namespace bebop

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "kernels/common/tensor_view.h"
+#include "kernels/common/thread_pool.h"
+
+namespace bebop {
+
+// out = SiLU(gate) · up, element by element. gate, up, out: [T, F] float32 (gate and up usually are column ranges of one fused
+// product). out may alias gate.
+struct SwiGluArgs {
+  TensorView gate;
+  TensorView up;
+  TensorView out;
+};
+
+namespace cpu {
+void SwiGlu(const SwiGluArgs& args, ThreadPool& pool);
+}  // namespace cpu
+}  // namespace bebop
