@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -30,7 +31,7 @@ struct ModelStateOptions {
 int64_t PageBytes(const ModelConfig& config, const ModelStateOptions& options);
 int64_t SlotBytes(const ModelConfig& config, const ModelStateOptions& options);
 
-// Owns the KV pages and recurrent-state slots of one model. Which page and slot belongs to whom is the business of the pools
+// Owns the KV pages and recurrent-state slots of one model, zero at first. Which page and slot belongs to whom is the business of the pools
 // (engine/memory/page_pool.h); this class only holds the bytes. Not thread safe: the engine thread.
 class ModelStateStorage {
  public:
@@ -41,9 +42,14 @@ class ModelStateStorage {
   void CopyPage(int32_t source, int32_t destination);
 
  private:
+  struct Unmap {
+    size_t bytes;
+    void operator()(char* memory) const;
+  };
+
   ModelStateStorage() = default;
   ModelState state_;
-  std::unique_ptr<char, void (*)(char*)> bytes_{nullptr, nullptr};
+  std::unique_ptr<char, Unmap> bytes_;
 };
 
 }  // namespace bebop

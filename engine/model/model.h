@@ -14,6 +14,8 @@
 
 namespace bebop {
 
+class Workspace;
+
 // A private MTP chain (teacher-forced depth > 1): keys and values of earlier depths, one entry a row. See AttentionArgs.
 struct MtpChain {
   int32_t num_entries = 0;             // chain entries including this step's own
@@ -36,7 +38,7 @@ class Model {
   void SetWeights(const ModelWeights* weights);
 
   // Target pass over all rows of `batch`: token_ids [T] -> hidden [T, H] float32, after the model's final norm.
-  // Writes KV pages and recurrent states as RaggedBatch says.
+  // Writes KV pages and recurrent states as RaggedBatch says. The batch's row maps may be null.
   void ForwardTarget(const uint32_t* token_ids, const RaggedBatch& batch, const ModelState& state, TensorView hidden);
 
   // One MTP step over all rows. Row t: `previous_hidden` row t is the target's post-norm hidden state h_t (draft step 1, extend) or the
@@ -46,11 +48,10 @@ class Model {
   void ForwardMtp(const uint32_t* next_token_ids, const RaggedBatch& batch, const TensorView& previous_hidden,
                   const ModelState& state, const MtpChain* chain, TensorView hidden_out);
 
-  // logits [R, V] float32 = lm_head · hidden [R, H].
+  // logits [R, V] float32 = lm_head · hidden [R, H]. REQUIRES: R <= max_rows.
   void Logits(const TensorView& hidden, TensorView logits);
 
  private:
-  struct Workspace;
   const ModelConfig config_;
   const ModelWeights* weights_ = nullptr;
   ThreadPool* const pool_;
