@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "kernels/common/cpu_features.h"
 #include "kernels/common/tensor_view.h"
 #include "kernels/common/thread_pool.h"
 #include "kernels/linear/packed_matrix.h"
@@ -21,11 +22,6 @@ struct LinearArgs {
 };
 
 namespace cpu {
-
-// The instruction sets of the bf16 and float32 kernels; the best supported one is chosen once, at first use.
-enum class InstructionSet { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
-InstructionSet DetectInstructionSet();
-const char* InstructionSetName(InstructionSet set);
 
 // Scratch for the bf16 copy of x: grows to its largest use and stays (the engine sizes it at start).
 class LinearScratch {

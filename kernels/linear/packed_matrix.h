@@ -20,6 +20,8 @@ struct PackedMatrix {
 
 // Rows of a packed panel: fused matrices start each segment at a multiple of this.
 inline constexpr int64_t kPanelRows = 16;
+// Columns are padded with zeros to a multiple of this.
+inline constexpr int64_t kPanelCols = 32;
 
 constexpr int64_t RoundUp(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
