@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Installs what is needed, builds and runs every test of bebop.
+#
+#   tests/run.sh                  everything, as CI does
+#   tests/run.sh --only STAGE     one of: release, asan, tsan, fuzz (repeatable)
+#   tests/run.sh --list           the stages and what they hold
+#
+# release: the whole tree, every test (oracle, statistics and mutants included).   asan: AddressSanitizer + UBSan, all but those.
+# tsan: the threaded parts under ThreadSanitizer, without gRPC.   fuzz: every libFuzzer target for a few seconds on its corpus.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+stages=()
+while (($#)); do
+  case "$1" in
+    --only) stages+=("${2:?--only needs a stage}"); shift 2 ;;
+    --list | --help | -h) sed -n '3,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) echo "error: unknown argument '$1' (see --help)" >&2; exit 2 ;;
+  esac
+done
+((${#stages[@]})) || stages=(release asan tsan fuzz)
+
+jobs=$(nproc)
+fuzz_seconds=${BEBOP_FUZZ_SECONDS:-8}
+python=build/venv/bin/python
+started=$SECONDS
+say() { printf '\n== [%4ds] %s\n' "$((SECONDS - started))" "$*"; }
+
+# transformers and PyTorch are the oracles of the network; a CPU build of torch, so that no CUDA packages come along.
+make_venv() {
+  if [[ -x $python ]] && "$python" -c 'import torch, transformers, tokenizers, safetensors, numpy, scipy' 2>/dev/null; then
+    return
+  fi
+  python3 -m venv build/venv
+  "$python" -m pip install -q --disable-pip-version-check 'torch==2.13.0' 2>/dev/null ||
+    "$python" -m pip install -q --disable-pip-version-check 'torch==2.13.0+cpu'
+  "$python" -m pip install -q --disable-pip-version-check -r tests/requirements.txt
+}
+
+configure_and_build() {  # preset, targets...
+  local preset=$1
+  shift
+  cmake --preset "$preset" "${cmake_args[@]}" >"build/$preset-configure.log" 2>&1 || { cat "build/$preset-configure.log"; exit 1; }
+  cmake --build --preset "$preset" -j "$jobs" ${@+--target "$@"} >"build/$preset-build.log" 2>&1 ||
+    { tail -60 "build/$preset-build.log"; exit 1; }
+}
+
+run_stage() {
+  cmake_args=()
+  case "$1" in
+    release)
+      say "release: build"
+      cmake_args=("-DBEBOP_PYTHON=$PWD/$python")
+      configure_and_build cpu-release
+      say "release: tests"
+      ctest --preset cpu-release --output-on-failure -j "$jobs"
+      ;;
+    asan)
+      say "asan: build"
+      configure_and_build cpu-asan
+      say "asan: tests"
+      ctest --preset cpu-asan --output-on-failure -j "$jobs"
+      ;;
+    tsan)
+      say "tsan: build"
+      configure_and_build cpu-tsan thread_pool_test engine_test
+      say "tsan: tests"
+      ctest --preset cpu-tsan --output-on-failure
+      ;;
+    fuzz)
+      say "fuzz: build"
+      configure_and_build cpu-fuzz
+      say "fuzz: $fuzz_seconds s a target"
+      for target in build/cpu-fuzz/fuzz/*_fuzz; do
+        local name corpus
+        name=$(basename "$target")
+        corpus=$(find tests -type d -name "${name}_corpus" | head -1)
+        [[ -n $corpus ]] || { echo "error: no corpus for $name" >&2; exit 1; }
+        mkdir -p "build/cpu-fuzz/found/$name"
+        "$target" -max_total_time="$fuzz_seconds" -timeout=5 -rss_limit_mb=1024 -print_final_stats=1 \
+          -artifact_prefix="build/cpu-fuzz/found/$name/" "build/cpu-fuzz/found/$name" "$corpus" \
+          >"build/cpu-fuzz/$name.log" 2>&1 || { tail -30 "build/cpu-fuzz/$name.log"; exit 1; }
+        echo "$name: $(sed -n 's/stat::number_of_executed_units: *//p' "build/cpu-fuzz/$name.log") executions"
+      done
+      ;;
+    *) echo "error: unknown stage '$1' (see --help)" >&2; exit 2 ;;
+  esac
+}
+
+mkdir -p build
+say "install"
+deploy/install_deps.sh build test fuzz
+for stage in "${stages[@]}"; do
+  if [[ $stage == release ]]; then make_venv; fi
+done
+for stage in "${stages[@]}"; do
+  run_stage "$stage"
+done
+say "all stages passed: ${stages[*]}"
+echo "${#stages[@]} passed, 0 failed"
