@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks what the house style promises about the tree: include order, who may see which outside headers, SPDX lines, header guards.
+
+Run by ctest; `python3 tests/house/house_test.py` prints every offence. The checks are tried on broken samples first, so that a check
+that has gone blind fails.
+"""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+# A folder may include itself and folders to its left. kernels/<op> may include kernels/linear (packed weights) but no other op.
+ORDER = [
+    "engine/formats", "kernels/common", "kernels", "engine/base", "engine/config", "engine/memory", "engine/weights",
+    "engine/tokenizer", "engine/model", "engine/sampling", "engine/speculative", "engine/schedule", "engine/runtime",
+    "engine/training", "server",
+]
+OP_MAY_INCLUDE = {"kernels/embedding": {"kernels/linear"}}
+CLIENT_MAY_INCLUDE = {"client", "engine/formats", "proto"}
+SOURCE = {".cc", ".h", ".cu", ".cuh"}
+NEEDS_SPDX = SOURCE | {".py", ".sh", ".cmake", ".proto"}
+INCLUDE = re.compile(r'^\s*#\s*include\s+(["<])([^">]+)[">]')
+
+
+def room_of(path):
+    """The folder of ORDER (or client, proto, tests) that a repository path belongs to; None for paths outside."""
+    parts = path.split("/")
+    if parts[0] == "kernels" and len(parts) > 2:
+        return "/".join(parts[:2])
+    if parts[0] == "engine" and len(parts) > 2:
+        return "/".join(parts[:2])
+    if parts[0] in ("server", "client", "proto", "tests"):
+        return parts[0]
+    if parts[0] == "bebop":  # generated: bebop/v1/*.pb.h
+        return "proto"
+    return None
+
+
+def rank(room):
+    if room.startswith("kernels/") and room != "kernels/common":
+        return ORDER.index("kernels")
+    return ORDER.index(room) if room in ORDER else None
+
+
+def check_include(path, kind, name):
+    """The offence of one include line, or None."""
+    room, target = room_of(path), room_of(name)
+    if room == "tests":
+        return None
+    outside_rpc = name.startswith(("grpc", "google/protobuf")) or name.endswith(".pb.h")
+    if outside_rpc and room not in ("server", "client"):
+        return f"{path}: {name}: protobuf and gRPC stay in server and client"
+    if re.match(r"(cuda|cublas|nccl)", name) and not (room.startswith("kernels/") or room in ("engine/memory", "engine/runtime")):
+        return f"{path}: {name}: CUDA headers stay in kernels, engine/memory and engine/runtime"
+    if kind == "<" or target is None:
+        return None
+    if target == "tests":
+        return f"{path}: includes test code {name}"
+    if room == target:
+        return None
+    if room == "client":
+        return None if target in CLIENT_MAY_INCLUDE else f"{path}: client may not include {name}"
+    if target in ("proto", "client"):
+        return None if room == "server" and target == "proto" else f"{path}: may not include {name}"
+    if rank(room) is None or rank(target) is None:
+        return f"{path}: {room} or {target} is not in the folder order"
+    if rank(target) == rank(room) and room.startswith("kernels/"):
+        return None if target in OP_MAY_INCLUDE.get(room, set()) else f"{path}: {room} may not include {target}"
+    if rank(target) > rank(room):
+        return f"{path}: includes {name}, to the right of {room}"
+    return None
+
+
+def check_text(path, text):
+    """All offences of one file."""
+    offences = []
+    suffix = pathlib.PurePosixPath(path).suffix
+    head = "\n".join(text.splitlines()[:3])
+    if (suffix in NEEDS_SPDX or path.endswith("CMakeLists.txt")) and "SPDX-License-Identifier: Apache-2.0" not in head:
+        offences.append(f"{path}: no SPDX line in its first three lines")
+    if suffix in (".h", ".cuh") and "#pragma once" not in text:
+        offences.append(f"{path}: no #pragma once")
+    if suffix in SOURCE and not path.startswith("tests/"):
+        if re.search(r"\bassert\s*\(", text):
+            offences.append(f"{path}: assert; use BEBOP_CHECK or a status")
+        if re.search(r"absl::(Mutex|Notification|BlockingCounter)\b", text):
+            offences.append(f"{path}: absl locks are not instrumented for TSan; use engine/base/mutex.h")
+        if re.search(r"\b(throw|catch)\b\s*[(\w]", re.sub(r"//.*|\"[^\"]*\"", "", text)) and "/main.cc" not in path:
+            offences.append(f"{path}: exceptions; return a status")
+    if suffix in SOURCE and re.search(r"\bTODO\b(?!\(#\d+\))", text):
+        offences.append(f"{path}: TODO without an issue")
+    if suffix in SOURCE:
+        for line in text.splitlines():
+            match = INCLUDE.match(line)
+            if match:
+                offence = check_include(path, match.group(1), match.group(2))
+                if offence:
+                    offences.append(offence)
+    return offences
+
+
+def self_test():
+    """Each check must catch its broken sample."""
+    spdx = "// SPDX-License-Identifier: Apache-2.0\n"
+    broken = [
+        ("kernels/linear/a.cc", spdx + '#include "engine/base/clock.h"\n'),
+        ("kernels/attention/a.cc", spdx + '#include "kernels/linear/linear.h"\n'),
+        ("engine/model/a.cc", spdx + '#include "engine/schedule/request.h"\n'),
+        ("engine/schedule/a.cc", spdx + '#include "bebop/v1/rollout.pb.h"\n'),
+        ("client/cpp/a.cc", spdx + '#include "engine/schedule/request.h"\n'),
+        ("server/a.cc", spdx + '#include "client/cpp/client.h"\n'),
+        ("engine/config/a.cc", spdx + "#include <cuda_runtime.h>\n"),
+        ("engine/base/a.h", spdx),
+        ("engine/base/a.cc", "int x;\n"),
+        ("engine/base/b.cc", spdx + "void f() { assert(1); }\n"),
+        ("engine/base/c.cc", spdx + "void f() { throw 1; }\n"),
+        ("engine/base/d.cc", spdx + "absl::Mutex m;\n"),
+    ]
+    blind = [path for path, text in broken if not check_text(path, text)]
+    good = check_text("engine/model/a.cc", spdx + '#include "kernels/linear/linear.h"\n#include "absl/status/status.h"\n')
+    if blind or good:
+        sys.exit(f"the checks themselves are broken: blind to {blind}, false alarm {good}")
+
+
+def main():
+    self_test()
+    listing = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True,
+                             capture_output=True, check=True).stdout.split()
+    offences, checked = [], 0
+    for path in listing:
+        file = ROOT / path
+        if not file.is_file() or not (file.suffix in NEEDS_SPDX or file.name == "CMakeLists.txt"):
+            continue
+        offences += check_text(path, file.read_text(errors="replace"))
+        checked += 1
+    for offence in offences:
+        print(offence)
+    print(f"{checked} files checked, {len(offences)} offences")
+    sys.exit(1 if offences or checked < 50 else 0)
+
+
+if __name__ == "__main__":
+    main()
