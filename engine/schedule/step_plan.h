@@ -24,9 +24,13 @@ struct SequencePlan {
   std::span<const uint32_t> known_tokens;  // committed by this pass, first one at position num_computed
   int32_t num_computed = 0;
   int32_t num_replay = 0;          // drafts accepted in this sequence's previous pass (recurrent window of state_src)
-  int32_t num_drafts = 0;          // drafts to verify now: the first num_drafts that the previous step left in `slot`
+  int32_t num_drafts = 0;          // drafts to verify now: the first num_drafts that this slot's latest pass made. Steps in which the
+                                   // sequence is not planned (its observer has no room) leave the slot's drafts alone.
   bool sample = false;             // draw tokens after the last known row
-  int32_t num_drafts_next = 0;     // drafts to make at the end of this step (0: none). REQUIRES sample.
+  // Drafts to make at the end of this step (0: none). REQUIRES sample, or next_known_token: the last chunk of a recompute after
+  // preemption stops before the last emitted token and drafts behind it (next_known_token), with the draws the lost drafts were made
+  // with (output places from num_output on). So the next verification meets the same drafts, and no token changes in any mode.
+  int32_t num_drafts_next = 0;
   std::span<const uint32_t> next_known_token;  // prefill chunk that ends before the sequence does: its following token, else empty
   bool keep_mtp = false;           // the request may draft: extend the MTP cache over this pass's certain rows
   // Page table covering positions [0, num_computed + known + num_drafts + max(num_drafts_next, keep_mtp ? 1 : 0)): the MTP entry for
@@ -39,10 +43,13 @@ struct SequencePlan {
   const GenerateRequest* request = nullptr;
   uint64_t seed = 0;
   uint32_t sample_index = 0;
-  std::span<const uint32_t> banned_before_min;  // ids banned while fewer than min_new_tokens are out
+  // Banned while fewer than min_new_tokens are out; empty when min_new_tokens is 0. Per row: the row whose token would become output
+  // num_output + i (0-based) is banned iff num_output + i < min_new_tokens; the same place's draft distribution likewise.
+  std::span<const uint32_t> banned_before_min;
 };
 
-// Work on a scoring sequence: target rows [begin, end), or, once all target rows are done, MTP rows for bases [begin, end).
+// Work on a scoring sequence: target rows [begin, end) of [0, T), or, once all target rows are done and draft_depth > 0 and T > 1, MTP
+// rows for bases [begin, end) of [0, T-1) (a base t starts from h_t and x_{t+1}).
 // One sequence's target rows and draft bases come in order; the executor keeps its hidden states between steps under `handle`.
 struct ScorePlan {
   uint64_t handle = 0;
@@ -91,6 +98,7 @@ class Executor {
  public:
   virtual ~Executor() = default;
   // Fills *result (reused between steps). An error means the engine cannot go on: everything in flight fails with it.
+  // A plan without sequences and scores may still carry page copies or dropped handles.
   virtual absl::Status Execute(const StepPlan& plan, StepResult* result) = 0;
 };
 

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "engine/base/clock.h"
+#include "engine/schedule/engine_loads.h"
+#include "engine/schedule/request.h"
+#include "engine/schedule/scheduler_options.h"
+#include "engine/schedule/step_plan.h"
+
+namespace bebop {
+
+// What the core must know about the model and the server, besides its budgets.
+struct EngineCoreOptions {
+  SchedulerOptions scheduler;
+  int32_t vocab_size = 0;                         // token ids are < vocab_size; 0: not checked
+  int32_t max_draft_tokens = kMaxDraftTokens;     // most drafts a request may ask for (the executor's windows are sized by it)
+  std::vector<uint32_t> eos_token_ids;            // end a sample unless the request has ignore_eos
+  // Bytes that a token decodes to, for stop strings; the view must stay valid for the core's life. Null: the checkpoint has no
+  // tokenizer, requests with stop strings are refused with FAILED_PRECONDITION.
+  std::function<std::string_view(uint32_t)> token_bytes;
+};
+
+// The engine without threads, model or wall clock: queue, scheduler, pools and delivery as one deterministic state machine. What
+// happens is a function of the calls made, of clock->Now() and of what the executor returns, which is what lets the simulator
+// (tests/sim) replay any run from a seed.
+//
+// Not thread safe: engine/runtime calls everything on the engine thread. Observers are called from inside the methods below (never
+// after they were detached or told OnDone) and must not call back.
+//
+//   EngineCore core(options, &clock, &executor);
+//   core.Submit(request, observer);
+//   while (true) { auto worked = core.Step(); if (!worked.ok()) break; if (!*worked) <sleep until a call or core.NextDeadline()>; }
+//
+// Guarantees (reliability.md section 2):
+//   I2   each sample of an accepted request ends exactly once, and each observer's OnDone is called exactly once, last;
+//   I9   Detach, Abort and CancelScore free pages and slots at once, executor buffers by the end of the next Step;
+//   I10  pages and slots are conserved (Audit recounts them);
+//   I11  preemption changes no token and ends in finite time: among runnable work the first in (priority, arrival, sample) order is
+//        never preempted, and nothing behind it is started while it waits for memory;
+//   I26  the counters of EngineLoads, and those of SpecCounts:
+//          tokens emitted = those of source plain, corrected or bonus + num_accepted_draft_tokens - num_trimmed_tokens.
+class EngineCore {
+ public:
+  // REQUIRES: options in range (scheduler_options.h); `clock` and `executor` outlive the core.
+  EngineCore(EngineCoreOptions options, const Clock* clock, Executor* executor);
+  ~EngineCore();  // without a word to observers of unfinished work: call FailAll first
+  EngineCore(const EngineCore&) = delete;
+  EngineCore& operator=(const EngineCore&) = delete;
+
+  // Queues a group, or attaches to the running or retained one with the same id and body hash; then the observer is told at once what
+  // it missed: OnAdmitted, ended samples, with stream_tokens the tokens so far (OnTokens from 0), and OnDone if it has ended.
+  // Errors (no observer method is called):
+  //   INVALID_ARGUMENT    empty id or prompt, token id >= vocab_size, a field out of range, prompt + max_new_tokens > max_model_len;
+  //   ALREADY_EXISTS      id in use with another body hash;
+  //   RESOURCE_EXHAUSTED  queue full by count or bytes (the server adds the retry hint), or the request can never fit the pool; the
+  //                       message says which, with the numbers. CanNeverFit tells the two apart;
+  //   FAILED_PRECONDITION stop strings without a tokenizer;   UNAVAILABLE draining (attaching still works);   INTERNAL engine failed.
+  absl::Status Submit(GenerateRequest request, std::shared_ptr<GenerateObserver> observer);
+  // Queues a score; *handle names it for CancelScore. Same errors. OnScore: OK, DEADLINE_EXCEEDED, UNAVAILABLE (drained) or the
+  // engine's failure.
+  absl::Status SubmitScore(ScoreRequest request, std::shared_ptr<ScoreObserver> observer, uint64_t* handle);
+  // True of a RESOURCE_EXHAUSTED refusal that no retry can cure.
+  static bool CanNeverFit(const absl::Status& refusal);
+
+  // Detaches `observer`: no call to it any more. The request is cancelled when it was the last one. Unknown ids and observers are
+  // ignored.
+  void Detach(const std::string& request_id, const GenerateObserver* observer);
+  // Forgets a score; its observer hears nothing more. Unknown handles are ignored.
+  void CancelScore(uint64_t handle);
+  // Ends a request for all observers with the tokens so far as data (kAborted, then OnDone OK). False: unknown or already ended.
+  bool Abort(const std::string& request_id);
+  int32_t AbortAll();  // generate requests ended; scores go on
+
+  // Refuses new work from now on; at `deadline` whatever still runs ends (groups kDrained with OnDone OK, scores UNAVAILABLE). A second
+  // call may only bring the deadline forward.
+  void StartDrain(absl::Time deadline);
+  bool draining() const;
+  bool Idle() const;  // nothing accepted is unfinished
+
+  // The engine cannot go on: everything unfinished ends with `status` (samples kFailed, OnDone(status)), and new work is refused as
+  // INTERNAL. REQUIRES: !status.ok(). The first failure stays.
+  void FailAll(const absl::Status& status);
+  const absl::Status& health() const;  // what FailAll was told
+
+  // One iteration: deadlines and expirations, plan, execute, apply, deliver. True: something was done, call again. False: nothing can
+  // be done now (idle, or every sample is paused because its observer has no room). An executor error is returned after FailAll.
+  absl::StatusOr<bool> Step();
+  // When Step has something to do even if nobody calls anything before: the next request, drain or retention deadline. Observers
+  // regaining room are not foreseen: the runtime wakes, or looks again soon, while !Idle().
+  absl::Time NextDeadline() const;
+
+  // Stamped on results of samples and scores that end from now on (the weights do not change while anything runs, for now).
+  void SetWeightStep(int64_t step);
+
+  EngineLoads Loads() const;
+  // Recounts pages, references, slots, queues and counters from their holders. INTERNAL names the first difference. For tests and
+  // debug builds: O(everything).
+  absl::Status Audit() const;
+
+ private:
+  struct Impl;
+  const std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace bebop
