@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
+
+#include "absl/status/status.h"
+#include "kernels/sampling/sampling.h"
 
 namespace bebop {
 
@@ -25,6 +27,12 @@ struct SamplingParams {
 
   bool greedy() const { return temperature == 0.0f; }
 };
+
+// INVALID_ARGUMENT names the first field out of its range, its value and the range. Everything else may rely on the ranges above.
+absl::Status ValidateSamplingParams(const SamplingParams& params);
+
+// Copies temperature, top_k, top_p and min_p into the kernel's arguments; target and draft rows of a request get the same.
+void SetTransform(const SamplingParams& params, TransformArgs* args);
 
 // Which per-token values a request wants; each may cost passes over the vocabulary.
 struct OutputParams {
