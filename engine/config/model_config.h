@@ -3,7 +3,10 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
+
+#include "absl/status/statusor.h"
 
 namespace bebop {
 
@@ -39,5 +42,14 @@ struct ModelConfig {
   int32_t linear_value_width() const { return linear_num_value_heads * linear_value_head_dim; }
   int32_t conv_channels() const { return 2 * linear_key_width() + linear_value_width(); }
 };
+
+// Reads the text of config.json and, unless empty, of generation_config.json (of which only eos_token_id counts). Nested
+// (`text_config`) and flat files, model types qwen3_5 and qwen3_5_text. Keys that change the network and have a value that the engine
+// does not implement are refused; keys that it does not know are metadata and ignored. Fast: looks at nothing but the text.
+// INVALID_ARGUMENT: `config.json: <key>: expected X, got Y`. UNIMPLEMENTED: another model type.
+absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view config_json, std::string_view generation_config_json = {});
+
+// The same from the files of the checkpoint folder `directory`; generation_config.json may be missing. NOT_FOUND: no config.json.
+absl::StatusOr<ModelConfig> LoadModelConfig(const std::string& directory);
 
 }  // namespace bebop

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/config/model_config.h"
+#include "engine/weights/model_weights.h"
+#include "kernels/common/dtype.h"
+
+namespace bebop {
+
+// What a tensor is for: decides its dummy values, nothing else.
+enum class TensorRole : uint8_t {
+  kEmbedding,
+  kLmHead,          // logits; also the embedding when tied
+  kInProjection,    // reads a normalised input
+  kOutProjection,   // writes to the residual stream
+  kDecayProjection, // in_proj_a: the token's share of the decay gate
+  kConv,
+  kZeroCentredNorm,
+  kPlainNorm,
+  kDecayRate,       // A_log
+  kDecayBias,       // dt_bias
+};
+
+// One tensor of a checkpoint and where it goes. Exactly one of `matrix.data` and `values` is set (see WeightLayout::bound).
+struct TensorSlot {
+  // Name in the checkpoint; tensors of the text model begin with `kTextPrefix`, which stands for the checkpoint's own prefix.
+  std::string name;
+  std::vector<int64_t> shape;  // as the checkpoint must have it
+  TensorRole role = TensorRole::kInProjection;
+  bool mtp = false;            // belongs to the MTP layer; `name` then begins with "mtp."
+  PackedMatrix matrix = {};    // the packed matrix that holds it as rows [first_row, first_row + shape[0])
+  int64_t first_row = 0;
+  float* values = nullptr;     // dense float32 destination
+};
+
+inline constexpr char kTextPrefix[] = "@";
+
+// Every tensor of a model, each once, with the memory it fills.
+struct WeightLayout {
+  std::vector<TensorSlot> slots;  // in a fixed order: embedding first, then layer by layer
+  std::unique_ptr<ModelWeights> weights;
+};
+
+// The tensors of `config` (with the MTP layer when `with_mtp`), without memory: names, shapes and roles only. Fast for any config.
+std::vector<TensorSlot> ListTensors(const ModelConfig& config, bool with_mtp);
+
+// The same, with one zeroed arena (64-byte aligned tensors, transparent huge pages) that `weights->storage` owns.
+// RESOURCE_EXHAUSTED, naming both byte counts, when the machine does not have the memory.
+absl::StatusOr<WeightLayout> AllocateWeights(const ModelConfig& config, DType dtype, bool with_mtp);
+
+}  // namespace bebop
