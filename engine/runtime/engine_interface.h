@@ -8,23 +8,12 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "engine/config/model_config.h"
+#include "engine/schedule/engine_loads.h"
 #include "engine/schedule/request.h"
 #include "engine/tokenizer/tokenizer.h"
 #include "kernels/common/dtype.h"
 
 namespace bebop {
-
-// Snapshot of what the engine does (Info.GetLoads, metrics). Counters since start satisfy
-// submitted = finished + cancelled + failed + running + waiting (I26).
-struct EngineLoads {
-  int32_t running_requests = 0, waiting_requests = 0;
-  int32_t running_sequences = 0, max_num_seqs = 0;
-  int32_t used_pages = 0, total_pages = 0, used_state_slots = 0, total_state_slots = 0;
-  int64_t queued_bytes = 0, retained_bytes = 0;
-  int64_t submitted = 0, finished = 0, cancelled = 0, failed = 0, refused = 0;
-  int64_t steps = 0, prompt_tokens = 0, generated_tokens = 0, preemptions = 0;
-  SpecCounts spec;  // summed over all samples
-};
 
 struct EngineInfo {
   ModelConfig config;

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "engine/runtime/engine_memory.h"
+
+#include <algorithm>
+#include <fstream>
+#include <limits>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+
+namespace bebop {
+namespace {
+
+constexpr int32_t kPageTokens = 16;
+constexpr int32_t kDefaultMaxNumSeqs = 32;
+constexpr int32_t kDefaultStepTokens = 512;
+constexpr int32_t kMaxDefaultModelLen = 32768;
+// Share of free memory that KV pages take when no size is given: the machine is not ours alone.
+constexpr double kDefaultKvShare = 0.25;
+
+absl::Status CheckRange(const char* name, int64_t value, int64_t low, int64_t high) {
+  if (value >= low && value <= high) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(name, ": ", value, " is outside [", low, ", ", high, "]"));
+}
+
+int64_t ReadBytes(const char* path) {
+  std::ifstream file(path);
+  std::string text;
+  int64_t value = 0;
+  if (!std::getline(file, text) || !absl::SimpleAtoi(text, &value)) return std::numeric_limits<int64_t>::max();
+  return value;
+}
+
+}  // namespace
+
+int64_t AvailableMemoryBytes() {
+  int64_t available = std::numeric_limits<int64_t>::max();
+  std::ifstream meminfo("/proc/meminfo");
+  for (std::string key; meminfo >> key;) {
+    int64_t kib = 0;
+    if (key == "MemAvailable:" && meminfo >> kib) available = kib * 1024;
+  }
+  const int64_t limit = ReadBytes("/sys/fs/cgroup/memory.max");
+  if (limit == std::numeric_limits<int64_t>::max()) return available;
+  const int64_t used = ReadBytes("/sys/fs/cgroup/memory.current");
+  return std::min(available, std::max<int64_t>(0, limit - (used == std::numeric_limits<int64_t>::max() ? 0 : used)));
+}
+
+absl::StatusOr<EngineSizes> ResolveSizes(const EngineOptions& options, const ModelConfig& config, int64_t available_bytes) {
+  EngineSizes sizes;
+  sizes.max_draft_tokens = config.num_mtp_layers > 0 && options.needs_mtp ? options.max_draft_tokens : 0;
+  if (auto s = CheckRange("max_draft_tokens", options.max_draft_tokens, 0, kMaxDraftTokens); !s.ok()) return s;
+  if (auto s = CheckRange("max_num_seqs", options.max_num_seqs, 0, 4096); !s.ok()) return s;
+  if (auto s = CheckRange("max_step_tokens", options.max_step_tokens, 0, 1 << 20); !s.ok()) return s;
+  if (auto s = CheckRange("max_model_len", options.max_model_len, 0, config.max_position_embeddings); !s.ok()) return s;
+  if (auto s = CheckRange("kv_cache_bytes", options.kv_cache_bytes, 0, std::numeric_limits<int64_t>::max()); !s.ok()) return s;
+  if (auto s = CheckRange("max_queued_requests", options.max_queued_requests, 1, 1 << 20); !s.ok()) return s;
+
+  SchedulerOptions& scheduler = sizes.scheduler;
+  scheduler.page_tokens = kPageTokens;
+  scheduler.max_num_seqs = options.max_num_seqs > 0 ? options.max_num_seqs : kDefaultMaxNumSeqs;
+  scheduler.max_model_len =
+      options.max_model_len > 0 ? options.max_model_len : std::min(config.max_position_embeddings, kMaxDefaultModelLen);
+  const int32_t decode_rows = scheduler.max_num_seqs * (sizes.max_draft_tokens + 1);
+  if (options.max_step_tokens > 0 && options.max_step_tokens < decode_rows) {
+    return absl::InvalidArgumentError(absl::StrCat("max_step_tokens: ", options.max_step_tokens, " is below the ", decode_rows,
+                                                   " rows that max_num_seqs ", scheduler.max_num_seqs, " x (drafts ",
+                                                   sizes.max_draft_tokens, " + 1) need"));
+  }
+  scheduler.max_step_tokens = options.max_step_tokens > 0 ? options.max_step_tokens : std::max(kDefaultStepTokens, decode_rows);
+  scheduler.max_queued_requests = options.max_queued_requests;
+  scheduler.result_ttl = options.result_ttl;
+  scheduler.score_bytes_per_token = static_cast<int64_t>(config.hidden_size) * 4;
+  // One slot a running sequence, and some for the shared prompts of groups that are about to fork.
+  scheduler.num_state_slots = scheduler.max_num_seqs + std::max(2, scheduler.max_num_seqs / 4);
+
+  sizes.state.kv_dtype = options.dtype;
+  sizes.state.page_tokens = kPageTokens;
+  sizes.state.num_slots = scheduler.num_state_slots;
+  sizes.state.window = sizes.max_draft_tokens;
+  const int64_t page_bytes = std::max<int64_t>(1, PageBytes(config, sizes.state));
+  const int64_t slot_bytes = SlotBytes(config, sizes.state) * scheduler.num_state_slots;
+  const int64_t pages_per_sequence = (scheduler.max_model_len + sizes.max_draft_tokens + 2 + kPageTokens - 1) / kPageTokens;
+
+  const int64_t vocab_rows = 3LL * std::min(64, decode_rows) + static_cast<int64_t>(scheduler.max_num_seqs) * sizes.max_draft_tokens;
+  const int64_t row_floats = 4LL * config.hidden_size + 3LL * config.intermediate_size +
+                             4LL * config.num_attention_heads * config.head_dim + 4LL * config.conv_channels();
+  sizes.activation_bytes = 4 * (vocab_rows * config.vocab_size + row_floats * scheduler.max_step_tokens);
+
+  const int64_t left = available_bytes - slot_bytes - sizes.activation_bytes;
+  int64_t kv_bytes = options.kv_cache_bytes;
+  if (kv_bytes == 0) {
+    // Never more than all sequences at full length could use.
+    const int64_t useful = page_bytes * pages_per_sequence * (scheduler.max_num_seqs + 1);
+    kv_bytes = std::min(useful, static_cast<int64_t>(std::max<int64_t>(0, left) * kDefaultKvShare));
+  }
+  const int64_t num_pages = kv_bytes / page_bytes;
+  if (kv_bytes > left || num_pages < pages_per_sequence) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "kv_cache_bytes: ", kv_bytes, " bytes hold ", num_pages, " pages of ", page_bytes, " bytes; one sequence of max_model_len ",
+        scheduler.max_model_len, " needs ", pages_per_sequence, "; recurrent state ", slot_bytes, " bytes, activations ",
+        sizes.activation_bytes, " bytes, available ", available_bytes,
+        " bytes: lower max_model_len or max_num_seqs, or set kv_cache_bytes within what is available"));
+  }
+  scheduler.num_pages = static_cast<int32_t>(std::min<int64_t>(num_pages, std::numeric_limits<int32_t>::max()));
+  sizes.state.num_pages = scheduler.num_pages;
+  return sizes;
+}
+
+}  // namespace bebop
