@@ -23,21 +23,21 @@ struct LinearArgs {
 
 namespace cpu {
 
-// Scratch for the bf16 copy of x: grows to its largest use and stays (the engine sizes it at start).
+// Scratch for the packed copy of x: grows to its largest use and stays (the engine sizes it at start). One call at a time.
 class LinearScratch {
  public:
   LinearScratch();
   ~LinearScratch();
   LinearScratch(const LinearScratch&) = delete;
   LinearScratch& operator=(const LinearScratch&) = delete;
-  // Makes room for x of `rows` x `cols`, so that later calls up to this size do not allocate.
+  // Makes room for x of `rows` x `cols`, so that later calls up to this size do not allocate. Takes 4 bytes a value.
   void Reserve(int64_t rows, int64_t cols);
-  BFloat16* data() const { return data_; }
+  uint32_t* data() const { return data_; }
   int64_t capacity() const { return capacity_; }
 
  private:
-  BFloat16* data_ = nullptr;
-  int64_t capacity_ = 0;  // elements
+  uint32_t* data_ = nullptr;  // 64-byte aligned
+  int64_t capacity_ = 0;      // values
 };
 
 // Runs on `pool` with the detected instruction set.
