@@ -12,8 +12,7 @@ namespace bebop {
 class DistributionRows {
  public:
   DistributionRows(int64_t rows, int32_t vocab_size)
-      : vocab_size_(vocab_size),
-        weight_(static_cast<size_t>(rows) * vocab_size),
+      : weight_(static_cast<size_t>(rows) * vocab_size),
         block_sum_(static_cast<size_t>(rows) * NumSamplingBlocks(vocab_size)),
         rows_(static_cast<size_t>(rows)) {
     for (int64_t row = 0; row < rows; ++row) {
@@ -27,7 +26,6 @@ class DistributionRows {
   int64_t size() const { return static_cast<int64_t>(rows_.size()); }
 
  private:
-  int32_t vocab_size_;
   std::vector<float> weight_;
   std::vector<double> block_sum_;
   std::vector<TokenDistribution> rows_;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "engine/runtime/engine.h"
 
+#include <algorithm>
 #include <atomic>
 #include <filesystem>
 #include <functional>
@@ -200,7 +201,10 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   if (const Tokenizer* tokenizer = impl->tokenizer.get()) {
     core_options.token_bytes = [tokenizer](uint32_t token) { return tokenizer->TokenBytes(token); };
   }
-  impl->core = std::make_unique<EngineCore>(std::move(core_options), &impl->clock, &impl->unlocked_executor);
+  {
+    MutexLock lock(&impl->mutex);
+    impl->core = std::make_unique<EngineCore>(std::move(core_options), &impl->clock, &impl->unlocked_executor);
+  }
   impl->Beat();
   impl->thread = std::thread([raw = impl.get()] { raw->Loop(); });
   return std::unique_ptr<Engine>(new Engine(std::move(impl)));
