@@ -91,7 +91,7 @@ struct LogitSummary {
 namespace cpu {
 
 // Fills out->weight, block_sum and the scalars. out->weight and block_sum point to the caller's storage of size [V], [blocks].
-// The exponential is a float polynomial (FastExp in sampling_cpu.cc): at most 2 ulp from exp of its float argument.
+// The exponential is a float polynomial (FastExp in sampling_kernels.inc): at most 2 ulp from exp of its float argument.
 void Transform(const TransformArgs& args, TokenDistribution* out);
 
 // Two-level inverse CDF: block by `u_block`, id within the block by `u_within` (both in [0,1)). Never returns an id of weight 0.
@@ -104,8 +104,8 @@ uint32_t SampleExcluding(const TokenDistribution& target, uint32_t excluded, dou
 // argmax_v log prob(v) + G_v with Gumbel noise keyed by (key, kCoupled, v): the coupled draft and the coupled target choice.
 // Computed as argmin_v CoupledExponential(key, v) / weight[v] (G = -log E); lowest id on ties.
 uint32_t SampleGumbel(const TokenDistribution& distribution, const RandomKey& key);
-// The noise of one id: a unit exponential E = -log(1 - c), c a 53-bit uniform in (0,1). Four ids share a Philox block: the high 32 bits
-// of c are word id%4 of lane id/4, the low 21 bits the top of word id%4 of lane id/4 + 2^31.
+// The noise of one id: a unit exponential E = -log(1 - c), c a 53-bit uniform in (0,1). With id = 64 g + 16 w + i
+// (w < 4, i < 16) the high 32 bits of c are word w of Philox lane 16 g + i, the low 21 bits the top of the same word of lane + 2^31.
 double CoupledExponential(const RandomKey& key, uint32_t id);
 
 double Entropy(const TokenDistribution& distribution);  // nats
