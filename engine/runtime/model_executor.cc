@@ -13,10 +13,6 @@ namespace {
 // every row costs V floats twice.
 constexpr int32_t kMaxLogitRows = 64;
 
-int32_t NumRows(const SequencePlan& sequence) {
-  return static_cast<int32_t>(sequence.known_tokens.size()) + sequence.num_drafts;
-}
-
 // Absolute position of the first token that this step emits for the sequence.
 uint32_t FirstEmittedPosition(const SequencePlan& sequence) {
   return static_cast<uint32_t>(sequence.num_computed + sequence.known_tokens.size());
