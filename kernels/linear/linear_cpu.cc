@@ -10,8 +10,11 @@
 namespace bebop::cpu {
 namespace {
 
-// How far ahead of its reads a streaming tile prefetches; hides the latency of memory at the bandwidth of one core.
-constexpr int64_t kPrefetchBytes = 2048;
+// How far ahead of its reads a streaming tile prefetches. A tile of few rows only waits for memory, and the out-of-order window
+// already covers much of the latency. With more rows the window covers less than a hundred lines' worth of work, so that the
+// prefetches must: measured on Zen 4, one core streams 27 GB/s for 8 rows with 8 KiB into L2, and 21 GB/s with 2 KiB into L1.
+constexpr int64_t kNearPrefetchBytes = 2048;
+constexpr int64_t kFarPrefetchBytes = 8192;
 // Weights that a group of panels may hold at a time: half of a small L2 (1 MiB), the rest is for x and for the next group.
 constexpr int64_t kGroupBytes = 512 * 1024;
 // Less work than this (bytes of weights times rows) is not worth waking a thread for.
@@ -109,7 +112,7 @@ void LinearWith(InstructionSet set, const LinearArgs& args, LinearScratch& scrat
       tile.x = scratch.data();
       tile.y = args.y.Row<float>(0) + begin * kPanelRows;
       tile.y_stride = args.y.row_stride;
-      tile.prefetch = tile.weights + kPrefetchBytes;
+      tile.prefetch = tile.weights + (rows >= kFarPrefetchRows ? kFarPrefetchBytes : kNearPrefetchBytes);
       tile.prefetch_step = 64;
       tiles.stream[rows - 1](tile);
     });

@@ -13,6 +13,9 @@ namespace bebop::cpu {
 // Rows of x that a tile can take at most.
 inline constexpr int kMaxTileRows = 16;
 
+// Tiles of this many rows or more prefetch into L2, so that it can be done far ahead; smaller ones, which wait for memory alone, into L1.
+inline constexpr int kFarPrefetchRows = 4;
+
 // y[0..R, panels] (+)= x W over a run of columns; R is the tile function's.
 //
 // x comes as 32-bit items, interleaved over the R rows ([item][R]), in one of three forms (XForm). A chunk is the 64 bytes of a panel

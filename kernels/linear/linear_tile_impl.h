@@ -45,7 +45,7 @@ inline void TilePanels(const TileArgs& args, const char* weights, const char*& p
 
   const uint32_t* x = args.x;
   for (int64_t chunk = 0; chunk < args.num_chunks; ++chunk) {
-    __builtin_prefetch(prefetch);
+    __builtin_prefetch(prefetch, 0, R >= kFarPrefetchRows ? 2 : 3);
     prefetch += args.prefetch_step;
     typename Op::Weights chunk_weights[P];
     BEBOP_UNROLL
