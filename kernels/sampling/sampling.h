@@ -91,7 +91,7 @@ struct LogitSummary {
 namespace cpu {
 
 // Fills out->weight, block_sum and the scalars. out->weight and block_sum point to the caller's storage of size [V], [blocks].
-// The exponential is a float polynomial (FastExp in sampling_kernels.inc): at most 2 ulp from exp of its float argument.
+// The exponential is a float polynomial (FastExp in sampling_kernels.inc): within 1 ulp of exp of its float argument.
 void Transform(const TransformArgs& args, TokenDistribution* out);
 
 // Two-level inverse CDF: block by `u_block`, id within the block by `u_within` (both in [0,1)). Never returns an id of weight 0.
