@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+
+#include "absl/strings/string_view.h"
+
+namespace bebop {
+
+// Limits of what the network may send, in one place: validation uses the constants, docs/limits.md is LimitsMarkdown(), and a test
+// walks the message descriptors so that no repeated, text or numeric request field lacks a row.
+namespace limits {
+
+inline constexpr int64_t kRolloutReceiveBytes = 64 << 20;
+inline constexpr int64_t kAdminReceiveBytes = 16 << 20;
+inline constexpr int64_t kRolloutQuotaBytes = 1LL << 30;  // gRPC's own buffers
+inline constexpr int64_t kAdminQuotaBytes = 128 << 20;
+inline constexpr int32_t kMetadataBytes = 16 << 10;
+inline constexpr int32_t kConcurrentStreams = 256;  // per connection
+inline constexpr int32_t kMinPingIntervalSeconds = 10;
+inline constexpr int64_t kStreamBufferBytes = 256 << 10;  // unsent events of one GenerateStream before its group pauses
+inline constexpr int64_t kScoreReplyBytes = 64 << 20;     // arrays of one ScoreResult
+
+inline constexpr int32_t kRequestIdBytes = 64;
+inline constexpr int32_t kNumSamples = 1024;
+inline constexpr int32_t kStopTokenIds = 256;
+inline constexpr int32_t kStopStrings = 16;
+inline constexpr int32_t kStopStringBytes = 256;
+inline constexpr float kMinTemperature = 1e-4f;  // below it only 0 (greedy): logits / temperature must stay finite
+inline constexpr float kMaxTemperature = 100.0f;
+inline constexpr int32_t kScoreSequences = 1024;
+inline constexpr int64_t kScoreTokens = 1 << 20;  // over all sequences of a request
+inline constexpr int32_t kTopLogprobs = 20;
+inline constexpr int32_t kTokenIdsLogprob = 1024;
+inline constexpr int32_t kAbortIds = 1024;
+inline constexpr int64_t kTokenizeBytes = 8 << 20;
+inline constexpr int64_t kDetokenizeIds = 1 << 20;
+
+}  // namespace limits
+
+// One row: a repeated, string or bytes field ("Message.field") and how large it may get. `max` 0: see `rule` alone.
+struct SizeLimit {
+  absl::string_view field;
+  int64_t max = 0;
+  absl::string_view unit;
+  absl::string_view rule;
+};
+
+// One row: a numeric field of a request and its allowed values in words.
+struct NumberLimit {
+  absl::string_view field;
+  absl::string_view range;
+};
+
+std::span<const SizeLimit> SizeLimits();
+std::span<const NumberLimit> NumberLimits();
+
+// The text of docs/limits.md.
+std::string LimitsMarkdown();
+
+}  // namespace bebop

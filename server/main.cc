@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+// bebop-server: loads a model, serves it, drains on SIGTERM.
+#include <signal.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdio>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "engine/base/logging.h"
+#include "engine/runtime/engine.h"
+#include "server/server.h"
+#include "server/server_options.h"
+
+extern char** environ;
+
+namespace {
+
+constexpr int kBadInput = 2;
+
+int Fail(const absl::Status& status) {
+  std::string message(status.message());
+  for (char& c : message) {
+    if (c == '\n') c = ' ';  // one line, whatever a file put into it
+  }
+  std::fprintf(stderr, "error: %s\n", message.c_str());
+  return kBadInput;
+}
+
+std::vector<std::pair<std::string, std::string>> Environment() {
+  std::vector<std::pair<std::string, std::string>> variables;
+  for (char** entry = environ; *entry != nullptr; ++entry) {
+    const std::string text = *entry;
+    const size_t equals = text.find('=');
+    if (equals != std::string::npos) variables.emplace_back(text.substr(0, equals), text.substr(equals + 1));
+  }
+  return variables;
+}
+
+bebop::ListenOptions ToListenOptions(const bebop::ServerOptions& options) {
+  return {.host = options.host,
+          .port = options.port,
+          .admin_port = options.admin_port,
+          .is_loopback = bebop::IsLoopback(options.host),
+          .served_model_name = options.served_model_name,
+          .default_mode = options.speculation,
+          .default_num_draft_tokens = options.num_speculative_tokens,
+          .allow_synthetic_acceptance = options.allow_synthetic_acceptance,
+          .allow_unknown_fields = options.allow_unknown_fields,
+          .max_request_time = absl::Seconds(options.max_request_s)};
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  // Signals are waited for below, by this thread alone; blocked before any other thread exists, so that all inherit it.
+  sigset_t stop_signals;
+  sigemptyset(&stop_signals);
+  sigaddset(&stop_signals, SIGTERM);
+  sigaddset(&stop_signals, SIGINT);
+  signal(SIGPIPE, SIG_IGN);
+
+  const auto command = bebop::ParseServerCommand(std::vector<std::string>(argv + 1, argv + argc), Environment());
+  if (!command.ok()) return Fail(command.status());
+  if (command->action == bebop::ServerAction::kPrintAndExit) {
+    std::fputs(command->text.c_str(), stdout);
+    return 0;
+  }
+  const bebop::ServerOptions& options = command->options;
+  std::fprintf(stderr, "# resolved options\n%s", bebop::ToYaml(options).c_str());
+  if (command->action == bebop::ServerAction::kCheckConfig) return 0;
+
+  // While the model loads a signal simply ends the process; from here on it drains.
+  auto engine = bebop::Engine::Create(options.engine);
+  if (!engine.ok()) return Fail(engine.status());
+  pthread_sigmask(SIG_BLOCK, &stop_signals, nullptr);
+  auto server = bebop::Server::Start(engine->get(), ToListenOptions(options));
+  if (!server.ok()) return Fail(server.status());
+
+  std::printf("bebop-server ready: rollout=%s admin=%s model=%s version=%lld\n", (*server)->rollout_address().c_str(),
+              (*server)->admin_address().c_str(), (*server)->served_model_name().c_str(),
+              static_cast<long long>((*engine)->info().weight_step));
+  std::fflush(stdout);
+
+  int signal_number = 0;
+  sigwait(&stop_signals, &signal_number);
+  bebop::Log(bebop::LogLevel::kInfo, absl::StrCat("signal ", signal_number, ": draining for at most ", options.drain_timeout_s,
+                                                  " s; another signal stops at once"));
+  std::atomic<bool> drained = false;
+  std::thread drain([&server, &options, &drained] {
+    (*server)->Drain(absl::Seconds(options.drain_timeout_s));
+    drained = true;
+  });
+  while (!drained) {
+    const timespec poll = {.tv_sec = 0, .tv_nsec = 20'000'000};
+    if (sigtimedwait(&stop_signals, nullptr, &poll) > 0) _exit(128 + signal_number);
+  }
+  drain.join();
+  server->reset();
+  engine->reset();
+  return 0;
+}

@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "server/server.h"
+
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/grpcpp.h>
+#include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/support/server_interceptor.h>
+
+#include <algorithm>
+#include <chrono>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "engine/base/logging.h"
+#include "engine/base/mutex.h"
+#include "server/limits.h"
+#include "server/service_context.h"
+#include "server/services.h"
+
+#ifndef BEBOP_VERSION
+#error "BEBOP_VERSION comes from CMake"
+#endif
+
+namespace bebop {
+namespace {
+
+constexpr auto kHealthInterval = std::chrono::milliseconds(100);
+constexpr auto kInsecureWarningInterval = std::chrono::minutes(1);
+constexpr auto kFlushTime = std::chrono::seconds(2);  // for the last replies to leave, after the engine has drained
+
+// gRPC's reflection library registers itself with every server of the process; off loopback its calls are cut here.
+class ReflectionRefuser final : public grpc::experimental::Interceptor {
+ public:
+  explicit ReflectionRefuser(grpc::experimental::ServerRpcInfo* info) : info_(info) {}
+  void Intercept(grpc::experimental::InterceptorBatchMethods* methods) override {
+    if (methods->QueryInterceptionHookPoint(grpc::experimental::InterceptionHookPoints::POST_RECV_INITIAL_METADATA)) {
+      info_->server_context()->TryCancel();
+    }
+    methods->Proceed();
+  }
+
+ private:
+  grpc::experimental::ServerRpcInfo* const info_;
+};
+
+class ReflectionRefuserFactory final : public grpc::experimental::ServerInterceptorFactoryInterface {
+ public:
+  grpc::experimental::Interceptor* CreateServerInterceptor(grpc::experimental::ServerRpcInfo* info) override {
+    return absl::StartsWith(info->method(), "/grpc.reflection.") ? new ReflectionRefuser(info) : nullptr;
+  }
+};
+
+struct Listener {
+  std::unique_ptr<grpc::Server> server;
+  std::string address;
+};
+
+// IPv6 addresses need brackets before the port.
+std::string Address(const std::string& host, int port) {
+  return absl::StrContains(host, ':') ? absl::StrCat("[", host, "]:", port) : absl::StrCat(host, ":", port);
+}
+
+struct ListenerLimits {
+  const char* name;
+  int64_t receive_bytes;
+  int64_t quota_bytes;
+};
+
+absl::StatusOr<Listener> Listen(const ListenOptions& options, const char* flag, int32_t port, const ListenerLimits& limits,
+                                const std::vector<grpc::Service*>& services) {
+  grpc::ServerBuilder builder;
+  int bound_port = 0;
+  builder.AddListeningPort(Address(options.host, port), grpc::InsecureServerCredentials(), &bound_port);
+  for (grpc::Service* service : services) builder.RegisterService(service);
+  builder.SetMaxReceiveMessageSize(static_cast<int>(limits.receive_bytes));
+  builder.SetMaxSendMessageSize(-1);  // replies are bounded by what was asked for
+  builder.SetResourceQuota(grpc::ResourceQuota(limits.name).Resize(static_cast<size_t>(limits.quota_bytes)));
+  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // or two servers could share a port unnoticed
+  builder.AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, bebop::limits::kMetadataBytes);
+  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, bebop::limits::kConcurrentStreams);
+  // Clients may ping idle connections; those that ping more often are sent away. Our own pings find dead peers.
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, bebop::limits::kMinPingIntervalSeconds * 1000);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 60 * 1000);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20 * 1000);
+  if (!options.is_loopback) {
+    std::vector<std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface>> interceptors;
+    interceptors.push_back(std::make_unique<ReflectionRefuserFactory>());
+    builder.experimental().SetInterceptorCreators(std::move(interceptors));
+  }
+  Listener listener;
+  listener.server = builder.BuildAndStart();
+  if (listener.server == nullptr || bound_port == 0) {
+    return absl::InvalidArgumentError(absl::StrCat(flag, ": cannot listen on ", Address(options.host, port)));
+  }
+  listener.address = Address(options.host, bound_port);
+  return listener;
+}
+
+}  // namespace
+
+struct Server::Impl {
+  ServiceContext context;
+  std::unique_ptr<grpc::Service> rollout, rollout_info, admin_info;
+  Listener rollout_listener, admin_listener;
+  bool warn_insecure = false;
+
+  Mutex mutex;
+  CondVar changed;
+  bool stopping ABSL_GUARDED_BY(mutex) = false;
+  bool drain_started ABSL_GUARDED_BY(mutex) = false;
+  bool drained ABSL_GUARDED_BY(mutex) = false;
+  std::thread health_thread;
+
+  void SetHealth(bool serving) {
+    for (const Listener* listener : {&rollout_listener, &admin_listener}) {
+      grpc::HealthCheckServiceInterface* health = listener->server->GetHealthCheckService();
+      health->SetServingStatus(serving);  // the services that it knows, and ""
+      health->SetServingStatus("bebop.v1.Info", serving);
+      health->SetServingStatus("bebop.v1.Rollout", serving);
+    }
+  }
+
+  void FollowHealth() {
+    bool serving = true;
+    auto next_warning = std::chrono::steady_clock::now();
+    while (true) {
+      const absl::Status status = context.CheckServing();
+      if (status.ok() != serving) {
+        serving = status.ok();
+        SetHealth(serving);
+        Log(serving ? LogLevel::kInfo : LogLevel::kWarning, absl::StrCat("health: ", serving ? "SERVING" : status.ToString()));
+      }
+      if (warn_insecure && std::chrono::steady_clock::now() >= next_warning) {
+        Log(LogLevel::kWarning, "--insecure-no-auth: anyone who reaches this address can use this server");
+        next_warning += kInsecureWarningInterval;
+      }
+      MutexLock lock(&mutex);
+      if (!stopping) changed.WaitFor(&mutex, kHealthInterval);
+      if (stopping) return;
+    }
+  }
+
+  void StopListening() {
+    const auto deadline = std::chrono::system_clock::now() + kFlushTime;
+    rollout_listener.server->Shutdown(deadline);
+    admin_listener.server->Shutdown(deadline);
+  }
+};
+
+Server::Server(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+absl::StatusOr<std::unique_ptr<Server>> Server::Start(EngineInterface* engine, const ListenOptions& options) {
+  const EngineInfo& info = engine->info();
+  auto impl = std::make_unique<Impl>();
+  ServiceContext& context = impl->context;
+  context.engine = engine;
+  context.served_model_name = options.served_model_name.empty() ? info.model_name : options.served_model_name;
+  context.boot_id = absl::StrCat(absl::Hex(RandomBits(), absl::kZeroPad16));
+  context.build = "bebop-server " BEBOP_VERSION;
+  context.max_request_time = options.max_request_time;
+  context.rules.max_model_len = info.max_model_len;
+  context.rules.vocab_size = info.config.vocab_size;
+  context.rules.max_draft_tokens = info.max_draft_tokens;
+  context.rules.has_mtp = info.has_mtp;
+  context.rules.has_tokenizer = engine->tokenizer() != nullptr;
+  context.rules.allow_synthetic_acceptance = options.allow_synthetic_acceptance || info.dummy_weights;
+  context.rules.allow_unknown_fields = options.allow_unknown_fields;
+  context.rules.default_mode = options.default_mode;
+  context.rules.default_num_draft_tokens =
+      options.default_mode == SpeculationMode::kOff ? 0 : std::min(options.default_num_draft_tokens, info.max_draft_tokens);
+
+  grpc::EnableDefaultHealthCheckService(true);
+  grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+  impl->rollout = MakeRolloutService(&context);
+  impl->rollout_info = MakeInfoService(&context);
+  impl->admin_info = MakeInfoService(&context);
+  absl::StatusOr<Listener> rollout = Listen(options, "--port", options.port, {"rollout", limits::kRolloutReceiveBytes, limits::kRolloutQuotaBytes},
+                                            {impl->rollout.get(), impl->rollout_info.get()});
+  if (!rollout.ok()) return rollout.status();
+  impl->rollout_listener = *std::move(rollout);
+  absl::StatusOr<Listener> admin = Listen(options, "--admin-port", options.admin_port,
+                                          {"admin", limits::kAdminReceiveBytes, limits::kAdminQuotaBytes}, {impl->admin_info.get()});
+  if (!admin.ok()) return admin.status();
+  impl->admin_listener = *std::move(admin);
+  impl->warn_insecure = !options.is_loopback;
+  impl->SetHealth(context.CheckServing().ok());
+  Impl* const running = impl.get();
+  impl->health_thread = std::thread([running] { running->FollowHealth(); });
+  return std::unique_ptr<Server>(new Server(std::move(impl)));
+}
+
+Server::~Server() {
+  {
+    MutexLock lock(&impl_->mutex);
+    impl_->stopping = true;
+    impl_->changed.NotifyAll();
+  }
+  impl_->health_thread.join();
+  impl_->StopListening();
+}
+
+const std::string& Server::rollout_address() const { return impl_->rollout_listener.address; }
+const std::string& Server::admin_address() const { return impl_->admin_listener.address; }
+const std::string& Server::served_model_name() const { return impl_->context.served_model_name; }
+
+void Server::Drain(absl::Duration timeout) {
+  {
+    MutexLock lock(&impl_->mutex);
+    if (impl_->drain_started) {
+      while (!impl_->drained) impl_->changed.Wait(&impl_->mutex);
+      return;
+    }
+    impl_->drain_started = true;
+    impl_->context.draining = true;
+  }
+  impl_->SetHealth(false);
+  impl_->context.engine->Drain(timeout);
+  impl_->StopListening();
+  MutexLock lock(&impl_->mutex);
+  impl_->drained = true;
+  impl_->changed.NotifyAll();
+}
+
+}  // namespace bebop

@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "server/server_options.h"
+
+#include <yaml-cpp/yaml.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <functional>
+#include <limits>
+#include <map>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_replace.h"
+#include "absl/strings/strip.h"
+#include "engine/base/status_macros.h"
+
+#ifndef BEBOP_VERSION
+#error "BEBOP_VERSION comes from CMake"
+#endif
+
+namespace bebop {
+namespace {
+
+const std::map<std::string, SpeculationMode> kModes = {{"off", SpeculationMode::kOff},
+                                                       {"target_only", SpeculationMode::kTargetOnly},
+                                                       {"rejection", SpeculationMode::kRejection},
+                                                       {"coupled", SpeculationMode::kCoupled}};
+const std::map<std::string, DType> kDTypes = {{"bfloat16", DType::kBFloat16}, {"float32", DType::kFloat32}};
+
+constexpr char kCheckConfig[] = "--check-config";
+constexpr char kConfig[] = "--config";
+
+// One line for `error:`: CLI11 puts some messages on several.
+std::string OneLine(absl::string_view text) { return absl::StrReplaceAll(absl::StripAsciiWhitespace(text), {{"\n", " "}}); }
+
+// The flags, bound to one ServerOptions. CLI11 throws; its exceptions stay inside this class.
+class FlagParser {
+ public:
+  explicit FlagParser(ServerOptions* options) : options_(*options) {
+    app_.name("bebop-server");
+    app_.set_help_flag("-h,--help", "Print this and exit");
+    Text("--model,--model-path", &options_.engine.model_path, "Checkpoint directory (Hugging Face layout); required");
+    Text("--mtp", &options_.engine.mtp_path, "Safetensors file that supplies or replaces the mtp.* tensors");
+    Text("--device", &options_.device, "Where to compute: cpu");
+    Choice("--dtype", &dtype_, kDTypes, [this] { options_.engine.dtype = kDTypes.at(dtype_); }, "Weights and KV cache: bfloat16 or float32");
+    app_.add_option("--load-format", load_format_, "auto, or dummy for seeded random weights (needs config.json only)")
+        ->check(CLI::IsMember({"auto", "dummy"}))
+        ->take_last();
+    Number("--seed", &options_.engine.dummy_seed, "Seed of --load-format dummy");
+    Text("--served-model-name", &options_.served_model_name, "Name to report; default: the model directory's");
+    Text("--host", &options_.host, "Address to listen on; other than loopback needs --insecure-no-auth");
+    Number("--port", &options_.port, "Rollout port; 0 picks a free one");
+    Number("--admin-port", &options_.admin_port, "Admin port; 0 picks a free one");
+    Number("--threads", &options_.engine.num_threads, "Compute threads; 0: all processors");
+    Number("--max-model-len,--context-length", &options_.engine.max_model_len, "Prompt + output tokens of a sequence; 0: the model's");
+    Number("--max-num-seqs,--max-running-requests", &options_.engine.max_num_seqs, "Sequences running at once; 0: for the device");
+    Number("--max-step-tokens", &options_.engine.max_step_tokens, "Rows of one step (prefill budget); 0: for the device");
+    Number("--kv-cache-bytes", &options_.engine.kv_cache_bytes, "Bytes of KV pages; 0: a share of free memory");
+    Number("--max-queued-requests", &options_.engine.max_queued_requests, "Waiting requests; more are RESOURCE_EXHAUSTED");
+    Number("--num-speculative-tokens", &options_.num_speculative_tokens, "Draft tokens of requests that leave it unset, 0..8");
+    Choice("--speculation", &mode_, kModes, [this] { options_.speculation = kModes.at(mode_); },
+           "Mode of requests that leave it unset: off, target_only, rejection or coupled; off also starts without MTP weights");
+    Number("--drain-timeout", &options_.drain_timeout_s, "Seconds after SIGTERM until running work is cut short");
+    Number("--max-request-seconds", &options_.max_request_s, "Longest wall time of a request");
+    Switch("--allow-synthetic-acceptance", &options_.allow_synthetic_acceptance, "Serve requests with synthetic_acceptance (not lossless)");
+    Switch("--allow-unknown-fields", &options_.allow_unknown_fields, "Ignore request fields this server does not know");
+    Switch("--insecure-no-auth", &options_.insecure_no_auth, "Listen on any address without authentication");
+    app_.add_option(kConfig, config_path_, "YAML file with the flags' names as keys; environment and flags win over it")->take_last();
+    app_.add_flag(kCheckConfig, check_config_, "Check the options, print them, and exit");
+    app_.add_flag("--version", version_, "Print the version and exit");
+  }
+
+  // Applies `arguments` on top of what is set; options that do not occur keep their value. `source` opens an error's message.
+  absl::Status Apply(std::vector<std::string> arguments, absl::string_view source) {
+    std::reverse(arguments.begin(), arguments.end());  // CLI11 pops from the back
+    try {
+      app_.parse(arguments);
+    } catch (const CLI::CallForHelp&) {
+      help_ = true;
+      return absl::OkStatus();
+    } catch (const CLI::ParseError& error) {
+      return absl::InvalidArgumentError(absl::StrCat(source, OneLine(error.what())));
+    }
+    for (const auto& apply : choices_) apply();
+    options_.engine.load_dummy = load_format_ == "dummy";
+    return absl::OkStatus();
+  }
+
+  // Long flag names without dashes, and whether they take a value.
+  std::map<std::string, bool> Names() const {
+    std::map<std::string, bool> names;
+    for (const CLI::Option* option : app_.get_options()) {
+      for (const std::string& name : option->get_lnames()) names[name] = option->get_expected_max() > 0;
+    }
+    return names;
+  }
+
+  std::string Help() const { return app_.help(); }
+  bool help() const { return help_; }
+  bool version() const { return version_; }
+  bool check_config() const { return check_config_; }
+  const std::string& config_path() const { return config_path_; }
+
+ private:
+  void Text(const std::string& names, std::string* value, const std::string& help) {
+    app_.add_option(names, *value, help)->take_last()->check(CLI::Validator([](std::string& text) {
+      return text.empty() ? std::string("needs a value") : std::string();
+    }, ""));
+  }
+  template <typename T>
+  void Number(const std::string& names, T* value, const std::string& help) {
+    app_.add_option(names, *value, help)->take_last()->capture_default_str();
+  }
+  void Switch(const std::string& name, bool* value, const std::string& help) {
+    app_.add_flag(name, *value, help)->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+  }
+  template <typename T>
+  void Choice(const std::string& name, std::string* value, const std::map<std::string, T>& choices, std::function<void()> apply,
+              const std::string& help) {
+    std::vector<std::string> keys;
+    for (const auto& [key, unused] : choices) keys.push_back(key);
+    app_.add_option(name, *value, help)->take_last()->check(CLI::IsMember(keys));
+    choices_.push_back(std::move(apply));
+  }
+
+  ServerOptions& options_;
+  CLI::App app_{"Serves rollouts of a Qwen3.5-family model over gRPC."};
+  std::string dtype_ = "bfloat16", mode_ = "rejection", load_format_ = "auto", config_path_;
+  std::vector<std::function<void()>> choices_;
+  bool check_config_ = false, version_ = false, help_ = false;
+};
+
+// A YAML file or environment as flags; keys that are no flag are an error for the file.
+absl::StatusOr<std::vector<std::string>> ReadConfigFile(const std::string& path, const std::map<std::string, bool>& names) {
+  YAML::Node root;
+  try {
+    root = YAML::LoadFile(path);
+  } catch (const YAML::BadFile&) {
+    return absl::InvalidArgumentError(absl::StrCat("--config: cannot read ", path));
+  } catch (const YAML::Exception& error) {
+    return absl::InvalidArgumentError(absl::StrCat("--config: ", path, ": ", OneLine(error.what())));
+  }
+  std::vector<std::string> arguments;
+  if (root.IsNull()) return arguments;
+  if (!root.IsMap()) return absl::InvalidArgumentError(absl::StrCat("--config: ", path, ": not a map of option: value"));
+  for (const auto& entry : root) {
+    if (!entry.first.IsScalar() || !entry.second.IsScalar()) {
+      return absl::InvalidArgumentError(absl::StrCat("--config: ", path, ": line ", entry.first.Mark().line + 1, ": not `option: value`"));
+    }
+    const std::string name = absl::StrReplaceAll(entry.first.Scalar(), {{"_", "-"}});
+    const bool is_known = names.count(name) > 0 && name != "config" && name != "help" && name != "version" && name != "check-config";
+    if (!is_known) return absl::InvalidArgumentError(absl::StrCat("--config: ", path, ": unknown option ", entry.first.Scalar()));
+    arguments.push_back(absl::StrCat("--", name, "=", entry.second.Scalar()));
+  }
+  return arguments;
+}
+
+absl::Status CheckAtLeast(const char* flag, double value, double low, double high) {
+  if (value >= low && value <= high) return absl::OkStatus();
+  const std::string limit = high >= std::numeric_limits<int32_t>::max() ? absl::StrCat(">= ", low) : absl::StrCat("in [", low, ", ", high, "]");
+  return absl::InvalidArgumentError(absl::StrCat(flag, ": ", value, " is not ", limit));
+}
+
+}  // namespace
+
+bool IsLoopback(const std::string& host) {
+  return host == "localhost" || host == "::1" || (absl::StartsWith(host, "127.") && host.find_first_not_of("0123456789.") == std::string::npos);
+}
+
+absl::Status Validate(const ServerOptions& options) {
+  constexpr double kAny = std::numeric_limits<int32_t>::max();
+  const EngineOptions& engine = options.engine;
+  if (engine.model_path.empty()) return absl::InvalidArgumentError("--model: missing; give the checkpoint directory");
+  if (options.device != "cpu") {
+    return absl::InvalidArgumentError(absl::StrCat("--device: ", options.device, " is not in this build; it has: cpu"));
+  }
+  BEBOP_RETURN_IF_ERROR(CheckAtLeast("--port", options.port, 0, 65535));
+  BEBOP_RETURN_IF_ERROR(CheckAtLeast("--admin-port", options.admin_port, 0, 65535));
+  if (options.port != 0 && options.port == options.admin_port) {
+    return absl::InvalidArgumentError(absl::StrCat("--admin-port: ", options.admin_port, " is also --port; they are two listeners"));
+  }
+  BEBOP_RETURN_IF_ERROR(CheckAtLeast("--threads", engine.num_threads, 0, 1024));
+  if (engine.max_model_len != 0) BEBOP_RETURN_IF_ERROR(CheckAtLeast("--max-model-len", engine.max_model_len, 2, kAny));
+  BEBOP_RETURN_IF_ERROR(CheckAtLeast("--max-num-seqs", engine.max_num_seqs, 0, 65536));
+  BEBOP_RETURN_IF_ERROR(CheckAtLeast("--max-step-tokens", engine.max_step_tokens, 0, kAny));
+  BEBOP_RETURN_IF_ERROR(CheckAtLeast("--kv-cache-bytes", static_cast<double>(engine.kv_cache_bytes), 0, 1e18));
+  BEBOP_RETURN_IF_ERROR(CheckAtLeast("--max-queued-requests", engine.max_queued_requests, 1, kAny));
+  BEBOP_RETURN_IF_ERROR(CheckAtLeast("--num-speculative-tokens", options.num_speculative_tokens, 0, kMaxDraftTokens));
+  BEBOP_RETURN_IF_ERROR(CheckAtLeast("--drain-timeout", options.drain_timeout_s, 0, 86400));
+  BEBOP_RETURN_IF_ERROR(CheckAtLeast("--max-request-seconds", options.max_request_s, 1, 30 * 86400));
+  if (options.served_model_name.size() > 256) return absl::InvalidArgumentError("--served-model-name: longer than 256 bytes");
+  if (!IsLoopback(options.host) && !options.insecure_no_auth) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--host: ", options.host, " is not a loopback address, and this build has no authentication; --insecure-no-auth overrides"));
+  }
+  return absl::OkStatus();
+}
+
+std::string ToYaml(const ServerOptions& options) {
+  const auto name_of = [](const auto& choices, auto value) {
+    for (const auto& [name, choice] : choices) {
+      if (choice == value) return name;
+    }
+    return std::string();
+  };
+  const EngineOptions& engine = options.engine;
+  YAML::Emitter out;
+  out << YAML::BeginMap;
+  const auto add = [&out](const char* key, const auto& value) { out << YAML::Key << key << YAML::Value << value; };
+  add("model", engine.model_path);
+  if (!engine.mtp_path.empty()) add("mtp", engine.mtp_path);
+  add("device", options.device);
+  add("dtype", name_of(kDTypes, engine.dtype));
+  add("load-format", engine.load_dummy ? "dummy" : "auto");
+  add("seed", engine.dummy_seed);
+  if (!options.served_model_name.empty()) add("served-model-name", options.served_model_name);
+  add("host", options.host);
+  add("port", options.port);
+  add("admin-port", options.admin_port);
+  add("threads", engine.num_threads);
+  add("max-model-len", engine.max_model_len);
+  add("max-num-seqs", engine.max_num_seqs);
+  add("max-step-tokens", engine.max_step_tokens);
+  add("kv-cache-bytes", engine.kv_cache_bytes);
+  add("max-queued-requests", engine.max_queued_requests);
+  add("num-speculative-tokens", options.num_speculative_tokens);
+  add("speculation", name_of(kModes, options.speculation));
+  add("drain-timeout", options.drain_timeout_s);
+  add("max-request-seconds", options.max_request_s);
+  add("allow-synthetic-acceptance", options.allow_synthetic_acceptance);
+  add("allow-unknown-fields", options.allow_unknown_fields);
+  add("insecure-no-auth", options.insecure_no_auth);
+  out << YAML::EndMap;
+  return absl::StrCat(out.c_str(), "\n");
+}
+
+absl::StatusOr<ServerCommand> ParseServerCommand(const std::vector<std::string>& arguments,
+                                                 const std::vector<std::pair<std::string, std::string>>& environment) {
+  ServerCommand command;
+  // A first pass over the flags alone finds --help, --version and --config, and every error in them.
+  ServerOptions unused;
+  FlagParser first(&unused);
+  BEBOP_RETURN_IF_ERROR(first.Apply(arguments, ""));
+  if (first.help() || first.version()) {
+    command.action = ServerAction::kPrintAndExit;
+    command.text = first.help() ? first.Help() : std::string("bebop-server " BEBOP_VERSION "\n");
+    return command;
+  }
+  FlagParser flags(&command.options);
+  const std::map<std::string, bool> names = flags.Names();
+  std::string config_path = first.config_path();
+  for (const auto& [name, value] : environment) {
+    if (name == "BEBOP_CONFIG" && config_path.empty()) config_path = value;
+  }
+  if (!config_path.empty()) {
+    BEBOP_ASSIGN_OR_RETURN(const std::vector<std::string> lines, ReadConfigFile(config_path, names));
+    BEBOP_RETURN_IF_ERROR(flags.Apply(lines, absl::StrCat("--config: ", config_path, ": ")));
+  }
+  for (const auto& [name, value] : environment) {
+    if (!absl::StartsWith(name, "BEBOP_")) continue;
+    const std::string flag = absl::StrReplaceAll(absl::AsciiStrToLower(absl::StripPrefix(name, "BEBOP_")), {{"_", "-"}});
+    if (names.count(flag) == 0 || flag == "config" || flag == "help" || flag == "version" || flag == "check-config") continue;
+    BEBOP_RETURN_IF_ERROR(flags.Apply({absl::StrCat("--", flag, "=", value)}, absl::StrCat(name, ": ")));
+  }
+  BEBOP_RETURN_IF_ERROR(flags.Apply(arguments, ""));
+  command.options.engine.needs_mtp = command.options.speculation != SpeculationMode::kOff;
+  BEBOP_RETURN_IF_ERROR(Validate(command.options));
+  if (flags.check_config()) command.action = ServerAction::kCheckConfig;
+  return command;
+}
+
+}  // namespace bebop

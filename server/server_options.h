@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/runtime/engine.h"
+#include "engine/sampling/sampling_params.h"
+
+namespace bebop {
+
+// Everything `bebop-server` can be told. Defaults here are the only ones.
+struct ServerOptions {
+  EngineOptions engine;
+  std::string device = "cpu";
+  std::string served_model_name;  // empty: the model's directory name
+  std::string host = "127.0.0.1";
+  int32_t port = 50051;        // 0: a free one
+  int32_t admin_port = 50052;  // 0: a free one
+  SpeculationMode speculation = SpeculationMode::kRejection;  // of requests that leave it unset
+  int32_t num_speculative_tokens = 3;                         // likewise
+  double drain_timeout_s = 30.0;       // after SIGTERM, until running work is cut short
+  double max_request_s = 3600.0;       // longest wall time of a request
+  bool allow_synthetic_acceptance = false;
+  bool allow_unknown_fields = false;
+  bool insecure_no_auth = false;       // allows other than loopback addresses
+};
+
+// What the command line asked for.
+enum class ServerAction { kServe, kCheckConfig, kPrintAndExit };
+struct ServerCommand {
+  ServerAction action = ServerAction::kServe;
+  std::string text;  // kPrintAndExit: help or version
+  ServerOptions options;
+};
+
+// Reads the options from `--config FILE.yaml`, then the environment (BEBOP_MAX_MODEL_LEN for --max-model-len, and so on), then the flags;
+// later ones win. Config keys are flag names without dashes, `-` or `_` alike. Then validates.
+// INVALID_ARGUMENT in one line that names the flag, variable or key, the value and what is allowed.
+// `environment`: (name, value) pairs; variables that name no flag are left alone, as the client's live there, too.
+absl::StatusOr<ServerCommand> ParseServerCommand(const std::vector<std::string>& arguments,
+                                                 const std::vector<std::pair<std::string, std::string>>& environment);
+
+// Ranges and combinations that flags alone do not show.
+absl::Status Validate(const ServerOptions& options);
+
+// True for 127.0.0.0/8, ::1 and localhost.
+bool IsLoopback(const std::string& host);
+
+// The resolved options as YAML that --config reads back.
+std::string ToYaml(const ServerOptions& options);
+
+}  // namespace bebop

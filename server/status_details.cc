@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "server/status_details.h"
+
+#include "absl/strings/cord.h"
+#include "absl/strings/str_cat.h"
+#include "bebop/rpc/status.pb.h"
+
+namespace bebop {
+namespace {
+
+rpc::ErrorInfo GetErrorInfo(const absl::Status& status) {
+  rpc::ErrorInfo info;
+  if (const auto payload = status.GetPayload(kErrorInfoUrl)) info.ParseFromString(std::string(*payload));
+  return info;
+}
+
+}  // namespace
+
+absl::Status DetailedError(absl::StatusCode code, absl::string_view reason, absl::string_view message,
+                           std::initializer_list<std::pair<absl::string_view, std::string>> metadata) {
+  rpc::ErrorInfo info;
+  info.set_reason(std::string(reason));
+  info.set_domain(kErrorDomain);
+  for (const auto& [key, value] : metadata) (*info.mutable_metadata())[std::string(key)] = value;
+  absl::Status status(code, message);
+  status.SetPayload(kErrorInfoUrl, absl::Cord(info.SerializeAsString()));
+  return status;
+}
+
+absl::Status InvalidField(absl::string_view field, absl::string_view value, absl::string_view limit) {
+  return DetailedError(absl::StatusCode::kInvalidArgument, "INVALID_FIELD", absl::StrCat(field, ": ", value, " is not ", limit),
+                       {{"field", std::string(field)}, {"value", std::string(value)}, {"limit", std::string(limit)}});
+}
+
+absl::Status WithRetryAfter(absl::Status status, absl::Duration delay) {
+  rpc::RetryInfo info;
+  const int64_t nanos = absl::ToInt64Nanoseconds(delay);
+  info.mutable_retry_delay()->set_seconds(nanos / 1000000000);
+  info.mutable_retry_delay()->set_nanos(static_cast<int32_t>(nanos % 1000000000));
+  status.SetPayload(kRetryInfoUrl, absl::Cord(info.SerializeAsString()));
+  return status;
+}
+
+absl::Status CompleteDetails(absl::Status status) {
+  if (status.ok() || status.GetPayload(kErrorInfoUrl).has_value()) return status;
+  const auto reason = [&status]() -> absl::string_view {
+    switch (status.code()) {
+      case absl::StatusCode::kInvalidArgument: return "INVALID_FIELD";
+      case absl::StatusCode::kAlreadyExists: return "REQUEST_ID_REUSED";
+      case absl::StatusCode::kResourceExhausted: return "CAPACITY";
+      case absl::StatusCode::kUnavailable: return "NOT_SERVING";
+      case absl::StatusCode::kDeadlineExceeded: return "DEADLINE";
+      case absl::StatusCode::kCancelled: return "CANCELLED";
+      default: return "ENGINE_FAILED";
+    }
+  }();
+  const bool retry = status.code() == absl::StatusCode::kResourceExhausted || status.code() == absl::StatusCode::kUnavailable;
+  absl::Status detailed = DetailedError(status.code(), reason, status.message());
+  return retry ? WithRetryAfter(std::move(detailed), absl::Seconds(1)) : detailed;
+}
+
+std::string ErrorReason(const absl::Status& status) { return GetErrorInfo(status).reason(); }
+
+std::string ErrorMetadata(const absl::Status& status, absl::string_view key) {
+  const rpc::ErrorInfo info = GetErrorInfo(status);
+  const auto found = info.metadata().find(std::string(key));
+  return found == info.metadata().end() ? std::string() : found->second;
+}
+
+}  // namespace bebop
