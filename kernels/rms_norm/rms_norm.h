@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "kernels/common/cpu_features.h"
 #include "kernels/common/tensor_view.h"
 #include "kernels/common/thread_pool.h"
 
@@ -32,5 +33,9 @@ struct GatedRmsNormArgs {
 namespace cpu {
 void RmsNorm(const RmsNormArgs& args, ThreadPool& pool);
 void GatedRmsNorm(const GatedRmsNormArgs& args, ThreadPool& pool);
+// The same with a chosen instruction set (tests). REQUIRES: the processor has it. RmsNorm has the same bits on every set;
+// GatedRmsNorm differs in the last bits, by the exponential's use of FMA.
+void RmsNormWith(InstructionSet set, const RmsNormArgs& args, ThreadPool& pool);
+void GatedRmsNormWith(InstructionSet set, const GatedRmsNormArgs& args, ThreadPool& pool);
 }  // namespace cpu
 }  // namespace bebop
