@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "kernels/common/cpu_features.h"
 #include "kernels/common/ragged_batch.h"
 #include "kernels/common/tensor_view.h"
 #include "kernels/common/thread_pool.h"
@@ -20,7 +21,11 @@ namespace bebop {
 // store S to slot state_dst; run the draft rows without storing S, keeping their raw k, v, g, beta in state_dst's window. Every row
 // is computed by the same code in the same order, so any accepted prefix leaves the bits that token-by-token decoding would leave.
 // On the CPU prompts use this form too (an ADR says why), so recomputation after preemption changes no bit either.
-// Sequences run in order (a later one may read a slot written by an earlier one in the same call); heads run in parallel.
+// Sequences run in order (a later one may read a slot written by an earlier one in the same call); heads and columns run in parallel.
+//
+// Sums over dk go in order of the row, each column by itself, so neither threads nor batch mates change a bit; instruction sets differ
+// where one has FMA. The norms of q and k are applied to the sums (Sᵀk, δ), not to the vectors. dk <= 256, window <= 64.
+// Raw q, k, v of replayed rows are read from the window, so `qkv` of an earlier pass need not live on.
 struct DeltaRuleArgs {
   RaggedBatch batch;
   TensorView qkv;
@@ -34,5 +39,7 @@ struct DeltaRuleArgs {
 
 namespace cpu {
 void DeltaRule(const DeltaRuleArgs& args, ThreadPool& pool);
+// The same with a chosen instruction set (tests). REQUIRES: the processor has it.
+void DeltaRuleWith(InstructionSet set, const DeltaRuleArgs& args, ThreadPool& pool);
 }  // namespace cpu
 }  // namespace bebop
