@@ -232,6 +232,9 @@ absl::Status Engine::Submit(GenerateRequest request, std::shared_ptr<GenerateObs
 }
 
 absl::Status Engine::SubmitScore(ScoreRequest request, std::shared_ptr<ScoreObserver> observer, uint64_t* handle) {
+  if (request.draft_depth > 0 && !impl_->info.has_mtp) {
+    return absl::FailedPreconditionError(absl::StrCat("draft_depth is ", request.draft_depth, ", but the model has no MTP layer"));
+  }
   MutexLock lock(&impl_->mutex);
   const absl::Status status = impl_->core->SubmitScore(std::move(request), std::move(observer), handle);
   impl_->WakeLocked();

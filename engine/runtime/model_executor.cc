@@ -272,7 +272,9 @@ void ModelExecutor::Draft(const StepPlan& plan, StepResult* result) {
     const SequenceOutcome& outcome = result->sequences[i];
     if (sequence.num_drafts_next == 0 || extend_last_row_[i] < 0) continue;
     std::copy_n(mtp_hidden_.data() + extend_last_row_[i] * width, width, draft_hidden_.data() + drafting_.size() * width);
-    drafting_.push_back({i, static_cast<int32_t>(FirstEmittedPosition(sequence)) + outcome.num_emitted});
+    // Drafts follow the last token known: the one just emitted, or, where a recompute restores lost drafts, next_known_token.
+    const int32_t num_last = sequence.sample ? outcome.num_emitted : 1;
+    drafting_.push_back({i, static_cast<int32_t>(FirstEmittedPosition(sequence)) + num_last});
   }
   for (int32_t depth = 0; !drafting_.empty(); ++depth) {
     // Distributions and draws, at most logit_rows_ sequences at a time.

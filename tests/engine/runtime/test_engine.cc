@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tests/engine/runtime/test_engine.h"
+
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <utility>
+
+#include <unistd.h>
+
+#include "engine/weights/dummy_weights.h"
+#include "kernels/common/check.h"
+
+namespace bebop::test {
+namespace {
+
+constexpr char kSmallConfigJson[] = R"({
+  "model_type": "qwen3_5_text", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+  "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+  "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6, "vocab_size": 97,
+  "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 24,
+  "linear_conv_kernel_dim": 4, "hidden_act": "silu", "attention_bias": false, "max_position_embeddings": 512,
+  "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+  "mtp_num_hidden_layers": 1, "tie_word_embeddings": true, "eos_token_id": 96})";
+
+}  // namespace
+
+ModelConfig SmallConfig() {
+  absl::StatusOr<ModelConfig> config = ParseModelConfig(kSmallConfigJson);
+  BEBOP_CHECK(config.ok());
+  return *std::move(config);
+}
+
+std::string WriteSmallConfigFolder() {
+  const std::filesystem::path folder =
+      std::filesystem::temp_directory_path() / ("bebop-small-" + std::to_string(getpid()));
+  std::filesystem::create_directories(folder);
+  std::ofstream(folder / "config.json") << kSmallConfigJson;
+  return folder;
+}
+
+SteppedEngine::SteppedEngine(const Options& options) : config_(SmallConfig()) {
+  pool_ = std::make_unique<ThreadPool>(options.num_threads);
+  auto weights = MakeDummyWeights(config_, options.dtype, options.weight_seed, *pool_);
+  BEBOP_CHECK(weights.ok());
+  weights_ = *std::move(weights);
+  ModelStateOptions state;
+  state.kv_dtype = options.dtype;
+  state.num_pages = options.num_pages;
+  state.page_tokens = options.page_tokens;
+  state.num_slots = options.max_num_seqs + 2;
+  state.window = options.max_draft_tokens;
+  auto storage = ModelStateStorage::Create(config_, state);
+  BEBOP_CHECK(storage.ok());
+  storage_ = *std::move(storage);
+  model_ = std::make_unique<Model>(config_, options.max_step_tokens, pool_.get());
+  model_->SetWeights(weights_.get());
+  ModelExecutorOptions executor;
+  executor.max_num_seqs = options.max_num_seqs;
+  executor.max_step_tokens = options.max_step_tokens;
+  executor.max_model_len = 256;
+  executor.page_tokens = options.page_tokens;
+  executor.max_draft_tokens = options.max_draft_tokens;
+  executor_ = std::make_unique<ModelExecutor>(config_, executor, model_.get(), storage_.get(), pool_.get());
+  EngineCoreOptions core;
+  core.scheduler.max_num_seqs = options.max_num_seqs;
+  core.scheduler.max_model_len = executor.max_model_len;
+  core.scheduler.max_step_tokens = options.max_step_tokens;
+  core.scheduler.num_pages = options.num_pages;
+  core.scheduler.page_tokens = options.page_tokens;
+  core.scheduler.num_state_slots = state.num_slots;
+  core.scheduler.score_bytes_per_token = config_.hidden_size * 4;
+  core.vocab_size = config_.vocab_size;
+  core.max_draft_tokens = options.max_draft_tokens;
+  core.eos_token_ids = config_.eos_token_ids;
+  core_ = std::make_unique<EngineCore>(std::move(core), &clock_, executor_.get());
+}
+
+void SteppedEngine::RunToEnd() {
+  for (int step = 0; step < 100000; ++step) {
+    clock_.now += absl::Milliseconds(1);
+    const absl::StatusOr<bool> worked = core_->Step();
+    BEBOP_CHECK(worked.ok());
+    if (!*worked) {
+      BEBOP_CHECK(core_->Idle());
+      BEBOP_CHECK(core_->Audit().ok());
+      return;
+    }
+  }
+  BEBOP_CHECK(false);  // does not end
+}
+
+std::map<int32_t, SampleResult> SteppedEngine::Generate(const GenerateRequest& request) {
+  auto collector = std::make_shared<Collector>();
+  const absl::Status status = core_->Submit(request, collector);
+  BEBOP_CHECK(status.ok());
+  RunToEnd();
+  BEBOP_CHECK(collector->finished && collector->done.ok());
+  return collector->samples;
+}
+
+ScoreResult SteppedEngine::Score(const ScoreRequest& request) {
+  auto collector = std::make_shared<ScoreCollector>();
+  uint64_t handle = 0;
+  const absl::Status status = core_->SubmitScore(request, collector, &handle);
+  BEBOP_CHECK(status.ok());
+  RunToEnd();
+  BEBOP_CHECK(collector->finished && collector->done.ok());
+  return collector->result;
+}
+
+GenerateRequest Request(const std::string& id, std::vector<uint32_t> prompt, int32_t max_new_tokens) {
+  GenerateRequest request;
+  request.request_id = id;
+  request.body_hash = std::hash<std::string>()(id);
+  request.prompt = std::move(prompt);
+  request.stopping.max_new_tokens = max_new_tokens;
+  request.stopping.ignore_eos = true;
+  request.sampling.seed = 11;
+  request.output = {true, true, true, true, true, true};
+  return request;
+}
+
+}  // namespace bebop::test
