@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "absl/time/time.h"
+#include "engine/base/clock.h"
+#include "engine/schedule/scheduler_options.h"
+#include "engine/schedule/step_plan.h"
+#include "tests/sim/fake_model.h"
+
+namespace bebop::sim {
+
+class VirtualClock final : public Clock {
+ public:
+  absl::Time Now() const override { return now_; }
+  void Advance(absl::Duration by) { now_ += by; }
+
+ private:
+  absl::Time now_ = absl::FromUnixSeconds(1000);
+};
+
+// Runs plans against shadow memory and the fake model. For every position of every page it remembers which prefix wrote it, for the target
+// and for the MTP cache, and for every state slot which prefix it holds and which drafts lie in its window. Each pass reads all that a
+// real one would read; reading a wrong or stale entry, writing what another sequence of the step reads, or a plan that breaks its own
+// contract (step_plan.h) is a violation: the first one is kept, and Execute fails.
+class FakeExecutor final : public Executor {
+ public:
+  explicit FakeExecutor(const SchedulerOptions& options);
+
+  absl::Status Execute(const StepPlan& plan, StepResult* result) override;
+
+  const std::string& violation() const { return violation_; }
+  void FailNext(absl::Status status) { fail_next_ = std::move(status); }
+  const std::map<uint64_t, int32_t>& score_rows() const { return score_rows_; }  // unfinished handles it has memory for
+  int64_t num_calls() const { return num_calls_; }
+  const SpecCounts& spec() const { return spec_; }
+  const StepPlan& last_plan() const { return last_plan_; }  // counts and ids; its spans have expired
+
+  // What a score of these tokens returns.
+  static std::vector<float> ScoreReference(const ScoreRequest& request);
+
+ private:
+  struct Entry {
+    uint64_t prefix = 0;   // of all tokens up to and including this position's
+    uint32_t token = 0;
+    int32_t position = -1;
+    bool certain = false;  // MTP: made from a true hidden state
+  };
+  struct State {
+    uint64_t prefix = 0;
+    int32_t num_tokens = -1;
+    std::vector<uint32_t> window;
+  };
+  struct Drafts {
+    const GenerateRequest* request = nullptr;
+    uint32_t sample_index = 0;
+    int32_t base = -1;  // position of the token they stand behind
+    std::vector<uint32_t> tokens;
+  };
+
+  bool Fail(const std::string& what);
+  Entry* At(std::vector<Entry>* entries, std::span<const int32_t> pages, int32_t position);
+  bool CheckTogether(const StepPlan& plan);
+  bool ReadPrefix(std::span<const int32_t> pages, int32_t num_tokens, bool mtp, uint64_t* prefix);
+  bool RunSequence(const SequencePlan& plan, SequenceOutcome* out);
+  bool RunScore(const ScorePlan& plan, StepResult* result);
+
+  const SchedulerOptions options_;
+  std::vector<Entry> target_, mtp_;  // [num_pages * page_tokens]
+  std::vector<State> states_;
+  std::vector<Drafts> drafts_;       // by executor slot
+  std::map<uint64_t, int32_t> score_rows_;
+  std::map<uint64_t, int32_t> score_bases_;
+  std::string violation_;
+  absl::Status fail_next_;
+  int64_t num_calls_ = 0;
+  SpecCounts spec_;
+  StepPlan last_plan_;
+};
+
+}  // namespace bebop::sim
