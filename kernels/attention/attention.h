@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "kernels/common/cpu_features.h"
 #include "kernels/common/ragged_batch.h"
 #include "kernels/common/tensor_view.h"
 #include "kernels/common/thread_pool.h"
@@ -20,9 +21,12 @@ namespace bebop {
 // ([T, nkv*head_dim] of the pages' dtype); the last one is the row's own position.
 //
 // float32 accumulation, softmax in one fixed order over absolute positions: a row's result does not depend on the batch, on how
-// the prompt was cut into chunks, or on threads.
+// the prompt was cut into chunks, on the page size, or on threads. The order: tiles of 16 positions counted from first_index, then
+// the chain, with an online softmax (Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018) whose maximum moves once
+// a tile. Rows and q heads that share keys read them together. Weights below e^-86 of the largest count as 0 (exponential: simd.h).
+// A NaN or infinity reaches the rows that see it, and no others. A row that sees no entry gives 0. head_dim <= 256.
 struct AttentionArgs {
-  RaggedBatch batch;  // row_sequence and row_position must be set
+  RaggedBatch batch;  // row_position must be set; the sequences cover all rows
   TensorView q;
   TensorView q_gate;
   KvPagesView pages;
@@ -36,5 +40,7 @@ struct AttentionArgs {
 
 namespace cpu {
 void Attention(const AttentionArgs& args, ThreadPool& pool);
+// The same with a chosen instruction set (tests). REQUIRES: the processor has it.
+void AttentionWith(InstructionSet set, const AttentionArgs& args, ThreadPool& pool);
 }  // namespace cpu
 }  // namespace bebop

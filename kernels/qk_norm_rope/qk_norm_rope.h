@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "kernels/common/cpu_features.h"
 #include "kernels/common/ragged_batch.h"
 #include "kernels/common/tensor_view.h"
 #include "kernels/common/thread_pool.h"
@@ -10,7 +11,11 @@
 namespace bebop {
 
 // Per-head zero-centred RMSNorm of q and k, NeoX-style partial RoPE on the first `rotary_dim` dims (pairs i, i + rotary_dim/2;
-// inv_freq_i = theta^(-2i/rotary_dim); angles in float32 from an exact position·inv_freq product in double), and the write of k, v.
+// inv_freq_i = theta^(-2i/rotary_dim)), and the write of k, v. head_dim <= 256.
+//
+// Angle, cos and sin are computed in double and only cos and sin are rounded: their error is 2^-25 at any position. (transformers
+// multiplies a float32 inv_freq by a float32 position; at position 200,000 its angles are off by up to 1e-2. The oracle is transformers
+// in float64 with inv_freq computed in float64 too.) The norm's sum of squares is in double, so all bits are those of any thread count.
 //
 //   q_gate: [T, nq * 2*head_dim] float32: per head head_dim query then head_dim gate values (gate is not touched here)
 //   k, v:   [T, nkv * head_dim] float32
@@ -38,5 +43,7 @@ struct QkNormRopeArgs {
 
 namespace cpu {
 void QkNormRope(const QkNormRopeArgs& args, ThreadPool& pool);
+// The same with a chosen instruction set (tests). The bits are those of any other set. REQUIRES: the processor has it.
+void QkNormRopeWith(InstructionSet set, const QkNormRopeArgs& args, ThreadPool& pool);
 }  // namespace cpu
 }  // namespace bebop
