@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bebop/v1/rollout.pb.h"
+#include "client/cpp/client.h"
+
+// The verbs of `bebop`. Each prints its result on stdout, errors on stderr, and returns an ExitCode (console.h). They are checked
+// against cli.md section 2 by tests/integration.
+namespace bebop {
+
+// Flags that every verb knows.
+struct GlobalFlags {
+  std::string server = "127.0.0.1:50051";
+  std::string admin = "127.0.0.1:50052";
+  double timeout_s = 0.0;  // 0: none
+  bool json = false;
+};
+
+// Many messages, one a line, with `concurrency` in flight and the replies in order.
+struct BatchFlags {
+  std::string requests;      // FILE or "-"; empty: one request from flags
+  int32_t concurrency = 32;
+};
+
+struct GenerateFlags {
+  BatchFlags batch;
+  std::optional<std::string> text;
+  std::string token_ids;
+  bool parse_special = false;
+  bool stream = false;
+  // Everything else of the flags. In a batch it fills what a line leaves unset.
+  v1::GenerateRequest request;
+};
+int RunGenerate(Client* client, const GlobalFlags& global, const GenerateFlags& flags);
+
+struct ScoreFlags {
+  BatchFlags batch;
+  std::string token_ids;
+  v1::ScoreRequest request;
+};
+int RunScore(Client* client, const GlobalFlags& global, const ScoreFlags& flags);
+
+struct TokenizeFlags {
+  BatchFlags batch;
+  std::optional<std::string> text;
+  bool parse_special = false;
+};
+int RunTokenize(Client* client, const GlobalFlags& global, const TokenizeFlags& flags);
+
+struct DetokenizeFlags {
+  BatchFlags batch;
+  std::vector<std::string> ids;
+  bool skip_special = false;
+};
+int RunDetokenize(Client* client, const GlobalFlags& global, const DetokenizeFlags& flags);
+
+int RunInfo(Client* client, const GlobalFlags& global);
+int RunHealth(Client* client, const GlobalFlags& global, const std::string& service);
+int RunLoads(Client* client, const GlobalFlags& global);
+
+struct BenchFlags {
+  int32_t concurrency = 8;     // closed loop: requests in flight
+  double rate = 0.0;           // > 0: open loop, requests per second (Poisson arrivals)
+  int32_t num_requests = 32;
+  int32_t num_samples = 1;
+  int32_t prompt_len = 64;
+  int32_t output_len = 64;
+  int32_t warmup = 2;          // requests before the measurement
+  uint64_t seed = 1;
+  double temperature = 1.0;
+  std::optional<int32_t> num_draft_tokens;
+  v1::SpeculationParams::Mode mode = v1::SpeculationParams::UNSPECIFIED;
+  std::optional<double> synthetic_acceptance;
+  std::optional<double> synthetic_accept_length;  // solved for the number of draft tokens
+};
+int RunBench(Client* client, const GlobalFlags& global, const BenchFlags& flags);
+
+struct VerifyFlags {
+  int32_t num_prompts = 4;
+  int32_t num_samples = 2048;  // a mode and prompt
+  int32_t greedy_tokens = 48;
+  uint64_t seed = 0;           // 0: a fresh one
+};
+int RunVerify(Client* client, const GlobalFlags& global, const VerifyFlags& flags);
+
+}  // namespace bebop

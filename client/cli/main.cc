@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: Apache-2.0
+// bebop: the command line client.
+#include <CLI/CLI.hpp>
+#include <cstdlib>
+#include <map>
+
+#include "absl/strings/str_replace.h"
+#include "client/cli/commands.h"
+#include "client/cli/console.h"
+
+namespace {
+
+using bebop::v1::SpeculationParams;
+
+const std::map<std::string, SpeculationParams::Mode> kModes = {{"off", SpeculationParams::OFF},
+                                                               {"target_only", SpeculationParams::TARGET_ONLY},
+                                                               {"rejection", SpeculationParams::REJECTION},
+                                                               {"coupled", SpeculationParams::COUPLED}};
+
+void AddBatch(CLI::App* verb, bebop::BatchFlags* flags) {
+  verb->add_option("--requests", flags->requests, "One JSON message a line from FILE, or - for stdin");
+  verb->add_option("--concurrency", flags->concurrency, "With --requests: how many are in flight")->check(CLI::Range(1, 1024))->capture_default_str();
+}
+
+void AddMode(CLI::App* verb, std::function<void(SpeculationParams::Mode)> set) {
+  std::vector<std::string> names;
+  for (const auto& [name, mode] : kModes) names.push_back(name);
+  verb->add_option_function<std::string>("--mode", [set](const std::string& name) { set(kModes.at(name)); }, "off, target_only, rejection or coupled")
+      ->check(CLI::IsMember(names));
+}
+
+CLI::App* AddGenerate(CLI::App* app, bebop::GenerateFlags* flags) {
+  CLI::App* verb = app->add_subcommand("generate", "Continue a prompt");
+  auto* const request = &flags->request;
+  verb->add_option_function<std::string>("TEXT", [flags](const std::string& text) { flags->text = text; }, "The prompt as text");
+  verb->add_option("--token-ids", flags->token_ids, "The prompt as token ids, \"1 2 3\"");
+  verb->add_flag("--parse-special", flags->parse_special, "Special tokens written in TEXT become their ids");
+  AddBatch(verb, &flags->batch);
+  verb->add_option_function<int32_t>("-n,--num-samples", [request](int32_t n) { request->set_num_samples(n); }, "Samples of the prompt");
+  verb->add_option_function<int32_t>("--max-new-tokens", [request](int32_t n) { request->mutable_stopping()->set_max_new_tokens(n); }, "");
+  verb->add_option_function<int32_t>("--min-new-tokens", [request](int32_t n) { request->mutable_stopping()->set_min_new_tokens(n); }, "");
+  verb->add_option_function<float>("--temperature", [request](float x) { request->mutable_sampling()->set_temperature(x); }, "0 is greedy");
+  verb->add_option_function<float>("--top-p", [request](float x) { request->mutable_sampling()->set_top_p(x); }, "");
+  verb->add_option_function<int32_t>("--top-k", [request](int32_t n) { request->mutable_sampling()->set_top_k(n); }, "");
+  verb->add_option_function<float>("--min-p", [request](float x) { request->mutable_sampling()->set_min_p(x); }, "");
+  verb->add_option_function<uint64_t>("--seed", [request](uint64_t n) { request->mutable_sampling()->set_seed(n); }, "");
+  verb->add_option_function<std::vector<std::string>>(
+          "--stop",
+          [request](const std::vector<std::string>& stops) {
+            for (const std::string& stop : stops) request->mutable_stopping()->add_stop(stop);
+          },
+          "Stop string; may be repeated")
+      ->allow_extra_args(false);
+  verb->add_option_function<std::string>(
+      "--stop-token-ids",
+      [request](const std::string& text) {
+        const auto ids = bebop::ParseTokenIds(text);
+        if (!ids.ok()) throw CLI::ValidationError("--stop-token-ids", std::string(ids.status().message()));
+        request->mutable_stopping()->mutable_stop_token_ids()->Add(ids->begin(), ids->end());
+      },
+      "\"1 2 3\"");
+  verb->add_flag_callback("--ignore-eos", [request] { request->mutable_stopping()->set_ignore_eos(true); }, "");
+  AddMode(verb, [request](SpeculationParams::Mode mode) { request->mutable_speculation()->set_mode(mode); });
+  verb->add_option_function<int32_t>("--num-draft-tokens", [request](int32_t n) { request->mutable_speculation()->set_num_draft_tokens(n); }, "");
+  verb->add_flag_callback("--logprobs", [request] { request->mutable_output()->set_logprobs(true); }, "");
+  verb->add_flag("--stream", flags->stream, "Show tokens as they come");
+  return verb;
+}
+
+CLI::App* AddScore(CLI::App* app, bebop::ScoreFlags* flags) {
+  CLI::App* verb = app->add_subcommand("score", "Teacher-forced log-probabilities");
+  auto* const request = &flags->request;
+  AddBatch(verb, &flags->batch);
+  verb->add_option("--token-ids", flags->token_ids, "One sequence, \"1 2 3\"");
+  verb->add_option_function<int32_t>("--score-start", [request](int32_t n) { request->set_score_start(n); }, "First position to score");
+  verb->add_option_function<float>("--temperature", [request](float x) { request->set_temperature(x); }, "");
+  verb->add_option_function<int32_t>("--top-logprobs", [request](int32_t n) { request->set_top_logprobs(n); }, "");
+  verb->add_flag_callback("--entropy", [request] { request->set_entropy(true); }, "");
+  verb->add_option_function<int32_t>("--draft-depth", [request](int32_t n) { request->set_draft_depth(n); }, "Score the MTP layer, too");
+  return verb;
+}
+
+CLI::App* AddBench(CLI::App* app, bebop::BenchFlags* flags) {
+  CLI::App* verb = app->add_subcommand("bench", "Put load on the server and measure");
+  const auto number = [verb](const char* name, int32_t* value, int low, const char* help) {
+    verb->add_option(name, *value, help)->check(CLI::Range(low, 1 << 24))->capture_default_str();
+  };
+  number("--concurrency", &flags->concurrency, 1, "Closed loop: requests in flight");
+  verb->add_option("--rate", flags->rate, "Open loop: requests per second, Poisson arrivals")->check(CLI::Range(1e-6, 1e6));
+  number("--num-requests", &flags->num_requests, 1, "Requests measured");
+  number("--num-samples", &flags->num_samples, 1, "Samples a request");
+  number("--prompt-len", &flags->prompt_len, 1, "Random prompt ids");
+  number("--output-len", &flags->output_len, 1, "Tokens a sample");
+  number("--warmup", &flags->warmup, 0, "Requests before the measurement");
+  verb->add_option("--seed", flags->seed, "Of prompts, samples and arrivals")->capture_default_str();
+  verb->add_option("--temperature", flags->temperature, "")->capture_default_str();
+  verb->add_option_function<int32_t>("--num-draft-tokens", [flags](int32_t n) { flags->num_draft_tokens = n; }, "");
+  AddMode(verb, [flags](SpeculationParams::Mode mode) { flags->mode = mode; });
+  CLI::Option* acceptance = verb->add_option_function<double>(
+      "--synthetic-acceptance", [flags](double x) { flags->synthetic_acceptance = x; }, "Accept each reached draft with this probability");
+  verb->add_option_function<double>("--synthetic-accept-length", [flags](double x) { flags->synthetic_accept_length = x; },
+                                    "The same by the mean number of tokens an iteration")
+      ->excludes(acceptance);
+  return verb;
+}
+
+CLI::App* AddVerify(CLI::App* app, bebop::VerifyFlags* flags) {
+  CLI::App* verb = app->add_subcommand("verify", "Test that speculative and plain sampling agree on the loaded checkpoint");
+  verb->add_option("--num-prompts", flags->num_prompts, "")->check(CLI::Range(1, 64))->capture_default_str();
+  verb->add_option("--num-samples", flags->num_samples, "Samples a mode and prompt")->check(CLI::Range(1, 1 << 24))->capture_default_str();
+  verb->add_option("--greedy-tokens", flags->greedy_tokens, "Tokens of the equality tests")->check(CLI::Range(1, 4096))->capture_default_str();
+  verb->add_option("--seed", flags->seed, "0: a fresh one")->capture_default_str();
+  return verb;
+}
+
+std::string FromEnvironment(const char* name, const std::string& fallback) {
+  const char* value = std::getenv(name);
+  return value != nullptr && *value != '\0' ? value : fallback;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  bebop::GlobalFlags global;
+  global.server = FromEnvironment("BEBOP_SERVER", global.server);
+  global.admin = FromEnvironment("BEBOP_ADMIN", global.admin);
+  bebop::GenerateFlags generate;
+  bebop::ScoreFlags score;
+  bebop::TokenizeFlags tokenize;
+  bebop::DetokenizeFlags detokenize;
+  bebop::BenchFlags bench;
+  bebop::VerifyFlags verify;
+  std::string health_service;
+
+  CLI::App app{"Client of bebop-server.", "bebop"};
+  app.require_subcommand(1);
+  app.fallthrough();
+  app.add_option("--server", global.server, "Rollout port, HOST:PORT (or BEBOP_SERVER)")->capture_default_str();
+  app.add_option("--admin", global.admin, "Admin port, HOST:PORT (or BEBOP_ADMIN)")->capture_default_str();
+  app.add_option("--timeout", global.timeout_s, "Seconds a call may take; default: no limit")->check(CLI::Range(0.001, 1e9));
+  app.add_flag("--json", global.json, "JSON, one object a line");
+  CLI::App* generate_verb = AddGenerate(&app, &generate);
+  CLI::App* score_verb = AddScore(&app, &score);
+  CLI::App* tokenize_verb = app.add_subcommand("tokenize", "Text to token ids");
+  tokenize_verb->add_option_function<std::string>("TEXT", [&](const std::string& text) { tokenize.text = text; }, "");
+  tokenize_verb->add_flag("--parse-special", tokenize.parse_special, "Special tokens written in TEXT become their ids");
+  AddBatch(tokenize_verb, &tokenize.batch);
+  CLI::App* detokenize_verb = app.add_subcommand("detokenize", "Token ids to text");
+  detokenize_verb->add_option("IDS", detokenize.ids, "");
+  detokenize_verb->add_flag("--skip-special", detokenize.skip_special, "Leave special tokens out");
+  AddBatch(detokenize_verb, &detokenize.batch);
+  CLI::App* info_verb = app.add_subcommand("info", "What the server is");
+  CLI::App* health_verb = app.add_subcommand("health", "Whether it serves; exit status 0 when it does");
+  health_verb->add_option("--service", health_service, "bebop.v1.Rollout or bebop.v1.Info; default: the whole server");
+  CLI::App* loads_verb = app.add_subcommand("loads", "What it does");
+  CLI::App* bench_verb = AddBench(&app, &bench);
+  CLI::App* verify_verb = AddVerify(&app, &verify);
+
+  // CLI11 reports by exception; this is the one place that sees them.
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::CallForHelp&) {
+    const auto parsed = app.get_subcommands();
+    std::fputs((parsed.empty() ? app.help() : parsed.front()->help()).c_str(), stdout);
+    return bebop::kExitOk;
+  } catch (const CLI::ParseError& error) {
+    return bebop::ReportUsage(absl::StrReplaceAll(error.what(), {{"\n", " "}}));
+  }
+
+  bebop::ClientOptions options;
+  options.server = global.server;
+  options.admin = global.admin;
+  if (global.timeout_s > 0.0) options.timeout = absl::Seconds(global.timeout_s);
+  bebop::Client client(options);
+  if (generate_verb->parsed()) return bebop::RunGenerate(&client, global, generate);
+  if (score_verb->parsed()) return bebop::RunScore(&client, global, score);
+  if (tokenize_verb->parsed()) return bebop::RunTokenize(&client, global, tokenize);
+  if (detokenize_verb->parsed()) return bebop::RunDetokenize(&client, global, detokenize);
+  if (info_verb->parsed()) return bebop::RunInfo(&client, global);
+  if (health_verb->parsed()) return bebop::RunHealth(&client, global, health_service);
+  if (loads_verb->parsed()) return bebop::RunLoads(&client, global);
+  if (bench_verb->parsed()) return bebop::RunBench(&client, global, bench);
+  if (verify_verb->parsed()) return bebop::RunVerify(&client, global, verify);
+  return bebop::ReportUsage("no verb");  // unreachable: one is required
+}
