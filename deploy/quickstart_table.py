@@ -50,7 +50,7 @@ def run_cell(args, prompts, prompt_ids, mode, max_new_tokens):
     tokens = sum(len(sample["token_ids"]) for _, sample in samples)
     entropy = sum(sum(sample["entropy"]) for _, sample in samples)
     texts = bebop(args, "detokenize", [{"token_ids": sample["token_ids"], "skip_special": False} for _, sample in samples])
-    solved = sum(tasks.check(prompt, text["text"]) for (prompt, _), text in zip(samples, texts))
+    solved = sum(tasks.check(prompt["task"], prompt["meta"], text["text"]) for (prompt, _), text in zip(samples, texts))
     accepted = [0] * NUM_DRAFT_TOKENS
     drafted = [0] * NUM_DRAFT_TOKENS
     steps = 0
@@ -83,7 +83,7 @@ def main():
     print(header)
     print("-" * len(header))
     for task in TASKS:
-        prompts = tasks.prompts(task, args.prompts, seed=7, split="heldout")
+        prompts = list(tasks.draw_prompts(task, args.prompts, seed=7, split="heldout"))
         tokenized = bebop(args, "tokenize", [{"text": prompt["prompt"], "parse_special": True} for prompt in prompts])
         prompt_ids = [line["token_ids"] for line in tokenized]
         for mode in MODES:
