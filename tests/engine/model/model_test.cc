@@ -63,6 +63,15 @@ void ExpectSameRows(const Matrix& actual, int64_t actual_begin, const Matrix& ex
   }
 }
 
+// Row `actual_row` is row `expected_row` but for rounding: the attention kernel sums a chain's entries apart from those in pages.
+void ExpectCloseRow(const Matrix& actual, int64_t actual_row, const Matrix& expected, int64_t expected_row, DType dtype,
+                    const std::string& what) {
+  // Outputs are of order 1. In bfloat16 one value that rounds the other way is off by 2^-9 of itself and spreads from there.
+  const float tolerance = dtype == DType::kFloat32 ? 1e-5f : 0.05f;
+  const std::span<const float> a = actual.row(actual_row), e = expected.row(expected_row);
+  for (int64_t c = 0; c < actual.cols; ++c) ASSERT_NEAR(a[c], e[c], tolerance) << what << ": column " << c;
+}
+
 class ModelTest : public testing::TestWithParam<std::tuple<std::string, DType>> {
  protected:
   ModelTest() : config_(TinyConfig(std::get<0>(GetParam()))), random_(20240601) {
@@ -331,7 +340,7 @@ TEST_P(ModelTest, MtpChainEqualsRecurrentDrafting) {
     ExpectSameRows(chained[0], base, last, 0, 1, "depth 1");
     for (int32_t depth = 2; depth <= kDepth; ++depth) {
       last = recurrent.Mtp({{&drafted, {tokens[base + depth]}, base + depth}}, last);
-      ExpectSameRows(chained[depth - 1], base, last, 0, 1,
+      ExpectCloseRow(chained[depth - 1], base, last, 0, dtype(),
                      "base " + std::to_string(base) + " depth " + std::to_string(depth));
       if (HasFatalFailure()) return;
     }
