@@ -13,12 +13,16 @@ namespace bebop::cpu {
 // Rows of x that a tile can take at most.
 inline constexpr int kMaxTileRows = 16;
 
+// Items of a row of x that lie side by side.
+inline constexpr int kBlockItems = 16;
+
 // Tiles of this many rows or more prefetch into L2, so that it can be done far ahead; smaller ones, which wait for memory alone, into L1.
 inline constexpr int kFarPrefetchRows = 4;
 
 // y[0..R, panels] (+)= x W over a run of columns; R is the tile function's.
 //
-// x comes as 32-bit items, interleaved over the R rows ([item][R]), in one of three forms (XForm). A chunk is the 64 bytes of a panel
+// x comes as 32-bit items in blocks of 16, [block][R][16], in one of three forms (XForm): a tile walks through it with one pointer,
+// and packing it moves whole vectors. A chunk is the 64 bytes of a panel
 // that hold one group of columns for its 16 rows: a pair of bf16 columns, or one float32 column.
 struct TileArgs {
   const char* weights = nullptr;  // first panel, at the first column of the run
@@ -39,8 +43,8 @@ using TileFunction = void (*)(const TileArgs& args);
 // The items of x: a pair of columns rounded to bf16; a column as float; a column rounded to bf16, as float.
 enum class XForm : uint8_t { kBf16Pair, kFloat, kRoundedFloat };
 
-// Writes `rows` (<= kMaxTileRows) rows of x [rows, cols] (rows `stride` floats apart), columns [begin, end), as items interleaved
-// over the rows; out is where column `begin` goes. begin and end are multiples of 32; columns from `cols` on become zero.
+// Writes `rows` (<= kMaxTileRows) rows of x [rows, cols] (rows `stride` floats apart), columns [begin, end), as [block][rows][16]
+// items; out is where column `begin` goes. begin and end are multiples of 32; columns from `cols` on become zero.
 using PackFunction = void (*)(const float* x, int64_t stride, int rows, int64_t cols, int64_t begin, int64_t end, uint32_t* out);
 
 // The tiles of one instruction set for one weight type.

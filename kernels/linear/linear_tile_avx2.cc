@@ -32,9 +32,8 @@ struct Avx2Bf16Op : Avx2Op {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16)),
             _mm256_castsi256_ps(_mm256_and_si256(low, upper_half)), _mm256_castsi256_ps(_mm256_and_si256(high, upper_half))};
   }
-  template <int R>
   static void Multiply(Sum& sum, const Weights& weights, const uint32_t* x) {
-    const __m256 even = Broadcast(x), odd = Broadcast(x + R);
+    const __m256 even = Broadcast(x), odd = Broadcast(x + 1);
     sum.low = _mm256_fmadd_ps(weights.even_low, even, sum.low);
     sum.high = _mm256_fmadd_ps(weights.even_high, even, sum.high);
     sum.low = _mm256_fmadd_ps(weights.odd_low, odd, sum.low);
@@ -46,7 +45,6 @@ struct Avx2FloatOp : Avx2Op {
   static constexpr int kItems = 1;
   using Weights = Sum;
   static Weights Load(const char* from) { return LoadSum(reinterpret_cast<const float*>(from)); }
-  template <int R>
   static void Multiply(Sum& sum, const Weights& weights, const uint32_t* x) {
     const __m256 value = Broadcast(x);
     sum.low = _mm256_fmadd_ps(weights.low, value, sum.low);

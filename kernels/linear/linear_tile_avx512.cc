@@ -17,10 +17,9 @@ struct Avx512WidenOp : Avx512Op {
     const __v16su pairs = reinterpret_cast<__v16su>(_mm512_load_si512(from));
     return {reinterpret_cast<__m512>(pairs << 16), reinterpret_cast<__m512>(pairs & 0xffff0000u)};
   }
-  template <int R>
   static void Multiply(Sum& sum, const Weights& weights, const uint32_t* x) {
     sum = _mm512_fmadd_ps(weights.even, Broadcast(x), sum);
-    sum = _mm512_fmadd_ps(weights.odd, Broadcast(x + R), sum);
+    sum = _mm512_fmadd_ps(weights.odd, Broadcast(x + 1), sum);
   }
 };
 
@@ -28,7 +27,6 @@ struct Avx512FloatOp : Avx512Op {
   static constexpr int kItems = 1;
   using Weights = __m512;
   static Weights Load(const char* from) { return _mm512_load_ps(from); }
-  template <int R>
   static void Multiply(Sum& sum, const Weights& weights, const uint32_t* x) {
     sum = _mm512_fmadd_ps(weights, Broadcast(x), sum);
   }

@@ -12,7 +12,6 @@ struct Avx512DotBf16Op : Avx512Op {
   static constexpr int kItems = 1;
   using Weights = __m512bh;
   static Weights Load(const char* from) { return reinterpret_cast<__m512bh>(_mm512_load_si512(from)); }
-  template <int R>
   static void Multiply(Sum& sum, const Weights& weights, const uint32_t* x) {
     sum = _mm512_dpbf16_ps(sum, weights, reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(*x))));
   }

@@ -16,7 +16,7 @@
 //   Op::Sum        16 partial sums
 //   Op::Weights    a loaded chunk; Op::Load(const char*)
 //   Op::Zero(), Op::LoadSum(const float*), Op::StoreSum(float*, Sum)
-//   Op::Multiply<R>(Sum&, const Weights&, const uint32_t* x)   x: items of one row, R apart
+//   Op::Multiply(Sum&, const Weights&, const uint32_t* x)   x: the chunk's items of one row
 namespace bebop::cpu {
 namespace {
 
@@ -44,18 +44,21 @@ inline void TilePanels(const TileArgs& args, const char* weights, const char*& p
   }
 
   const uint32_t* x = args.x;
-  for (int64_t chunk = 0; chunk < args.num_chunks; ++chunk) {
-    __builtin_prefetch(prefetch, 0, R >= kFarPrefetchRows ? 2 : 3);
-    prefetch += args.prefetch_step;
-    typename Op::Weights chunk_weights[P];
-    BEBOP_UNROLL
-    for (int panel = 0; panel < P; ++panel) chunk_weights[panel] = Op::Load(weights + panel * args.panel_bytes + chunk * 64);
-    BEBOP_UNROLL
-    for (int row = 0; row < R; ++row) {
+  for (int64_t block = 0; block < args.num_chunks * Op::kItems / kBlockItems; ++block) {
+    for (int item = 0; item < kBlockItems; item += Op::kItems) {
+      __builtin_prefetch(prefetch, 0, R >= kFarPrefetchRows ? 2 : 3);
+      prefetch += args.prefetch_step;
+      typename Op::Weights chunk[P];
       BEBOP_UNROLL
-      for (int panel = 0; panel < P; ++panel) Op::template Multiply<R>(sums[panel][row], chunk_weights[panel], x + row);
+      for (int panel = 0; panel < P; ++panel) chunk[panel] = Op::Load(weights + panel * args.panel_bytes);
+      weights += 64;
+      BEBOP_UNROLL
+      for (int row = 0; row < R; ++row) {
+        BEBOP_UNROLL
+        for (int panel = 0; panel < P; ++panel) Op::Multiply(sums[panel][row], chunk[panel], x + row * kBlockItems + item);
+      }
     }
-    x += R * Op::kItems;
+    x += R * kBlockItems;
   }
 
   BEBOP_UNROLL
@@ -90,39 +93,57 @@ void Tile(const TileArgs& args) {
   }
 }
 
-// Bits of a float rounded to bf16 (nearest, ties to even; a NaN stays one), as in kernels/common/dtype.h but free of branches.
-inline uint32_t RoundedBits(uint32_t bits) {
-  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const uint32_t nan = bits | 0x400000u;
-  return ((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded) & 0xffff0000u;
+// The widest vector of the file's flags: GCC takes wider ones apart into scalars.
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+inline constexpr int kLanes = 8;
+#else
+inline constexpr int kLanes = 4;
+#endif
+using Lanes = uint32_t __attribute__((vector_size(4 * kLanes)));
+using SignedLanes = int32_t __attribute__((vector_size(4 * kLanes)));
+
+// A block of the bits of floats, rounded to bf16 (nearest, ties to even; a NaN stays one) as ToBFloat16 of kernels/common/dtype.h.
+inline void RoundToBf16(uint32_t* items) {
+  for (int i = 0; i < kBlockItems; i += kLanes) {
+    Lanes bits;
+    __builtin_memcpy(&bits, items + i, sizeof(bits));
+    const Lanes rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    const Lanes nan = bits | 0x400000u;
+    const auto magnitude = reinterpret_cast<SignedLanes>(bits & 0x7fffffffu);  // AVX2 compares signed numbers only
+    bits = (magnitude > 0x7f800000 ? nan : rounded) & 0xffff0000u;
+    __builtin_memcpy(items + i, &bits, sizeof(bits));
+  }
+}
+
+// The bits of x[begin..begin + 16), zeros from `cols` on.
+inline void LoadItems(const float* x, int64_t begin, int64_t cols, uint32_t* items) {
+  if (begin + kBlockItems <= cols) {
+    __builtin_memcpy(items, x + begin, kBlockItems * sizeof(uint32_t));
+  } else {
+    for (int i = 0; i < kBlockItems; ++i) items[i] = begin + i < cols ? __builtin_bit_cast(uint32_t, x[begin + i]) : 0;
+  }
 }
 
 template <XForm kForm>
 void PackX(const float* x, int64_t stride, int rows, int64_t cols, int64_t begin, int64_t end, uint32_t* out) {
-  constexpr int kItems = kForm == XForm::kBf16Pair ? 16 : 32;  // of 32 columns
-  for (int64_t c = begin; c < end; c += 32) {
+  for (int64_t c = begin; c < end; c += kForm == XForm::kBf16Pair ? 2 * kBlockItems : kBlockItems) {
     for (int row = 0; row < rows; ++row) {
-      const float* from = x + row * stride + c;
-      float values[32];
-      if (c + 32 <= cols) {
-        __builtin_memcpy(values, from, sizeof(values));
-      } else {
-        for (int i = 0; i < 32; ++i) values[i] = c + i < cols ? from[i] : 0.0f;
-      }
-      uint32_t items[32];
-      __builtin_memcpy(items, values, sizeof(items));
-      if constexpr (kForm != XForm::kFloat) {
-        for (int i = 0; i < 32; ++i) items[i] = RoundedBits(items[i]);
-      }
+      const float* from = x + row * stride;
       if constexpr (kForm == XForm::kBf16Pair) {
-        uint32_t pairs[16];
-        for (int i = 0; i < 16; ++i) pairs[i] = items[2 * i] >> 16 | items[2 * i + 1];
-        for (int i = 0; i < kItems; ++i) out[i * rows + row] = pairs[i];
+        uint32_t items[2 * kBlockItems];
+        LoadItems(from, c, cols, items);
+        LoadItems(from, c + kBlockItems, cols, items + kBlockItems);
+        RoundToBf16(items);
+        RoundToBf16(items + kBlockItems);
+        for (int i = 0; i < kBlockItems; ++i) out[i] = items[2 * i] >> 16 | items[2 * i + 1];
       } else {
-        for (int i = 0; i < kItems; ++i) out[i * rows + row] = items[i];
+        LoadItems(from, c, cols, out);
+        if constexpr (kForm == XForm::kRoundedFloat) RoundToBf16(out);
       }
+      out += kBlockItems;
     }
-    out += kItems * rows;
   }
 }
 

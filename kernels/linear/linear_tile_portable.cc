@@ -39,9 +39,8 @@ struct PortableBf16Op : PortableOp {
     }
     return weights;
   }
-  template <int R>
   static void Multiply(Sum& sum, const Weights& weights, const uint32_t* x) {
-    const float even = ItemAsFloat(x[0]), odd = ItemAsFloat(x[R]);
+    const float even = ItemAsFloat(x[0]), odd = ItemAsFloat(x[1]);
     for (int i = 0; i < 16; ++i) sum.lanes[i] += weights.even[i] * even;
     for (int i = 0; i < 16; ++i) sum.lanes[i] += weights.odd[i] * odd;
   }
@@ -55,7 +54,6 @@ struct PortableFloatOp : PortableOp {
     __builtin_memcpy(weights.lanes, from, sizeof(weights.lanes));
     return weights;
   }
-  template <int R>
   static void Multiply(Sum& sum, const Weights& weights, const uint32_t* x) {
     const float value = ItemAsFloat(*x);
     for (int i = 0; i < 16; ++i) sum.lanes[i] += weights.lanes[i] * value;
