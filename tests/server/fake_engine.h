@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "engine/base/mutex.h"
+#include "engine/runtime/engine_interface.h"
+
+namespace bebop {
+
+// An engine whose every step a test decides: requests wait until the test delivers samples or ends them, on the calling thread.
+class FakeEngine final : public EngineInterface {
+ public:
+  struct Request {
+    GenerateRequest request;
+    std::vector<std::shared_ptr<GenerateObserver>> observers;
+    std::vector<SampleResult> samples;
+    bool done = false;
+  };
+  struct Score {
+    ScoreRequest request;
+    std::shared_ptr<ScoreObserver> observer;  // null: cancelled or delivered
+  };
+
+  FakeEngine() {
+    info_.model_name = "fake";
+    info_.config.vocab_size = 100;
+    info_.config.hidden_size = 8;
+    info_.config.layers = {LayerKind::kLinearAttention, LayerKind::kFullAttention};
+    info_.device = "cpu";
+    info_.max_model_len = 1 << 20;
+    info_.max_num_seqs = 4;
+    info_.max_draft_tokens = 5;
+    info_.has_mtp = true;
+    info_.weight_step = 7;
+  }
+
+  // ---- EngineInterface ----
+
+  absl::Status Submit(GenerateRequest request, std::shared_ptr<GenerateObserver> observer) override {
+    MutexLock lock(&mutex_);
+    if (!submit_status_.ok()) return submit_status_;
+    const std::string id = request.request_id;
+    auto [found, is_new] = requests_.try_emplace(id);
+    if (is_new) {
+      found->second.request = std::move(request);
+    } else if (found->second.request.body_hash != request.body_hash) {
+      return absl::AlreadyExistsError("request id in use with another body");
+    }
+    Request& entry = found->second;
+    for (const SampleResult& sample : entry.samples) observer->OnSample(sample);
+    if (entry.done) {
+      observer->OnDone(absl::OkStatus());
+    } else {
+      entry.observers.push_back(std::move(observer));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status SubmitScore(ScoreRequest request, std::shared_ptr<ScoreObserver> observer, uint64_t* handle) override {
+    MutexLock lock(&mutex_);
+    if (scores_left_ == 0) return absl::ResourceExhaustedError("queue full");
+    --scores_left_;
+    *handle = ++last_handle_;
+    scores_[*handle] = {std::move(request), std::move(observer)};
+    return absl::OkStatus();
+  }
+
+  void Detach(const std::string& request_id, const GenerateObserver* observer) override {
+    MutexLock lock(&mutex_);
+    const auto found = requests_.find(request_id);
+    if (found == requests_.end()) return;
+    auto& observers = found->second.observers;
+    for (auto it = observers.begin(); it != observers.end(); ++it) {
+      if (it->get() != observer) continue;
+      observers.erase(it);
+      ++num_detached_;
+      return;
+    }
+  }
+  void CancelScore(uint64_t handle) override {
+    MutexLock lock(&mutex_);
+    scores_[handle].observer = nullptr;
+    ++num_cancelled_scores_;
+  }
+  bool Abort(const std::string& request_id) override {
+    MutexLock lock(&mutex_);
+    const auto found = requests_.find(request_id);
+    return found != requests_.end() && !found->second.done;
+  }
+  void Wake() override { ++num_wakes_; }
+  void Drain(absl::Duration) override {
+    draining_ = true;
+    while (HasOpenRequests()) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+  const EngineInfo& info() const override { return info_; }
+  const Tokenizer* tokenizer() const override { return nullptr; }
+  EngineLoads GetLoads() const override {
+    EngineLoads loads;
+    loads.submitted = 3;
+    loads.finished = 2;
+    loads.running_requests = 1;
+    return loads;
+  }
+  absl::Status health() const override {
+    MutexLock lock(&mutex_);
+    return health_;
+  }
+  absl::Duration SinceHeartbeat() const override { return absl::Milliseconds(250); }
+
+  // ---- for tests ----
+
+  void SetSubmitStatus(absl::Status status) {
+    MutexLock lock(&mutex_);
+    submit_status_ = std::move(status);
+  }
+  void SetHealth(absl::Status status) {
+    MutexLock lock(&mutex_);
+    health_ = std::move(status);
+  }
+  void SetScoresLeft(int count) {
+    MutexLock lock(&mutex_);
+    scores_left_ = count;
+  }
+  EngineInfo& mutable_info() { return info_; }  // before the server starts
+
+  // True once `condition` holds; false after 10 s.
+  static bool WaitUntil(const std::function<bool()>& condition) {
+    for (int i = 0; i < 2000; ++i) {
+      if (condition()) return true;
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+    return false;
+  }
+  // The request's observers, once `count` of them are attached.
+  std::vector<std::shared_ptr<GenerateObserver>> WaitForObservers(const std::string& id, size_t count = 1) {
+    std::vector<std::shared_ptr<GenerateObserver>> observers;
+    WaitUntil([&] {
+      MutexLock lock(&mutex_);
+      const auto found = requests_.find(id);
+      if (found == requests_.end() || found->second.observers.size() < count) return false;
+      observers = found->second.observers;
+      return true;
+    });
+    return observers;
+  }
+  void Sample(const std::string& id, const SampleResult& sample) {
+    std::vector<std::shared_ptr<GenerateObserver>> observers;
+    {
+      MutexLock lock(&mutex_);
+      requests_[id].samples.push_back(sample);
+      observers = requests_[id].observers;
+    }
+    for (const auto& observer : observers) observer->OnSample(sample);
+  }
+  void Done(const std::string& id, const absl::Status& status) {
+    std::vector<std::shared_ptr<GenerateObserver>> observers;
+    {
+      MutexLock lock(&mutex_);
+      requests_[id].done = true;
+      observers.swap(requests_[id].observers);
+    }
+    for (const auto& observer : observers) observer->OnDone(status);
+  }
+  GenerateRequest RequestOf(const std::string& id) {
+    MutexLock lock(&mutex_);
+    return requests_[id].request;
+  }
+  std::string OnlyRequestId() const {
+    MutexLock lock(&mutex_);
+    return requests_.size() == 1 ? requests_.begin()->first : std::string();
+  }
+  bool HasOpenRequests() const {
+    MutexLock lock(&mutex_);
+    for (const auto& [id, request] : requests_) {
+      if (!request.observers.empty()) return true;
+    }
+    return false;
+  }
+  // Delivers `make(request)` to every waiting score, once `count` wait.
+  bool AnswerScores(size_t count, const std::function<std::pair<absl::Status, ScoreResult>(const ScoreRequest&)>& make) {
+    std::vector<Score> waiting;
+    const bool found = WaitUntil([&] {
+      MutexLock lock(&mutex_);
+      size_t open = 0;
+      for (const auto& [handle, score] : scores_) open += score.observer != nullptr ? 1 : 0;
+      if (open < count) return false;
+      for (auto& [handle, score] : scores_) {
+        if (score.observer != nullptr) waiting.push_back(score);
+        score.observer = nullptr;
+      }
+      return true;
+    });
+    for (const Score& score : waiting) {
+      auto [status, result] = make(score.request);
+      score.observer->OnScore(status, std::move(result));
+    }
+    return found;
+  }
+  int num_detached() const {
+    MutexLock lock(&mutex_);
+    return num_detached_;
+  }
+  int num_cancelled_scores() const {
+    MutexLock lock(&mutex_);
+    return num_cancelled_scores_;
+  }
+  int num_wakes() const { return num_wakes_; }
+  bool draining() const { return draining_; }
+
+ private:
+  mutable Mutex mutex_;
+  EngineInfo info_;
+  std::map<std::string, Request> requests_ ABSL_GUARDED_BY(mutex_);
+  std::map<uint64_t, Score> scores_ ABSL_GUARDED_BY(mutex_);
+  uint64_t last_handle_ ABSL_GUARDED_BY(mutex_) = 0;
+  int scores_left_ ABSL_GUARDED_BY(mutex_) = 1 << 20;
+  absl::Status submit_status_ ABSL_GUARDED_BY(mutex_);
+  absl::Status health_ ABSL_GUARDED_BY(mutex_);
+  int num_detached_ ABSL_GUARDED_BY(mutex_) = 0;
+  int num_cancelled_scores_ ABSL_GUARDED_BY(mutex_) = 0;
+  std::atomic<int> num_wakes_ = 0;
+  std::atomic<bool> draining_ = false;
+};
+
+}  // namespace bebop
