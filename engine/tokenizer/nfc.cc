@@ -26,6 +26,21 @@ const icu::Normalizer2& Nfc() {
   return *nfc;
 }
 
+// The normaliser of the `tokenizers` package, with which models were trained, has the tables of Unicode 9.0: to it, later code points
+// are starters that neither decompose nor compose.
+bool IsKnown(UChar32 code_point) {
+  constexpr uint8_t kMajorVersion = 9;
+  if (code_point < 0x300) return true;
+  UVersionInfo age;
+  u_charAge(code_point, age);
+  return age[0] < kMajorVersion || (age[0] == kMajorVersion && age[1] == 0);
+}
+
+uint8_t CombiningClass(const icu::Normalizer2& nfc, UChar32 code_point) {
+  const uint8_t combining_class = nfc.getCombiningClass(code_point);
+  return combining_class != 0 && IsKnown(code_point) ? combining_class : 0;
+}
+
 // The quick check of UAX 15 section 9. False: perhaps not normalised.
 bool IsSurelyNfc(std::string_view text, const icu::Normalizer2& nfc) {
   uint8_t last_class = 0;
@@ -37,7 +52,7 @@ bool IsSurelyNfc(std::string_view text, const icu::Normalizer2& nfc) {
       continue;
     }
     const UChar32 code_point = static_cast<UChar32>(next.code_point);
-    const uint8_t combining_class = nfc.getCombiningClass(code_point);
+    const uint8_t combining_class = CombiningClass(nfc, code_point);
     if (combining_class != 0 && combining_class < last_class) return false;
     if (u_getIntPropertyValue(code_point, UCHAR_NFC_QUICK_CHECK) != UNORM_YES) return false;
     last_class = combining_class;
@@ -49,12 +64,12 @@ std::vector<Mark> Decompose(std::string_view text, const icu::Normalizer2& nfc) 
   std::vector<Mark> marks;
   marks.reserve(text.size());
   icu::UnicodeString decomposition;
-  const auto add = [&](UChar32 code_point) { marks.push_back({static_cast<char32_t>(code_point), nfc.getCombiningClass(code_point)}); };
+  const auto add = [&](UChar32 code_point) { marks.push_back({static_cast<char32_t>(code_point), CombiningClass(nfc, code_point)}); };
   for (size_t i = 0; i < text.size();) {
     const Utf8Char next = DecodeUtf8(text.substr(i));
     i += static_cast<size_t>(next.length);
     const UChar32 code_point = static_cast<UChar32>(next.code_point);
-    if (code_point < 0xC0 || !nfc.getDecomposition(code_point, decomposition)) {
+    if (code_point < 0xC0 || !nfc.getDecomposition(code_point, decomposition) || !IsKnown(code_point)) {
       add(code_point);
       continue;
     }
@@ -88,7 +103,7 @@ std::string NormalizeNfc(std::string_view text) {
     if (starter < length && (last_class == 0 || last_class < mark.combining_class)) {
       const UChar32 composite =
           nfc.composePair(static_cast<UChar32>(marks[starter].code_point), static_cast<UChar32>(mark.code_point));
-      if (composite >= 0) {
+      if (composite >= 0 && IsKnown(composite)) {
         marks[starter].code_point = static_cast<char32_t>(composite);
         continue;
       }
