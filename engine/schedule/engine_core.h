@@ -41,6 +41,9 @@ struct EngineCoreOptions {
 //   core.Submit(request, observer);
 //   while (true) { auto worked = core.Step(); if (!worked.ok()) break; if (!*worked) <sleep until a call or core.NextDeadline()>; }
 //
+// A steady step (decoding, nobody comes, ends or is preempted) allocates nothing; outputs longer than 4,096 tokens grow by doubling.
+// Submitting, starting, ending and score work allocate.
+//
 // Guarantees (reliability.md section 2):
 //   I2   each sample of an accepted request ends exactly once, and each observer's OnDone is called exactly once, last;
 //   I9   Detach, Abort and CancelScore free pages and slots at once, executor buffers by the end of the next Step;

@@ -11,6 +11,8 @@
 namespace bebop {
 namespace {
 
+// Output values that a sample has memory for from its start; longer ones grow by doubling, the one allocation of a steady step.
+constexpr int32_t kReservedOutput = 4096;
 constexpr int32_t kWholeSequence = std::numeric_limits<int32_t>::max();
 
 Rank RankOf(const ScoreWork& score) { return {score.priority, score.arrival, 0}; }
@@ -332,7 +334,7 @@ Scheduler::StartResult Scheduler::StartSample(Sequence* sample) {
   if (!MakeRoom(requester, Need{.pages = pages + Headroom(requester), .state_slots = 1, .slots = 1})) {
     return slots_.num_free() == 0 ? StartResult::kNoSlot : StartResult::kNoMemory;
   }
-  ReservePages(sample);
+  Reserve(sample);
   TakePages(pages, &sample->pages);
   sample->state_slot = state_slots_.Allocate();
   Run(sample);
@@ -347,7 +349,7 @@ Scheduler::StartResult Scheduler::StartPrefix(Group* group) {
   if (!MakeRoom(requester, Need{.pages = pages + Headroom(requester), .state_slots = 1, .slots = 1})) {
     return slots_.num_free() == 0 ? StartResult::kNoSlot : StartResult::kNoMemory;
   }
-  ReservePages(prefix);
+  Reserve(prefix);
   TakePages(pages, &prefix->pages);
   prefix->state_slot = state_slots_.Allocate();
   group->prefix_forked = false;
@@ -373,14 +375,14 @@ Scheduler::StartResult Scheduler::ForkSample(Sequence* sample) {
     std::swap(sample->state_slot, prefix->state_slot);
     prefix->Reset();
     prefix->state = Sequence::State::kIdle;
-    ReservePages(sample);
+    Reserve(sample);
     TakePages(missing, &sample->pages);
     return true;
   };
   const auto fork = [&] {
     const int32_t own = num_pages - num_full_pages;
     if (!MakeRoom(requester, Need{.pages = own + Headroom(requester), .state_slots = 1, .slots = 1})) return false;
-    ReservePages(sample);
+    Reserve(sample);
     for (int32_t i = 0; i < num_full_pages; ++i) {
       pages_.AddReference(prefix->pages[i]);
       sample->pages.push_back(prefix->pages[i]);
@@ -424,11 +426,21 @@ Scheduler::StartResult Scheduler::StartScore(ScoreWork* score) {
   return StartResult::kStarted;
 }
 
-void Scheduler::ReservePages(Sequence* sequence) {
+void Scheduler::Reserve(Sequence* sequence) {
   const Group& group = *sequence->group();
-  const int32_t tokens = static_cast<int32_t>(group.request.prompt.size()) +
-                         (sequence->is_prefix() ? 0 : group.request.stopping.max_new_tokens) + group.num_draft_tokens;
+  const int32_t output = sequence->is_prefix() ? 0 : group.request.stopping.max_new_tokens;
+  const int32_t tokens = static_cast<int32_t>(group.request.prompt.size()) + output + group.num_draft_tokens;
   sequence->pages.reserve(static_cast<size_t>(PagesFor(tokens)));
+  if (sequence->is_prefix()) return;
+  const size_t values = static_cast<size_t>(std::min(output, kReservedOutput));
+  const OutputParams& wanted = group.request.output;
+  SampleResult& result = sequence->result;
+  result.token_ids.reserve(values);
+  if (wanted.logprobs) result.logprobs.reserve(values);
+  if (wanted.raw_logprobs) result.raw_logprobs.reserve(values);
+  if (wanted.entropy) result.entropy.reserve(values);
+  if (wanted.draft_logprobs) result.draft_logprobs.reserve(values);
+  if (wanted.token_source) result.token_source.reserve(values);
 }
 
 void Scheduler::PlanSequences(int32_t row_budget, StepPlan* plan) {

@@ -110,7 +110,7 @@ class Scheduler {
   int32_t Headroom(const Requester& requester) const;
   void Run(Sequence* sequence);
   void CompactRunning();
-  void ReservePages(Sequence* sequence);
+  void Reserve(Sequence* sequence);
   void PlanSequences(int32_t row_budget, StepPlan* plan);
   void PlanOne(Sequence* sequence, int32_t max_known, StepPlan* plan);
   void PlanScores(int32_t row_budget, StepPlan* plan);

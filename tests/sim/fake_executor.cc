@@ -302,7 +302,8 @@ bool FakeExecutor::RunScore(const ScorePlan& plan, StepResult* result) {
 
 absl::Status FakeExecutor::Execute(const StepPlan& plan, StepResult* result) {
   ++num_calls_;
-  last_plan_ = plan;
+  planned_ids_.clear();
+  for (const SequencePlan& sequence : plan.sequences) planned_ids_.push_back(sequence.request->request_id);
   const auto violated = [this] { return absl::InternalError(absl::StrCat("violation: ", violation_)); };
   if (!fail_next_.ok()) return std::exchange(fail_next_, absl::OkStatus());
   for (const uint64_t handle : plan.dropped_score_handles) {

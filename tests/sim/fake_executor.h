@@ -38,7 +38,7 @@ class FakeExecutor final : public Executor {
   const std::map<uint64_t, int32_t>& score_rows() const { return score_rows_; }  // unfinished handles it has memory for
   int64_t num_calls() const { return num_calls_; }
   const SpecCounts& spec() const { return spec_; }
-  const StepPlan& last_plan() const { return last_plan_; }  // counts and ids; its spans have expired
+  const std::vector<std::string>& planned_ids() const { return planned_ids_; }  // requests of the latest call's sequences
 
   // What a score of these tokens returns.
   static std::vector<float> ScoreReference(const ScoreRequest& request);
@@ -79,7 +79,7 @@ class FakeExecutor final : public Executor {
   absl::Status fail_next_;
   int64_t num_calls_ = 0;
   SpecCounts spec_;
-  StepPlan last_plan_;
+  std::vector<std::string> planned_ids_;
 };
 
 }  // namespace bebop::sim

@@ -80,7 +80,7 @@ struct Client {
   bool may_be_cut = false;         // aborted, drained, failed or past its deadline: a prefix of the expected tokens is right
   absl::Status end_status;
   absl::Time ended_at;
-  int32_t pauses = 0;
+  bool always_first = true;        // since it came: first in order among runnable requests, and no score about
   const SampleResult& Expected(int32_t sample_index) {
     if (expected.empty()) {
       for (int32_t i = 0; i < request.num_samples; ++i) expected.push_back(Reference(request, i));
@@ -309,6 +309,7 @@ void Simulation::CheckSample(Client* client, const SampleResult& sample) {
            sample.spec.num_trimmed_tokens);
     }
   }
+  if (client->always_first && sample.sample_index == 0 && sample.preemptions > 0) Fail("%s: the first in order was preempted", id);
   if (sample.recomputed_tokens > 0 && sample.preemptions == 0) Fail("%s: recomputed without a preemption", id);
   if (sample.prompt_tokens != static_cast<int32_t>(client->request.prompt.size())) Fail("%s: prompt_tokens", id);
   const absl::Duration zero = absl::ZeroDuration();
@@ -617,10 +618,28 @@ void Simulation::StepOnce() {
   ++step_total_;
   ++coverage.steps;
   admitted_now_.clear();
+  const Client* first = nullptr;
+  std::set<std::string> paused;
+  const auto comes_before = [](const Client& a, const Client& b) {
+    return a.request.priority != b.request.priority ? a.request.priority < b.request.priority : a.order < b.order;
+  };
+  for (auto& [id, client] : clients_) {
+    if (client->ended || client->cancelled) continue;
+    if (!std::all_of(client->listeners.begin(), client->listeners.end(), [](const auto& l) { return l->room; })) {
+      paused.insert(id);
+      continue;
+    }
+    if (first == nullptr || comes_before(*client, *first)) first = client.get();
+  }
+  for (auto& [id, client] : clients_) client->always_first = client->always_first && client.get() == first && scores_.empty();
   const absl::Time began = clock_.Now();
   const EngineLoads before = core_->Loads();
+  const int64_t calls_before = executor_->num_calls();
   absl::StatusOr<bool> worked = core_->Step();
   if (!executor_->violation().empty()) return Fail("%s", executor_->violation().c_str());
+  for (const std::string& id : executor_->planned_ids()) {
+    if (executor_->num_calls() > calls_before && paused.count(id) > 0) return Fail("%s runs though a reader of it is full", id.c_str());
+  }
   if (!worked.ok()) {
     if (!expect_error_) return Fail("step: %s", worked.status().ToString().c_str());
     ++coverage.failures;
