@@ -23,7 +23,7 @@ namespace bebop {
 // float32 accumulation, softmax in one fixed order over absolute positions: a row's result does not depend on the batch, on how
 // the prompt was cut into chunks, on the page size, or on threads. The order: tiles of 16 positions counted from first_index, then
 // the chain, with an online softmax (Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018) whose maximum moves once
-// a tile. Rows and q heads that share keys read them together. Weights below e^-86 of the largest count as 0 (exponential: simd.h).
+// a tile. Rows and q heads that share keys read them together. Weights below e^-86 of the largest count as 0 (exponential: simd.inc).
 // A NaN or infinity reaches the rows that see it, and no others. A row that sees no entry gives 0. head_dim <= 256.
 struct AttentionArgs {
   RaggedBatch batch;  // row_position must be set; the sequences cover all rows

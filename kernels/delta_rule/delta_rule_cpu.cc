@@ -5,23 +5,13 @@
 #include <cmath>
 
 #include "kernels/common/check.h"
-#include "kernels/common/simd.h"
 
 namespace bebop::cpu {
 namespace {
 
-using simd::Floats;
-using simd::kWidth;
-
 constexpr int32_t kMaxKeyDim = 256;
-constexpr int32_t kBlock = 2 * kWidth;  // columns of S that are worked on together: 16 KiB of state at dk = 128, which stays in L1
+constexpr int32_t kBlock = 32;       // columns of S that are worked on together: 16 KiB of state at dk = 128, which stays in L1
 constexpr int32_t kMaxTokens = 64;      // tokens whose scalars are computed at a time
-
-// Columns of one row of a block of S.
-template <class Set>
-struct Columns {
-  Floats<Set> low, high;
-};
 
 // What a token means to one value head, whatever the column. The vectors stay as they are in memory: their norms are scalars.
 struct Token {
@@ -72,138 +62,6 @@ struct Layout {
   const int64_t key_dim, value_dim, key_width, value_width;
 };
 
-template <class Set>
-BEBOP_SIMD_INLINE float Dot(const float* a, const float* b, int64_t count) {
-  Floats<Set> sum = simd::Zero<Set>();
-  for (int64_t i = 0; i < count; i += kWidth) {
-    sum = simd::MulAdd(simd::LoadPartial<Set>(a + i, count - i), simd::LoadPartial<Set>(b + i, count - i), sum);
-  }
-  return simd::Sum(sum);
-}
-
-template <class Set>
-BEBOP_SIMD_INLINE void SetScalars(const Gate& gate, int64_t key_dim, Token* token) {
-  token->decay = std::exp(gate.log_decay);
-  token->beta = gate.beta;
-  token->k_scale = 1.0f / std::sqrt(Dot<Set>(token->k, token->k, key_dim) + 1e-6f);
-  if (token->q != nullptr) {
-    token->q_scale = 1.0f / std::sqrt((Dot<Set>(token->q, token->q, key_dim) + 1e-6f) * static_cast<float>(key_dim));
-    token->kq = Dot<Set>(token->k, token->q, key_dim);
-  }
-}
-
-// A block of S on its way through the tokens of one sequence.
-//
-// Sᵀk and Sᵀq of a token need one pass over S each, and S ← e^g S + k δᵀ another. All three are one pass here: the update of a token
-// is left pending and made by the pass of the next token, and o = (e^g S + k δᵀ)ᵀ q = e^g (Sᵀq) + δ (k·q).
-template <class Set>
-class Block {
- public:
-  // Columns [column, column + kBlock) of a [key_dim, value_dim] matrix, as far as there are so many.
-  BEBOP_SIMD_INLINE Block(int64_t key_dim, int64_t value_dim, int64_t column)
-      : key_dim_(key_dim), value_dim_(value_dim), column_(column), count_(std::min<int64_t>(kBlock, value_dim - column)) {}
-
-  // The state before the first token; null: zeros. The first Step or Finish reads it.
-  BEBOP_SIMD_INLINE void Start(const float* matrix) {
-    source_ = matrix;
-    pending_k_ = nullptr;
-  }
-
-  // One token. If `commit` is not null, S before this token is written there.
-  BEBOP_SIMD_INLINE void Step(const Token& token, float* commit) {
-    const Columns<Set> zero = {simd::Zero<Set>(), simd::Zero<Set>()};
-    Columns<Set> sk = zero, sq = zero;
-    if (token.q == nullptr) {
-      Pass<true, false>(token.k, nullptr, nullptr, &sk, &sq);
-    } else {
-      Pass<true, true>(token.k, token.q, commit, &sk, &sq);
-    }
-    const Floats<Set> read = simd::Broadcast<Set>(token.decay * token.k_scale), beta = simd::Broadcast<Set>(token.beta);
-    const Floats<Set> k_scale = simd::Broadcast<Set>(token.k_scale);  // k's norm goes with delta
-    const Columns<Set> v = LoadColumns(token.v + column_, count_);
-    pending_delta_ = {beta * (v.low - sk.low * read) * k_scale, beta * (v.high - sk.high * read) * k_scale};
-    pending_decay_ = token.decay;
-    pending_k_ = token.k;
-    if (token.q != nullptr) {
-      const Floats<Set> decay = simd::Broadcast<Set>(token.decay), kq = simd::Broadcast<Set>(token.kq);
-      const Floats<Set> q_scale = simd::Broadcast<Set>(token.q_scale);
-      StoreColumns({simd::MulAdd(pending_delta_.low, kq, sq.low * decay) * q_scale,
-                    simd::MulAdd(pending_delta_.high, kq, sq.high * decay) * q_scale},
-                   token.out + column_, count_);
-    }
-  }
-
-  // Writes S after the last token to `matrix`.
-  BEBOP_SIMD_INLINE void Finish(float* matrix) {
-    Columns<Set> unused = {simd::Zero<Set>(), simd::Zero<Set>()};
-    Pass<false, false>(nullptr, nullptr, matrix, &unused, &unused);
-  }
-
- private:
-  // Reads S once: makes the pending update, commits, and adds up Sᵀk and Sᵀq over the rows in order.
-  template <bool with_k, bool with_q>
-  BEBOP_SIMD_INLINE void Pass(const float* k, const float* q, float* commit, Columns<Set>* sk, Columns<Set>* sq) {
-    // Locals, as the compiler must assume that the stores below change members.
-    const int64_t key_dim = key_dim_, stride = value_dim_, count = count_;
-    const float* const pending_k = pending_k_;
-    const float* const source = source_ != nullptr ? source_ + column_ : nullptr;
-    float* const destination = commit != nullptr ? commit + column_ : nullptr;
-    const Floats<Set> decay = simd::Broadcast<Set>(pending_decay_);
-    const Columns<Set> delta = pending_delta_;
-    Columns<Set> k_sum = *sk, q_sum = *sq;
-    for (int64_t i = 0; i < key_dim; ++i) {
-      Columns<Set> s;
-      if (pending_k != nullptr) {
-        const Floats<Set> ki = simd::Broadcast<Set>(pending_k[i]);
-        s.low = simd::MulAdd(ki, delta.low, decay * simd::Load<Set>(matrix_[i]));
-        s.high = simd::MulAdd(ki, delta.high, decay * simd::Load<Set>(matrix_[i] + kWidth));
-      } else if (source != nullptr) {
-        s = LoadColumns(source + i * stride, count);
-      } else {
-        s = {simd::Zero<Set>(), simd::Zero<Set>()};
-      }
-      simd::Store(s.low, matrix_[i]);
-      simd::Store(s.high, matrix_[i] + kWidth);
-      if (destination != nullptr) StoreColumns(s, destination + i * stride, count);
-      if constexpr (with_k) {
-        const Floats<Set> ki = simd::Broadcast<Set>(k[i]);
-        k_sum = {simd::MulAdd(ki, s.low, k_sum.low), simd::MulAdd(ki, s.high, k_sum.high)};
-      }
-      if constexpr (with_q) {
-        const Floats<Set> qi = simd::Broadcast<Set>(q[i]);
-        q_sum = {simd::MulAdd(qi, s.low, q_sum.low), simd::MulAdd(qi, s.high, q_sum.high)};
-      }
-    }
-    *sk = k_sum;
-    *sq = q_sum;
-  }
-
-  BEBOP_SIMD_INLINE static Columns<Set> LoadColumns(const float* row, int64_t count) {
-    if (count == kBlock) return {simd::Load<Set>(row), simd::Load<Set>(row + kWidth)};
-    float padded[kBlock] = {};
-    std::copy_n(row, count, padded);
-    return {simd::Load<Set>(padded), simd::Load<Set>(padded + kWidth)};
-  }
-  BEBOP_SIMD_INLINE static void StoreColumns(const Columns<Set>& value, float* row, int64_t count) {
-    if (count == kBlock) {
-      simd::Store(value.low, row);
-      simd::Store(value.high, row + kWidth);
-      return;
-    }
-    float padded[kBlock];
-    simd::Store(value.low, padded);
-    simd::Store(value.high, padded + kWidth);
-    std::copy_n(padded, count, row);
-  }
-
-  const int64_t key_dim_, value_dim_, column_, count_;
-  const float* source_ = nullptr;
-  const float* pending_k_ = nullptr;  // of the last token, whose update is pending; null before the first
-  float pending_decay_ = 0.0f;
-  Columns<Set> pending_delta_ = {simd::Zero<Set>(), simd::Zero<Set>()};
-  alignas(64) float matrix_[kMaxKeyDim][kBlock];
-};
-
 // Sequences [first_sequence, last_sequence) of a call, each value head cut into `slices` ranges of columns.
 struct Wave {
   const DeltaRuleArgs& args;
@@ -212,71 +70,14 @@ struct Wave {
   int32_t slices;
 };
 
-// Token `index` of a sequence for value head `head`: the replayed rows of the window, then the rows of this pass.
-template <class Set>
-BEBOP_SIMD_INLINE Token MakeToken(const DeltaRuleArgs& args, const Layout& layout, const SequenceRows& sequence, int64_t head,
-                                  int64_t index) {
-  const int64_t key_head = head / (layout.state.num_value_heads / layout.state.num_key_heads);
-  Token token = {};
-  Gate gate;
-  if (index < sequence.num_replay_rows) {
-    const float* kept = layout.WindowGate(sequence.state_src, index, head);
-    gate = {kept[0], kept[1]};
-    token.k = layout.WindowK(sequence.state_src, index, key_head);
-    token.v = layout.WindowV(sequence.state_src, index, head);
-  } else {
-    const int64_t row = sequence.first_row + index - sequence.num_replay_rows;
-    const float* qkv = args.qkv.Row<float>(row);
-    gate = GateOf(args, row, head);
-    token.q = qkv + key_head * layout.key_dim;
-    token.k = qkv + layout.key_width + key_head * layout.key_dim;
-    token.v = qkv + 2 * layout.key_width + head * layout.value_dim;
-    token.out = args.out.Row<float>(row) + head * layout.value_dim;
-  }
-  SetScalars<Set>(gate, layout.key_dim, &token);
-  return token;
-}
+}  // namespace
+}  // namespace bebop::cpu
 
-// All tokens of one sequence on blocks [first_block, last_block) of the columns of S of value head `head`; writes S at the last known
-// row to slot state_dst. Tokens go in runs of at most kMaxTokens; between runs S lies in slot state_dst. Draft rows are in one run,
-// the last, as S with them is stored nowhere.
-template <class Set>
-BEBOP_SIMD_INLINE void RunSequence(const DeltaRuleArgs& args, const Layout& layout, const SequenceRows& sequence, int64_t head,
-                                   int64_t first_block, int64_t last_block) {
-  const int64_t num_tokens = sequence.num_replay_rows + sequence.num_rows;
-  const int64_t num_committed = sequence.num_replay_rows + sequence.num_known_rows;
-  float* const destination = layout.Matrix(sequence.state_dst, head);
-  const float* source = sequence.state_src >= 0 ? layout.Matrix(sequence.state_src, head) : nullptr;
-  Token tokens[kMaxTokens];
-  for (int64_t first = 0; first < num_tokens;) {
-    const int64_t left = num_tokens - first;
-    const int64_t count = left <= kMaxTokens ? left : std::min<int64_t>(kMaxTokens, num_committed - first);
-    for (int64_t i = 0; i < count; ++i) tokens[i] = MakeToken<Set>(args, layout, sequence, head, first + i);
-    for (int64_t index = first_block; index < last_block; ++index) {
-      Block<Set> block(layout.key_dim, layout.value_dim, index * kBlock);
-      block.Start(source);
-      for (int64_t i = 0; i < count; ++i) block.Step(tokens[i], first + i == num_committed ? destination : nullptr);
-      if (first + count <= num_committed) block.Finish(destination);
-    }
-    source = destination;
-    first += count;
-  }
-}
+#define BEBOP_SIMD_SOURCE "kernels/delta_rule/delta_rule_simd.inc"
+#include "kernels/common/simd_targets.inc"
 
-// An item is a range of columns of a value head, with all sequences of the wave in order.
-template <class Set>
-BEBOP_SIMD_INLINE void RunColumns(const Wave& wave, int64_t begin, int64_t end) {
-  const Layout layout(wave.args.state);
-  const int64_t num_blocks = (layout.value_dim + kBlock - 1) / kBlock;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t head = item / wave.slices, slice = item % wave.slices;
-    for (int32_t s = wave.first_sequence; s < wave.last_sequence; ++s) {
-      RunSequence<Set>(wave.args, layout, wave.args.batch.sequences[s], head, num_blocks * slice / wave.slices,
-                       num_blocks * (slice + 1) / wave.slices);
-    }
-  }
-}
-BEBOP_SIMD_RANGE_KERNEL(RunColumns, Wave)
+namespace bebop::cpu {
+namespace {
 
 // Keeps the draft rows of key heads [begin, end) and their value heads in the windows, sequences in order. Apart from RunColumns, since
 // the columns and heads that share a window row replay from it in parallel, and src and dst may be one slot.
@@ -335,7 +136,7 @@ void DeltaRuleWith(InstructionSet set, const DeltaRuleArgs& args, ThreadPool& po
   // Whole heads share the scalars of a token; columns are split only as far as the threads need it. A few items a thread even out.
   const int32_t num_blocks = (state.value_head_dim + kBlock - 1) / kBlock;
   const int32_t slices = std::clamp(2 * pool.num_threads() / state.num_value_heads, 1, num_blocks);
-  const auto run_columns = RunColumnsFor(set);
+  const auto run_columns = BEBOP_SIMD_SELECT(set, RunColumns);
   for (int32_t first = 0; first < args.batch.num_sequences;) {
     const Wave wave{args, first, EndOfWave(args.batch, first), slices};
     pool.ParallelFor(int64_t{state.num_value_heads} * slices, 1, [&](int64_t begin, int64_t end) { run_columns(wave, begin, end); });

@@ -8,7 +8,7 @@
 namespace bebop {
 
 // out = SiLU(gate) · up, element by element. gate, up, out: [T, F] float32 (gate and up usually are column ranges of one fused
-// product). out may alias gate. SiLU uses the exponential of kernels/common/simd.h (2 ulp).
+// product). out may alias gate. SiLU uses the exponential of kernels/common/simd.inc (2 ulp).
 struct SwiGluArgs {
   TensorView gate;
   TensorView up;

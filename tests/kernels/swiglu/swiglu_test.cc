@@ -3,7 +3,6 @@
 
 #include <gtest/gtest.h>
 
-#include "kernels/common/simd.h"
 #include "tests/kernels/kernel_test_util.h"
 
 namespace bebop {
@@ -61,19 +60,12 @@ struct ExpArgs {
 };
 
 }  // namespace
+}  // namespace bebop
 
-namespace cpu {
-namespace {
-template <class Set>
-BEBOP_SIMD_INLINE void ExpRange(const ExpArgs& args, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += simd::kWidth) {
-    simd::StorePartial(simd::Exp(simd::LoadPartial<Set>(args.in + i, end - i)), args.out + i, end - i);
-  }
-}
-BEBOP_SIMD_RANGE_KERNEL(ExpRange, ExpArgs)
-}  // namespace
-}  // namespace cpu
+#define BEBOP_SIMD_SOURCE "tests/kernels/swiglu/exp_simd.inc"
+#include "kernels/common/simd_targets.inc"
 
+namespace bebop {
 namespace {
 
 TEST(ExpTest, WithinTwoUlpFromMinus86ToTheLargestFloat) {
@@ -83,7 +75,7 @@ TEST(ExpTest, WithinTwoUlpFromMinus86ToTheLargestFloat) {
   for (int e = -40; e < 0; ++e) in.push_back(std::ldexp(1.0f, e));
   out.resize(in.size());
   for (const auto set : InstructionSets()) {
-    cpu::ExpRangeFor(set)({in.data(), out.data()}, 0, static_cast<int64_t>(in.size()));
+    BEBOP_SIMD_SELECT(set, ExpRange)({in.data(), out.data()}, 0, static_cast<int64_t>(in.size()));
     double worst = 0;
     for (size_t i = 0; i < in.size(); ++i) {
       const double expected = std::exp(double{in[i]});
@@ -100,7 +92,7 @@ TEST(ExpTest, Edges) {
   const std::vector<float> in = {0.0f, -0.0f, -86.1f, -1000.0f, -inf, 88.73f, 1000.0f, inf, testing::kNan};
   std::vector<float> out(in.size());
   for (const auto set : InstructionSets()) {
-    cpu::ExpRangeFor(set)({in.data(), out.data()}, 0, static_cast<int64_t>(in.size()));
+    BEBOP_SIMD_SELECT(set, ExpRange)({in.data(), out.data()}, 0, static_cast<int64_t>(in.size()));
     const std::vector<float> expected = {1, 1, 0, 0, 0, inf, inf, inf};
     EXPECT_TRUE(SameBits(expected.data(), out.data(), 8)) << cpu::InstructionSetName(set);
     EXPECT_TRUE(std::isnan(out[8]));
