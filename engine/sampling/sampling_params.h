@@ -17,7 +17,8 @@ inline constexpr int32_t kMaxDraftTokens = 8;
 
 // The transform of target and draft logits (algorithm.md section 2): temperature, top-k (0 = off; ties at the k-th value stay),
 // softmax, top-p on what is left (the token that crosses it stays), min-p relative to the largest, renormalise.
-// Temperature 0 means greedy: the argmax (lowest id on ties); reported log-probabilities are then those of temperature 1 without truncation.
+// Temperature 0 means greedy: the argmax (lowest id on ties); reported log-probabilities are then those of temperature 1 without
+// truncation.
 struct SamplingParams {
   float temperature = 1.0f;  // >= 0
   int32_t top_k = 0;         // >= 0
@@ -36,9 +37,9 @@ void SetTransform(const SamplingParams& params, TransformArgs* args);
 
 // Which per-token values a request wants; each may cost passes over the vocabulary.
 struct OutputParams {
-  bool logprobs = false;        // of the processed target distribution
-  bool raw_logprobs = false;    // of the raw logits: temperature 1, no truncation, nothing banned
-  bool entropy = false;         // nats, of the processed target distribution
+  bool logprobs = false;      // of the processed target distribution
+  bool raw_logprobs = false;  // of the raw logits: temperature 1, no truncation, nothing banned
+  bool entropy = false;       // nats, of the processed target distribution
   bool token_source = false;
   bool draft_logprobs = false;  // log q of the emitted token where a q existed, else NaN
   bool spec_detail = false;     // overlap_per_pos

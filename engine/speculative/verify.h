@@ -11,9 +11,9 @@
 namespace bebop {
 
 // Where an emitted token came from, as on the wire: d >= 1 is a draft accepted at depth d.
-inline constexpr int32_t kSourcePlain = 0;      // no draft was verified in this iteration
-inline constexpr int32_t kSourceCorrected = -1; // first rejected place: residual (or coupled target) token
-inline constexpr int32_t kSourceBonus = -2;     // all drafts accepted: one more from the distribution after the last
+inline constexpr int32_t kSourcePlain = 0;       // no draft was verified in this iteration
+inline constexpr int32_t kSourceCorrected = -1;  // first rejected place: residual (or coupled target) token
+inline constexpr int32_t kSourceBonus = -2;      // all drafts accepted: one more from the distribution after the last
 
 // Source of the random numbers of a verification: Philox in the engine, scripted or branching in tests.
 class DrawSource {
@@ -26,6 +26,10 @@ class DrawSource {
 };
 
 // The engine's source: key.position + offset.
+//
+// A rejection discards the drafts behind it, and the next iteration draws drafts for the same positions from the same numbers.
+// That is harmless: what was emitted so far depends on draws of its own positions alone, so those of later positions are still
+// fresh, as are accept, residual and bonus draws, which are made only at places that emit.
 class PhiloxDraws final : public DrawSource {
  public:
   explicit PhiloxDraws(const RandomKey& key) : key_(key) {}
@@ -51,23 +55,29 @@ struct VerifyArgs {
 };
 
 struct VerifyOutcome {
-  int32_t num_accepted = 0;                  // drafts accepted; num_emitted = num_accepted + 1 unless non_finite
+  int32_t num_accepted = 0;  // drafts accepted; num_emitted = num_accepted + 1 unless non_finite
   int32_t num_emitted = 0;
   uint32_t tokens[kMaxDraftTokens + 1] = {};
   int32_t source[kMaxDraftTokens + 1] = {};
-  int32_t num_reached = 0;                   // drafts whose acceptance was decided (accepted + the rejected one)
-  bool non_finite = false;                   // the next needed target row was unusable: emission ends before it
+  int32_t num_reached = 0;  // drafts whose acceptance was decided (accepted + the rejected one)
+  bool non_finite = false;  // the next needed target row was unusable: emission ends before it
 };
 
-// Decides acceptance and draws the corrected, bonus or plain token. With mode kCoupled (also at k = 0) tokens are a function of seed, sample, position and
-// prefix alone. A non-finite draft row counts as "reject, sample from p". REQUIRES: target.size() == drafts.size() + 1.
+// Synthetic acceptance (kSynthetic, lane 0) replaces the decision at each reached draft and nothing else: the token after a
+// rejection and the bonus come from the real path at its real cost, so a greedy or coupled "corrected" token may equal the draft.
+//
+// Decides acceptance and draws the corrected, bonus or plain token. With mode kCoupled (also at k = 0) tokens are a function of
+// seed, sample, position and prefix alone. A non-finite draft row counts as "reject, sample from p". REQUIRES: target.size() ==
+// drafts.size() + 1.
 VerifyOutcome Verify(const VerifyArgs& args, DrawSource& draws);
 
-// Draws draft `offset` (0-based place after the last emitted token) from q: multinomial (rejection), argmax (target_only, greedy) or Gumbel (coupled).
+// Draws draft `offset` (0-based place after the last emitted token) from q: multinomial (rejection), argmax (target_only, greedy)
+// or Gumbel (coupled).
 uint32_t DrawDraft(SpeculationMode mode, bool greedy, const TokenDistribution& draft, int32_t offset, DrawSource& draws);
 
 // Expected acceptance of the draft at a reached place in the mode used: Σ min(p,q), p(ŷ), or the coupled closed form.
-// Greedy: 1 or 0.
+// Greedy: 1 or 0. A non-finite row on either side: 0, as Verify rejects there; mode kOff: 0. Target-only reads of `draft` no more
+// than `finite`.
 double ExpectedAcceptance(SpeculationMode mode, bool greedy, uint32_t draft_token, const TokenDistribution& target,
                           const TokenDistribution& draft);
 

@@ -8,11 +8,11 @@
 
 #include "kernels/common/philox.h"
 
-// From a row of logits to a token: the transform of algorithm.md section 2, the samplers over its result, and the scalars that are
-// reported about it. Every function works on one row, allocates nothing (but for CoupledOverlap's per-thread scratch, kept), and may
-// run on any thread: the executor spreads rows over its ThreadPool. All sums over the vocabulary are double, in an order that depends
-// on V alone (docs of TokenDistribution), and the weights come from + - * and comparisons only, so that a row gives the same bits on
-// every instruction set.
+// From a row of logits to a token: the transform of algorithm.md section 2, the samplers over its result, and the scalars that
+// are reported about it. Every function works on one row, allocates nothing (but for CoupledOverlap's per-thread scratch, kept),
+// and may run on any thread: the executor spreads rows over its ThreadPool. All sums over the vocabulary are double, in an order
+// that depends on V alone (see TokenDistribution), and the weights come from + - * and comparisons only, so that a row gives the
+// same bits on every instruction set.
 
 namespace bebop {
 
@@ -23,10 +23,10 @@ constexpr int32_t NumSamplingBlocks(int32_t vocab_size) { return (vocab_size + k
 // A processed next-token distribution over V ids as unnormalised weights, borrowed storage:
 //   prob(v) = weight[v] / total, weight[v] = exp((logit[v] - max_logit) / temperature) or 0 where the transform excludes v.
 // The largest weight is exactly 1 and belongs to `argmax` (the lowest id on ties of the logits). Weights under 2^-126 are 0.
-// block_sum[j] = Σ of the weights of block j in double, as 16 interleaved partial sums (partial l takes the ids with id mod 16 = l, in
-// ascending order) that are then halved 16 -> 8 -> 4 -> 2 -> 1 by adding the upper half to the lower; total = Σ block_sum in
-// ascending order. For greedy rows the distribution is one-hot at argmax. `finite` is false when the logits had NaN, +inf or nothing
-// finite (all banned counts as that); the row is then unusable and everything else in the struct is unspecified.
+// block_sum[j] = Σ of the weights of block j in double, as 16 interleaved partial sums (partial l takes the ids with id mod 16 =
+// l, in ascending order) that are then halved 16 -> 8 -> 4 -> 2 -> 1 by adding the upper half to the lower; total = Σ block_sum
+// in ascending order. For greedy rows the distribution is one-hot at argmax. `finite` is false when the logits had NaN, +inf or
+// nothing finite (all banned counts as that); the row is then unusable and everything else in the struct is unspecified.
 struct TokenDistribution {
   float* weight = nullptr;      // [V]
   double* block_sum = nullptr;  // [NumSamplingBlocks(V)]
@@ -44,18 +44,18 @@ struct TokenDistribution {
 struct TransformArgs {
   const float* logits = nullptr;  // [V]; must not alias out->weight
   int32_t vocab_size = 0;         // V >= 1
-  float temperature = 1.0f;  // finite, >= 0; 0: one-hot argmax
-  int32_t top_k = 0;         // 0 (off) or more; ties at the k-th value stay
-  float top_p = 1.0f;        // (0, 1]; 1: off. Equal weights: argmax first, then ascending ids; the id that crosses top_p stays
-  float min_p = 0.0f;        // [0, 1]; keeps weight >= min_p * largest weight
+  float temperature = 1.0f;       // finite, >= 0; 0: one-hot argmax
+  int32_t top_k = 0;              // 0 (off) or more; ties at the k-th value stay
+  float top_p = 1.0f;  // (0, 1]; 1: off. Equal weights: argmax first, then ascending ids; the id that crosses top_p stays
+  float min_p = 0.0f;  // [0, 1]; keeps weight >= min_p * largest weight
   std::span<const uint32_t> banned_ids;  // get -inf before the temperature (min_new_tokens); ids >= V are ignored
   bool want_raw_lse = false;
   float* scratch = nullptr;  // [V]; only used when top_k or top_p truncate
 };
 
 // What log-probabilities and entropy are reported from: the same arguments, or at temperature 0 those of temperature 1 without
-// truncation (bans stay). Greedy verification looks at `argmax` and `finite` alone, which are the same under both, so the executor may
-// give Verify the report distribution of a greedy row and needs no second transform.
+// truncation (bans stay). Greedy verification looks at `argmax` and `finite` alone, which are the same under both, so the
+// executor may give Verify the report distribution of a greedy row and needs no second transform.
 inline TransformArgs ReportTransformArgs(TransformArgs args) {
   if (args.temperature == 0.0f) {
     args.temperature = 1.0f;
@@ -98,20 +98,21 @@ void Transform(const TransformArgs& args, TokenDistribution* out);
 uint32_t SampleInverseCdf(const TokenDistribution& distribution, double u_block, double u_within);
 // From r(v) ∝ max(0, p(v) − q(v)) without materialising it; falls back to p when the residual mass is 0 by rounding.
 uint32_t SampleResidual(const TokenDistribution& target, const TokenDistribution& draft, double u_block, double u_within);
-// From p without `excluded`, renormalised (target-only's correction). Falls back to p when nothing else has weight (then a rejection
-// has probability 0, but synthetic acceptance can ask).
+// From p without `excluded`, renormalised (target-only's correction). Falls back to p when nothing else has weight (then a
+// rejection has probability 0, but synthetic acceptance can ask).
 uint32_t SampleExcluding(const TokenDistribution& target, uint32_t excluded, double u_block, double u_within);
 // argmax_v log prob(v) + G_v with Gumbel noise keyed by (key, kCoupled, v): the coupled draft and the coupled target choice.
 // Computed as argmin_v CoupledExponential(key, v) / weight[v] (G = -log E); lowest id on ties.
 uint32_t SampleGumbel(const TokenDistribution& distribution, const RandomKey& key);
-// The noise of one id: a unit exponential E = -log(1 - c), c a 53-bit uniform in (0,1). With id = 64 g + 16 w + i
-// (w < 4, i < 16) the high 32 bits of c are word w of Philox lane 16 g + i, the low 21 bits the top of the same word of lane + 2^31.
+// The noise of one id: a unit exponential E = -log(1 - c), c a 53-bit uniform in (0,1). With id = 64 g + 16 w + i (w < 4, i < 16)
+// the high 32 bits of c are word w of Philox lane 16 g + i, the low 21 bits the top of the same word of lane + 2^31.
 double CoupledExponential(const RandomKey& key, uint32_t id);
 
-double Entropy(const TokenDistribution& distribution);  // nats
+double Entropy(const TokenDistribution& distribution);                            // nats
 double Overlap(const TokenDistribution& target, const TokenDistribution& draft);  // Σ min(p, q)
 // Acceptance probability of the coupled mode: Σ_v 1 / Σ_u max(p_u/p_v, q_u/q_v) over v with p_v, q_v > 0.
-// Sorts ids by p/q; those with p and q both under 1e-9 / V are left out (error of the result under 2e-9). Milliseconds at V = 248,320.
+// Sorts ids by p/q; those with p and q both under 1e-9 / V are left out (error of the result under 2e-9). The only slow
+// function here: up to 20 ms at V = 248,320.
 double CoupledOverlap(const TokenDistribution& target, const TokenDistribution& draft);
 
 // REQUIRES: temperature > 0 and finite.

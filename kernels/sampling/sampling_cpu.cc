@@ -22,8 +22,8 @@ const SamplingKernels& Kernels() {
   return kernels;
 }
 
-// Appends the values >= threshold to out[kept..], in order; returns the new size. out[kept, kept + count) is overwritten. Groups without such a
-// value, the common case, cost one vector comparison.
+// Appends the values >= threshold to out[kept..], in order; returns the new size. out[kept, kept + count) is overwritten. Groups
+// without such a value, the common case, cost one vector comparison.
 int32_t Compact(const float* values, int32_t count, float threshold, float* out, int32_t kept) {
   constexpr int32_t kGroup = 16;
   for (int32_t first = 0; first < count; first += kGroup) {
@@ -44,32 +44,42 @@ double ExponentialFromWords(uint32_t high, uint32_t low) {
   return -std::log1p(-(static_cast<double>(bits) + 0.5) * 0x1.0p-53);
 }
 
-int32_t BlockCount(int32_t vocab_size, int32_t block) {
-  return std::min(kSamplingBlock, vocab_size - block * kSamplingBlock);
-}
+int32_t BlockCount(int32_t vocab_size, int32_t block) { return std::min(kSamplingBlock, vocab_size - block * kSamplingBlock); }
 
 // Floats as integers in the same order, for bisection over all values.
 uint32_t OrderedBits(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
-float FromOrderedBits(uint32_t ordered) {
-  return std::bit_cast<float>(ordered & 0x80000000u ? ordered ^ 0x80000000u : ~ordered);
-}
+float FromOrderedBits(uint32_t ordered) { return std::bit_cast<float>(ordered & 0x80000000u ? ordered ^ 0x80000000u : ~ordered); }
 
-// The largest float t in [low, high] with enough(t), where enough is monotone (true below some value) and enough(low) holds.
-template <typename Enough>
-float LargestThreshold(float low, float high, Enough&& enough) {
+// The largest float t in [low, high] for which measure(values >= t) reaches `goal`; REQUIRES that it does at t = low.
+// measure(values, count, t) adds something up over the values >= t, so it falls with t: bisection over all floats, at most 32
+// passes. Every few passes the values outside the remaining interval are dropped (below it) or counted for good (above it).
+// Overwrites `values`.
+template <typename Measure>
+float LargestThreshold(float* values, int32_t count, float low, float high, double goal, Measure&& measure) {
   uint32_t yes = OrderedBits(low), no = OrderedBits(high) + 1;
-  while (no - yes > 1) {
+  double above = 0.0;
+  for (int32_t pass = 1; no - yes > 1; ++pass) {
     const uint32_t middle = yes + (no - yes) / 2;
-    (enough(FromOrderedBits(middle)) ? yes : no) = middle;
+    (above + measure(values, count, FromOrderedBits(middle)) >= goal ? yes : no) = middle;
+    if (pass % 4 != 0 || count < kSamplingBlock) continue;
+    const float least = FromOrderedBits(yes), most = FromOrderedBits(no);
+    above += measure(values, count, most);
+    int32_t kept = 0;
+    for (int32_t i = 0; i < count; ++i) {
+      const float value = values[i];
+      values[kept] = value;
+      kept += (value >= least) & (value < most);
+    }
+    count = kept;
   }
   return FromOrderedBits(yes);
 }
 
-// The k-th largest logit. block_max: largest logit of each block. If k <= number of blocks, the k-th largest block maximum bounds the
-// answer from below, which leaves few candidates to search.
+// The k-th largest logit. block_max: largest logit of each block. If k <= number of blocks, the k-th largest block maximum bounds
+// the answer from below, which leaves few candidates to search.
 float KthLargest(const float* logits, int32_t vocab_size, int32_t k, float max, const double* block_max, float* scratch) {
   float low = -kInfinity;
   const int32_t num_blocks = NumSamplingBlocks(vocab_size);
@@ -83,24 +93,24 @@ float KthLargest(const float* logits, int32_t vocab_size, int32_t k, float max, 
     if (block_max[block] < low) continue;
     num_candidates = Compact(logits + block * kSamplingBlock, BlockCount(vocab_size, block), low, scratch, num_candidates);
   }
-  return LargestThreshold(low, max, [&](float t) { return Kernels().count_at_least(scratch, num_candidates, t) >= k; });
+  return LargestThreshold(scratch, num_candidates, low, max, k, Kernels().count_at_least);
 }
 
-// Keeps the smallest set in descending order whose mass reaches top_p * total, and of those the weights >= min_p. Equal weights at the
-// border: argmax first, then ascending ids.
+// Keeps the smallest set in descending order whose mass reaches top_p * total, and of those the weights >= min_p. Equal weights
+// at the border: argmax first, then ascending ids.
 void TruncateTopP(float top_p, float min_p, float* scratch, TokenDistribution* out) {
   const double goal = static_cast<double>(top_p) * out->total;
-  // All weights under (1 - top_p) total / V together weigh less than (1 - top_p) total, so the border lies above them. Half of that
-  // absorbs rounding.
+  // All weights under (1 - top_p) total / V together weigh less than (1 - top_p) total, so the border lies above them. Half of
+  // that absorbs rounding.
   const float low = std::max(static_cast<float>(0.5 * (1.0 - static_cast<double>(top_p)) * out->total / out->vocab_size),
                              std::numeric_limits<float>::min());
   const int32_t num_candidates = Compact(out->weight, out->vocab_size, low, scratch, 0);
-  const float border =
-      LargestThreshold(low, 1.0f, [&](float t) { return Kernels().mass_at_least(scratch, num_candidates, t) >= goal; });
+  const float border = LargestThreshold(scratch, num_candidates, low, 1.0f, goal, Kernels().mass_at_least);
   const float above = std::nextafter(border, kInfinity);
-  const int32_t num_ties = Kernels().count_at_least(scratch, num_candidates, border) -
-                           Kernels().count_at_least(scratch, num_candidates, above);
-  const double missing_ties = std::ceil((goal - Kernels().mass_at_least(scratch, num_candidates, above)) / static_cast<double>(border));
+  const int32_t num_ties = Kernels().count_at_least(out->weight, out->vocab_size, border) -
+                           Kernels().count_at_least(out->weight, out->vocab_size, above);
+  const double mass_above = Kernels().mass_at_least(out->weight, out->vocab_size, above);
+  const double missing_ties = std::ceil((goal - mass_above) / static_cast<double>(border));
   if (missing_ties < num_ties) {
     int32_t left = std::max(1, static_cast<int32_t>(missing_ties));
     if (out->weight[out->argmax] == border) --left;
@@ -128,8 +138,8 @@ double SumBlocks(const TokenDistribution& distribution) {
   return total;
 }
 
-// The id of a block whose cumulative mass first exceeds u * block_mass; mass_of(id) >= 0. Rounding can leave the sum short: then the
-// last id with mass.
+// The id of a block whose cumulative mass first exceeds u * block_mass; mass_of(id) >= 0. Rounding can leave the sum short: then
+// the last id with mass.
 template <typename MassOf>
 uint32_t PickInBlock(int32_t block, int32_t count, double block_mass, double u, MassOf&& mass_of) {
   const uint32_t first = static_cast<uint32_t>(block) * kSamplingBlock;
@@ -248,8 +258,8 @@ void Transform(const TransformArgs& args, TokenDistribution* out) {
   const float weight_floor = truncate_p ? 0.0f : args.min_p;
   for (int32_t block = 0; block < num_blocks; ++block) {
     const int32_t first = block * kSamplingBlock;
-    out->block_sum[block] =
-        Kernels().exp_block(logits + first, BlockCount(vocab_size, block), max, scale, logit_floor, weight_floor, out->weight + first);
+    out->block_sum[block] = Kernels().exp_block(logits + first, BlockCount(vocab_size, block), max, scale, logit_floor,
+                                                weight_floor, out->weight + first);
   }
   out->total = SumBlocks(*out);
   if (raw_from_here && !truncate_k && !(args.min_p > 0.0f)) {
@@ -277,7 +287,8 @@ uint32_t SampleResidual(const TokenDistribution& target, const TokenDistribution
   const auto block_residual = [&](int32_t block) {
     if (target.block_sum[block] == 0.0) return 0.0;
     const int32_t first = block * kSamplingBlock;
-    return Kernels().residual_block(target.weight + first, draft.weight + first, BlockCount(vocab_size, block), target_scale, draft_scale);
+    return Kernels().residual_block(target.weight + first, draft.weight + first, BlockCount(vocab_size, block), target_scale,
+                                    draft_scale);
   };
   const int32_t num_blocks = NumSamplingBlocks(vocab_size);
   double total = 0.0;
@@ -372,16 +383,16 @@ double Overlap(const TokenDistribution& target, const TokenDistribution& draft) 
   for (int32_t block = 0; block < NumSamplingBlocks(target.vocab_size); ++block) {
     if (target.block_sum[block] == 0.0 || draft.block_sum[block] == 0.0) continue;
     const int32_t first = block * kSamplingBlock;
-    sum += Kernels().overlap_block(target.weight + first, draft.weight + first, BlockCount(target.vocab_size, block), 1.0 / target.total,
-                        1.0 / draft.total);
+    sum += Kernels().overlap_block(target.weight + first, draft.weight + first, BlockCount(target.vocab_size, block),
+                                   1.0 / target.total, 1.0 / draft.total);
   }
   return sum;
 }
 
 double CoupledOverlap(const TokenDistribution& target, const TokenDistribution& draft) {
   BEBOP_DCHECK(target.vocab_size == draft.vocab_size);
-  // With r = p_v / q_v, Σ_u max(p_u / p_v, q_u / q_v) = (Σ_{p_u/q_u >= r} p_u + r Σ_{p_u/q_u < r} q_u) / p_v: two running sums over
-  // the ids in descending order of p/q.
+  // With r = p_v / q_v, Σ_u max(p_u / p_v, q_u / q_v) = (Σ_{p_u/q_u >= r} p_u + r Σ_{p_u/q_u < r} q_u) / p_v: two running sums
+  // over the ids in descending order of p/q.
   struct Entry {
     double ratio, target_prob, draft_prob;
   };

@@ -7,9 +7,9 @@
 
 // The vocabulary passes of kernels/sampling, one table per instruction set. Internal to the folder and its tests.
 //
-// Every pass works on one block of at most kSamplingBlock ids and does the same IEEE operations in the same order on every instruction
-// set (no contraction: the build sets -ffp-contract=off): the tables agree bit for bit. Sums are 16 interleaved partial sums in double,
-// halved at the end, as TokenDistribution documents.
+// Every pass works on one block of at most kSamplingBlock ids and does the same IEEE operations in the same order on every
+// instruction set (no contraction: the build sets -ffp-contract=off): the tables agree bit for bit. Sums are 16 interleaved
+// partial sums in double, halved at the end, as TokenDistribution documents.
 namespace bebop::cpu {
 
 inline constexpr int32_t kNoiseGroup = 64;             // ids whose noise is made together
@@ -27,7 +27,8 @@ struct ExpSums {
 struct SamplingKernels {
   BlockMax (*max_of_block)(const float* logits, int32_t count);
   // weight = exp((logit - max) * scale), 0 where logit < logit_floor or weight < weight_floor; returns the sum. May run in place.
-  double (*exp_block)(const float* logits, int32_t count, float max, float scale, float logit_floor, float weight_floor, float* weight);
+  double (*exp_block)(const float* logits, int32_t count, float max, float scale, float logit_floor, float weight_floor,
+                      float* weight);
   // The sums of exp_block, without floors and without storing weights.
   ExpSums (*sum_exp_block)(const float* logits, int32_t count, float max, float scale);
   // Zeroes weights under `floor`; returns the sum of the rest.
@@ -36,8 +37,10 @@ struct SamplingKernels {
   int32_t (*count_at_least)(const float* values, int32_t count, float threshold);
   double (*mass_at_least)(const float* values, int32_t count, float threshold);
   // Σ max(0, p - q) and Σ min(p, q), p = target_weight * target_scale, q = draft_weight * draft_scale.
-  double (*residual_block)(const float* target_weight, const float* draft_weight, int32_t count, double target_scale, double draft_scale);
-  double (*overlap_block)(const float* target_weight, const float* draft_weight, int32_t count, double target_scale, double draft_scale);
+  double (*residual_block)(const float* target_weight, const float* draft_weight, int32_t count, double target_scale,
+                           double draft_scale);
+  double (*overlap_block)(const float* target_weight, const float* draft_weight, int32_t count, double target_scale,
+                          double draft_scale);
   // Σ w log w.
   double (*weighted_log_block)(const float* weight, int32_t count);
   // Philox words 0..3 of lanes [first_lane, first_lane + 16) for counter (position, sample_index, purpose, lane):

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Transform, samplers and verification of one row or sequence on one thread. Bytes per second count each [V] array that the operation
-// must touch once: 8 V for the transform (logits in, weights out), 8 V for two-row reductions, 4 V for one-row ones.
+// Transform, samplers and verification of one row or sequence on one thread. Bytes per second count each [V] array that the
+// operation must touch once: 8 V for the transform (logits in, weights out), 8 V for two-row reductions, 4 V for one-row ones.
 #include <random>
 #include <vector>
 
@@ -12,7 +12,8 @@ namespace bebop {
 namespace {
 
 struct Row {
-  Row(int32_t vocab_size, uint32_t seed) : logits(static_cast<size_t>(vocab_size)), weight(logits.size()), scratch(logits.size()) {
+  Row(int32_t vocab_size, uint32_t seed)
+      : logits(static_cast<size_t>(vocab_size)), weight(logits.size()), scratch(logits.size()) {
     std::mt19937 generator(seed);
     std::normal_distribution<float> normal(0.0f, 3.0f);
     for (float& logit : logits) logit = normal(generator);
@@ -70,10 +71,12 @@ void BM_SampleInverseCdf(benchmark::State& state) {
   RunPair(state, 0, [](Distribution target, Distribution, uint32_t) { return cpu::SampleInverseCdf(target, 0.5, 0.5); });
 }
 void BM_SampleResidual(benchmark::State& state) {
-  RunPair(state, 8, [](Distribution target, Distribution draft, uint32_t) { return cpu::SampleResidual(target, draft, 0.5, 0.5); });
+  RunPair(state, 8,
+          [](Distribution target, Distribution draft, uint32_t) { return cpu::SampleResidual(target, draft, 0.5, 0.5); });
 }
 void BM_SampleGumbel(benchmark::State& state) {
-  RunPair(state, 4, [](Distribution target, Distribution, uint32_t position) { return cpu::SampleGumbel(target, {1, 2, position}); });
+  RunPair(state, 4,
+          [](Distribution target, Distribution, uint32_t position) { return cpu::SampleGumbel(target, {1, 2, position}); });
 }
 void BM_Entropy(benchmark::State& state) {
   RunPair(state, 4, [](Distribution target, Distribution, uint32_t) { return cpu::Entropy(target); });

@@ -19,7 +19,8 @@ TEST(SpeculationModeName, NamesAreThoseOfTheCommandLine) {
 TEST(ValidateSamplingParams, AcceptsTheDefaultsAndTheEdges) {
   SamplingParams params;
   EXPECT_TRUE(ValidateSamplingParams(params).ok());
-  params = {.temperature = 0.0f, .top_k = std::numeric_limits<int32_t>::max(), .top_p = 1e-9f, .min_p = 1.0f, .seed = ~uint64_t{0}};
+  params = {
+      .temperature = 0.0f, .top_k = std::numeric_limits<int32_t>::max(), .top_p = 1e-9f, .min_p = 1.0f, .seed = ~uint64_t{0}};
   EXPECT_TRUE(ValidateSamplingParams(params).ok());
 }
 

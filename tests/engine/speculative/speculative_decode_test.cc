@@ -31,8 +31,8 @@ std::vector<uint32_t> CoupledByDefinition(ToyModel& model, uint64_t seed, uint32
   return tokens;
 }
 
-// 10,000 (seed, sample, prefix) cases over 20 languages: tokens are a function of seed, sample, position and prefix alone, whatever
-// the number of drafts.
+// 10,000 (seed, sample, prefix) cases over 20 languages: tokens are a function of seed, sample, position and prefix alone,
+// whatever the number of drafts.
 TEST(CoupledMode, TokensAreTheSameForEveryNumberOfDrafts) {
   constexpr DraftKind kKinds[] = {DraftKind::kGood, DraftKind::kBad, DraftKind::kUniform, DraftKind::kOneHot};
   constexpr size_t kTokens = 10;

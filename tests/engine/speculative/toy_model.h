@@ -30,14 +30,14 @@ enum class DraftKind {
 };
 
 struct ToyOptions {
-  int32_t num_live = 3;       // ids with finite logits
-  bool spread_blocks = false; // the live ids lie in three sampling blocks of a larger vocabulary, else they are 0..num_live-1
+  int32_t num_live = 3;        // ids with finite logits
+  bool spread_blocks = false;  // the live ids lie in three sampling blocks of a larger vocabulary, else they are 0..num_live-1
   float deviation = 1.5f;
   uint64_t seed = 1;
   DraftKind draft = DraftKind::kGood;
   SamplingParams sampling;
-  size_t banned_tokens = 0;   // id 0 is banned while fewer than this many tokens are out (min_new_tokens)
-  size_t history = 64;        // how many of the last tokens (and always the length) the distributions depend on
+  size_t banned_tokens = 0;  // id 0 is banned while fewer than this many tokens are out (min_new_tokens)
+  size_t history = 64;       // how many of the last tokens (and always the length) the distributions depend on
 };
 
 // Target and draft of a made-up language whose next-token laws depend on the whole prefix, through the real Transform.
@@ -205,7 +205,8 @@ inline VerifyArgs ArgsFor(ToyModel& model, SpeculationMode mode, std::span<const
   return args;
 }
 
-inline Iteration Iterate(ToyModel& model, SpeculationMode mode, int32_t num_drafts, std::span<const uint32_t> prefix, DrawSource& draws) {
+inline Iteration Iterate(ToyModel& model, SpeculationMode mode, int32_t num_drafts, std::span<const uint32_t> prefix,
+                         DrawSource& draws) {
   Iteration iteration;
   std::vector<uint32_t> context(prefix.begin(), prefix.end());
   for (int32_t i = 0; i < num_drafts; ++i) {

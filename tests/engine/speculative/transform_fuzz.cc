@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Any bytes as sampling parameters, logits and draws: validation refuses or Transform, the samplers and Verify run, every emitted id is
-// in range and has weight, and a second run gives the same tokens.
+// Any bytes as sampling parameters, logits and draws: validation refuses or Transform, the samplers and Verify run, every emitted
+// id is in range and has weight, and a second run gives the same tokens.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Exact enumeration (invariant I17a): the joint law of the emitted sequence is that of plain decoding.
 //
-// The draws are replaced by a branching oracle. For each uniform that the code asks for, the oracle finds by bisection over the 2^53
-// values it can take where the code's behaviour changes, takes one branch for each piece, and weighs it with the piece's share of the
-// values. So the probabilities are those of the real code with its real 53-bit uniforms, not of a model of it.
+// The draws are replaced by a branching oracle. For each uniform that the code asks for, the oracle finds by bisection over the
+// 2^53 values it can take where the code's behaviour changes, takes one branch for each piece, and weighs it with the piece's
+// share of the values. So the probabilities are those of the real code with its real 53-bit uniforms, not of a model of it.
 #include <array>
 #include <cstring>
 #include <map>
@@ -30,8 +30,8 @@ struct Draw {
   }
 };
 
-// Answers from a script; the first draw that is not in it is reported, and it and all later ones are 0. A draw asked twice has one
-// value, as with Philox: reused random numbers show up as dependence.
+// Answers from a script; the first draw that is not in it is reported, and it and all later ones are 0. A draw asked twice has
+// one value, as with Philox: reused random numbers show up as dependence.
 class ScriptedDraws final : public DrawSource {
  public:
   explicit ScriptedDraws(const std::vector<Draw>& script, int32_t base = 0) : script_(script), base_(base) {}
@@ -79,8 +79,8 @@ uint64_t FirstChange(Run& run, const std::vector<Draw>& script, Draw& draw, uint
 
 // Calls leaf(result, probability, draws) for every behaviour of run(draws). Results are arrays that compare.
 //
-// A new draw is cut into pieces where the result changes while all later draws are 0. A draw that is used again later can have more
-// borders, which show only then: so at a leaf every piece is checked at its other end, and cut again where that differs.
+// A new draw is cut into pieces where the result changes while all later draws are 0. A draw that is used again later can have
+// more borders, which show only then: so at a leaf every piece is checked at its other end, and cut again where that differs.
 template <typename Run, typename Leaf>
 void Explore(Run& run, std::vector<Draw>& script, Leaf& leaf) {
   ASSERT_LT(script.size(), 64u) << "endless draws";
@@ -165,8 +165,9 @@ std::string Describe(const Case& test) {
   return std::string(SpeculationModeName(test.mode)) + " drafts " + std::to_string(test.num_drafts) + " live " +
          std::to_string(test.toy.num_live) + (test.toy.spread_blocks ? " spread" : "") + " kind " +
          std::to_string(static_cast<int>(test.toy.draft)) + " T " + std::to_string(sampling.temperature) + " k " +
-         std::to_string(sampling.top_k) + " top_p " + std::to_string(sampling.top_p) + " min_p " + std::to_string(sampling.min_p) +
-         " banned " + std::to_string(test.toy.banned_tokens) + " seed " + std::to_string(test.toy.seed);
+         std::to_string(sampling.top_k) + " top_p " + std::to_string(sampling.top_p) + " min_p " +
+         std::to_string(sampling.min_p) + " banned " + std::to_string(test.toy.banned_tokens) + " seed " +
+         std::to_string(test.toy.seed);
 }
 
 using Tokens = std::vector<uint32_t>;
@@ -289,9 +290,10 @@ class SequenceEnumerator {
       Tokens tokens = prefix;
       for (int32_t i = 0; i < num_emitted; ++i) {
         const int32_t source = flat[5 + 2 * i];
-        EXPECT_EQ(source, i < num_accepted ? i + 1 : test_.num_drafts == 0 ? kSourcePlain
-                          : num_accepted == test_.num_drafts               ? kSourceBonus
-                                                                           : kSourceCorrected);
+        EXPECT_EQ(source, i < num_accepted                   ? i + 1
+                          : test_.num_drafts == 0            ? kSourcePlain
+                          : num_accepted == test_.num_drafts ? kSourceBonus
+                                                             : kSourceCorrected);
         tokens.push_back(static_cast<uint32_t>(flat[4 + 2 * i]));
       }
       for (int32_t i = 0; i < num_reached; ++i) {
@@ -385,8 +387,8 @@ TEST(VerifyEnumeration, PlainDecoding) {
   }
 }
 
-// Whole runs over several iterations with one oracle keyed by absolute position, as Philox is: an iteration that is cut short by a
-// rejection leaves draft draws of later positions behind, which the next iteration uses again.
+// Whole runs over several iterations with one oracle keyed by absolute position, as Philox is: an iteration that is cut short by
+// a rejection leaves draft draws of later positions behind, which the next iteration uses again.
 TEST(VerifyEnumeration, ReusingTheDraftDrawsOfDiscardedPlacesIsHarmless) {
   for (DraftKind kind : {DraftKind::kGood, DraftKind::kBad}) {
     for (int32_t num_drafts : {1, 2}) {

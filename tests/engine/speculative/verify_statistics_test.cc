@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sampled law with real Philox draws (invariant I17b,d): chi-square and G-test on the joint law of the first two tokens, and the
-// measured acceptance against the summed expected acceptance of the same reached places.
+// The sampled law with real Philox draws (invariant I17b,d): chi-square and G-test on the joint law of the first two tokens, and
+// the measured acceptance against the summed expected acceptance of the same reached places.
 //
-// 10^6 samples for each of 12 configurations (style.md: 1/100 under sanitizers), vocabulary of 16, each test at a false alarm rate of
-// 1e-6. For 255 degrees of freedom that detects a distortion of w = 0.0152 (w^2 = Σ (actual - expected)^2 / expected of the
-// probabilities) with probability 0.999 (non-centrality 231); DetectsADistortionOfThatSize checks the claim.
+// 10^6 samples for each of 12 configurations (style.md: 1/100 under sanitizers), vocabulary of 16, each test at a false alarm
+// rate of 1e-6. For 255 degrees of freedom that detects a distortion of w = 0.0152 (w^2 = Σ (actual - expected)^2 / expected of
+// the probabilities) with probability 0.999 (non-centrality 231); DetectsADistortionOfThatSize checks the claim.
 #include <cmath>
 #include <string>
 #include <vector>
@@ -51,7 +51,8 @@ struct Fit {
   int32_t degrees_of_freedom;
 };
 
-// Counts against probabilities; cells with expectation under 5 are merged into one. A count where the probability is 0 gives p = 0.
+// Counts against probabilities; cells with expectation under 5 are merged into one. A count where the probability is 0 gives p =
+// 0.
 Fit TestFit(const std::vector<int64_t>& counts, const std::vector<double>& probabilities) {
   int64_t total = 0, rest_count = 0;
   for (int64_t count : counts) total += count;
@@ -130,8 +131,8 @@ TEST_P(VerifyStatistics, PairsFollowTheTargetAndAcceptanceItsExpectation) {
   const auto observe = [&](std::span<const uint32_t> prefix, const Iteration& iteration) {
     std::vector<uint32_t> context(prefix.begin(), prefix.end());
     for (int32_t i = 0; i < iteration.outcome.num_reached; ++i) {
-      const double expected = ExpectedAcceptance(test.mode, model.greedy(), iteration.drafts[i], model.Target(context).distribution,
-                                                 model.Draft(context).distribution);
+      const double expected = ExpectedAcceptance(test.mode, model.greedy(), iteration.drafts[i],
+                                                 model.Target(context).distribution, model.Draft(context).distribution);
       difference[i] += (i < iteration.outcome.num_accepted ? 1.0 : 0.0) - expected;
       variance[i] += expected * (1.0 - expected);
       reached[i] += 1.0;
@@ -159,10 +160,12 @@ INSTANTIATE_TEST_SUITE_P(
         StatisticsCase{"RejectionGood", SpeculationMode::kRejection, 3, DraftKind::kGood, {}, 0},
         StatisticsCase{"RejectionBad", SpeculationMode::kRejection, 1, DraftKind::kBad, {}, 0},
         StatisticsCase{"RejectionTopKTopP", SpeculationMode::kRejection, 3, DraftKind::kGood, {.top_k = 10, .top_p = 0.9f}, 0},
-        StatisticsCase{"RejectionMinP", SpeculationMode::kRejection, 2, DraftKind::kGood, {.temperature = 1.4f, .min_p = 0.1f}, 0},
+        StatisticsCase{
+            "RejectionMinP", SpeculationMode::kRejection, 2, DraftKind::kGood, {.temperature = 1.4f, .min_p = 0.1f}, 0},
         StatisticsCase{"RejectionBanned", SpeculationMode::kRejection, 2, DraftKind::kUniform, {.temperature = 0.8f}, 2},
         StatisticsCase{"TargetOnlyGood", SpeculationMode::kTargetOnly, 2, DraftKind::kGood, {.temperature = 0.7f}, 0},
-        StatisticsCase{"TargetOnlyTopP", SpeculationMode::kTargetOnly, 2, DraftKind::kGood, {.temperature = 0.7f, .top_p = 0.8f}, 0},
+        StatisticsCase{
+            "TargetOnlyTopP", SpeculationMode::kTargetOnly, 2, DraftKind::kGood, {.temperature = 0.7f, .top_p = 0.8f}, 0},
         StatisticsCase{"CoupledPlain", SpeculationMode::kCoupled, 0, DraftKind::kGood, {}, 0},
         StatisticsCase{"CoupledGood", SpeculationMode::kCoupled, 3, DraftKind::kGood, {}, 0},
         StatisticsCase{"CoupledBad", SpeculationMode::kCoupled, 1, DraftKind::kBad, {}, 0},

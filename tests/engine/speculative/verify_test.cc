@@ -115,7 +115,8 @@ TEST_F(VerifyTest, RejectionByHand) {
   draft = {distributions.Of({1, 2, 1, 0})};
   drafts = {1};
   const double half_below = 0.5 - 0x1p-54;
-  ExpectOutcome(Run({{{0, kAccept, 0}, half_below}, {{1, kBonus, 0}, 0.0}, {{1, kBonus, 1}, 0.5}}), 1, 1, {{1, 1}, {3, kSourceBonus}});
+  ExpectOutcome(Run({{{0, kAccept, 0}, half_below}, {{1, kBonus, 0}, 0.0}, {{1, kBonus, 1}, 0.5}}), 1, 1,
+                {{1, 1}, {3, kSourceBonus}});
   ExpectOutcome(Run({{{0, kAccept, 0}, 0.5}, {{0, kResidual, 0}, 0.9}, {{0, kResidual, 1}, 0.9}}), 0, 1, {{0, kSourceCorrected}});
 }
 
@@ -141,10 +142,13 @@ TEST_F(VerifyTest, TargetOnlyByHand) {
   mode = SpeculationMode::kTargetOnly;
   target = {distributions.Of({1, 4, 1, 2}), distributions.Of({0, 0, 1, 1})};
   drafts = {1};  // no draft distribution needed
-  ExpectOutcome(Run({{{0, kAccept, 0}, 0.4999}, {{1, kBonus, 0}, 0.0}, {{1, kBonus, 1}, 0.0}}), 1, 1, {{1, 1}, {2, kSourceBonus}});
+  ExpectOutcome(Run({{{0, kAccept, 0}, 0.4999}, {{1, kBonus, 0}, 0.0}, {{1, kBonus, 1}, 0.0}}), 1, 1,
+                {{1, 1}, {2, kSourceBonus}});
   // Without id 1: 1/4, 0, 1/4, 2/4.
-  ExpectOutcome(Run({{{0, kAccept, 0}, 0.5}, {{0, kResidual, 0}, 0.1}, {{0, kResidual, 1}, 0.2499}}), 0, 1, {{0, kSourceCorrected}});
-  ExpectOutcome(Run({{{0, kAccept, 0}, 0.5}, {{0, kResidual, 0}, 0.1}, {{0, kResidual, 1}, 0.2501}}), 0, 1, {{2, kSourceCorrected}});
+  ExpectOutcome(Run({{{0, kAccept, 0}, 0.5}, {{0, kResidual, 0}, 0.1}, {{0, kResidual, 1}, 0.2499}}), 0, 1,
+                {{0, kSourceCorrected}});
+  ExpectOutcome(Run({{{0, kAccept, 0}, 0.5}, {{0, kResidual, 0}, 0.1}, {{0, kResidual, 1}, 0.2501}}), 0, 1,
+                {{2, kSourceCorrected}});
 }
 
 TEST_F(VerifyTest, PlainTokenInEveryMode) {
@@ -228,9 +232,11 @@ TEST_F(VerifyTest, SyntheticAcceptanceReplacesTheDecisionAndNothingElse) {
   target = {distributions.Of({0, 0, 1, 1}), distributions.Of({1, 0, 0, 0})};
   draft = {distributions.Of({1, 0, 1, 0})};
   drafts = {0};  // p = 0: never accepted by the real rule
-  ExpectOutcome(Run({{{0, kSynthetic, 0}, 0.7499}, {{1, kBonus, 0}, 0.0}, {{1, kBonus, 1}, 0.0}}), 1, 1, {{0, 1}, {0, kSourceBonus}});
+  ExpectOutcome(Run({{{0, kSynthetic, 0}, 0.7499}, {{1, kBonus, 0}, 0.0}, {{1, kBonus, 1}, 0.0}}), 1, 1,
+                {{0, 1}, {0, kSourceBonus}});
   drafts = {2};
-  ExpectOutcome(Run({{{0, kSynthetic, 0}, 0.75}, {{0, kResidual, 0}, 0.0}, {{0, kResidual, 1}, 0.0}}), 0, 1, {{3, kSourceCorrected}});
+  ExpectOutcome(Run({{{0, kSynthetic, 0}, 0.75}, {{0, kResidual, 0}, 0.0}, {{0, kResidual, 1}, 0.0}}), 0, 1,
+                {{3, kSourceCorrected}});
   greedy = true;
   drafts = {2};  // the argmax: the real rule would accept it
   ExpectOutcome(Run({{{0, kSynthetic, 0}, 0.9}}), 0, 1, {{2, kSourceCorrected}});
@@ -241,7 +247,8 @@ TEST_F(VerifyTest, SyntheticAcceptanceOfACertainTokenStillEmits) {
   mode = SpeculationMode::kTargetOnly;
   target = {distributions.Of({0, 1, 0}), distributions.Of({1, 0, 0})};
   drafts = {1};
-  ExpectOutcome(Run({{{0, kSynthetic, 0}, 0.0}, {{0, kResidual, 0}, 0.5}, {{0, kResidual, 1}, 0.5}}), 0, 1, {{1, kSourceCorrected}});
+  ExpectOutcome(Run({{{0, kSynthetic, 0}, 0.0}, {{0, kResidual, 0}, 0.5}, {{0, kResidual, 1}, 0.5}}), 0, 1,
+                {{1, kSourceCorrected}});
 }
 
 TEST(DrawDraft, EachModeItsOwnWay) {

@@ -425,7 +425,8 @@ TEST(Samplers, NeverReturnAnIdWithoutMassAtTheEdgesOfTheUniform) {
   std::mt19937 generator(31);
   for (int trial = 0; trial < 300; ++trial) {
     const int32_t vocab_size = kSizes[generator() % std::size(kSizes)];
-    std::vector<float> logits = RandomLogits(vocab_size, 20.0f, generator()), draft_logits = RandomLogits(vocab_size, 20.0f, generator());
+    std::vector<float> logits = RandomLogits(vocab_size, 20.0f, generator()),
+                       draft_logits = RandomLogits(vocab_size, 20.0f, generator());
     for (float& logit : logits) logit = generator() % 3 ? logit : -kInfinity;
     logits[generator() % logits.size()] = 1.0f;
     Row target(logits), draft(draft_logits);
