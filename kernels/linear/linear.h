@@ -10,11 +10,16 @@ namespace bebop {
 
 // y = x Wᵀ.
 //   x: [T, K] float32. With bf16 weights x is rounded to bf16 first (as the reference network does); products accumulate in float32.
-//   w: [N, K] packed, bf16 or float32.
-//   y: [T, N] float32 (N = w.rows; padding rows are not written). Must not alias x.
+//   w: [N, K] packed, bf16 or float32; its padding must be zero.
+//   y: [T, N] float32 (N = w.rows; padding rows are not written). Must not alias x. T = 0 does nothing.
 //
-// Every y[t, n] is accumulated over K in one fixed order that depends on the instruction set alone, never on T, the thread count or
-// the other rows: a row alone and the same row in a batch of 512 agree bit for bit. Up to 16 rows stream the weights once.
+// Every y[t, n] is one float32 sum over the columns in their order. How it rounds depends on the instruction set (with kAvx512Bf16
+// also on the maker of the processor) alone, never on T, the thread count or the other rows: a row alone and the same row in a batch
+// of 512 agree bit for bit, also when another row holds a NaN. |error| <= (K + 1) 2^-24 sum |x| |w| to first order, for the x and w
+// after their rounding (docs/numerics.md). kAvx512Bf16 takes denormal x and w as zero.
+//
+// The weights are read from memory once a call. Where they do not fit in the caches, a few rows (about 8 on two Zen 4 cores) cost
+// little more than one.
 struct LinearArgs {
   TensorView x;
   PackedMatrix w;
@@ -30,7 +35,8 @@ class LinearScratch {
   ~LinearScratch();
   LinearScratch(const LinearScratch&) = delete;
   LinearScratch& operator=(const LinearScratch&) = delete;
-  // Makes room for x of `rows` x `cols`, so that later calls up to this size do not allocate. Takes 4 bytes a value.
+  // Makes room for x of `rows` x `cols` (and every smaller product), so that later calls do not allocate. Takes 4 bytes a value,
+  // cols rounded up to kPanelCols. What it held is lost.
   void Reserve(int64_t rows, int64_t cols);
   uint32_t* data() const { return data_; }
   int64_t capacity() const { return capacity_; }
@@ -40,9 +46,10 @@ class LinearScratch {
   int64_t capacity_ = 0;      // values
 };
 
-// Runs on `pool` with the detected instruction set.
+// Runs on `pool` with the detected instruction set. Shapes that do not fit together are our own bug (BEBOP_CHECK). Allocates only
+// when `scratch` has to grow.
 void Linear(const LinearArgs& args, LinearScratch& scratch, ThreadPool& pool);
-// The same with a chosen set (tests). REQUIRES: the processor has it.
+// The same with a chosen set (tests, benchmarks). REQUIRES: the processor has it.
 void LinearWith(InstructionSet set, const LinearArgs& args, LinearScratch& scratch, ThreadPool& pool);
 
 }  // namespace cpu

@@ -77,7 +77,7 @@ void LinearWith(InstructionSet set, const LinearArgs& args, LinearScratch& scrat
   const bool streams = rows <= tiles.max_stream_rows;
   const RowBlocks blocks(rows, streams ? tiles.max_stream_rows : tiles.block_rows);
 
-  // Pack x: a block of rows after the other, each interleaved over its rows.
+  // Pack x: a block of rows after the other, as the tiles read it.
   scratch.Reserve(rows, w.cols);
   const auto pack = [&](int64_t block, int64_t begin, int64_t end) {
     const int64_t first = blocks.First(block);

@@ -22,8 +22,8 @@ inline constexpr int kFarPrefetchRows = 4;
 // y[0..R, panels] (+)= x W over a run of columns; R is the tile function's.
 //
 // x comes as 32-bit items in blocks of 16, [block][R][16], in one of three forms (XForm): a tile walks through it with one pointer,
-// and packing it moves whole vectors. A chunk is the 64 bytes of a panel
-// that hold one group of columns for its 16 rows: a pair of bf16 columns, or one float32 column.
+// and packing it moves whole vectors. A chunk is the 64 bytes of a panel that hold one group of columns for its 16 rows: a pair of
+// bf16 columns, or one float32 column.
 struct TileArgs {
   const char* weights = nullptr;  // first panel, at the first column of the run
   int64_t panel_bytes = 0;        // from one panel to the next

@@ -8,9 +8,11 @@
 
 namespace bebop {
 
-// A weight matrix W [rows, cols] in the CPU's packed layout, borrowed (16-row panels; bf16 in VNNI pairs of columns, so that one
-// panel of 16 rows x 32 columns is 1 KiB; float32 panels hold 16 rows per column). Rows and columns are padded with zeros to
-// multiples of 16 and 32. The layout is the same for every instruction set; see docs/numerics.md.
+// A weight matrix W [rows, cols] in the CPU's packed layout, borrowed. 16 rows make a panel; panels follow each other, each from its
+// first column to its last, and every 64 bytes hold one group of columns for the 16 rows: a pair of bf16 columns (so that 16 rows x
+// 32 columns are 1 KiB), or one float32 column. Rows and columns are padded with zeros to multiples of 16 and 32: with C padded
+// columns, element (n, k) is number (n / 16 * C + k / 2 * 2) * 16 + n % 16 * 2 + k % 2 in bf16 and (n / 16 * C + k) * 16 + n % 16 in
+// float32. The layout is the same for every instruction set.
 struct PackedMatrix {
   const void* data = nullptr;  // 64-byte aligned
   DType dtype = DType::kFloat32;
@@ -32,7 +34,7 @@ namespace cpu {
 
 // Writes the rows of `source` [n, cols] (float32 or bf16) as rows [first_row, first_row + n) of the packed matrix at `destination`
 // (rows x cols in all, of `dtype`; converts with round-to-nearest-even). REQUIRES: first_row + n <= rows, destination zeroed before
-// the first call (padding stays zero).
+// the first call (padding stays zero). Calls for distinct rows may run at the same time.
 void PackRows(const TensorView& source, DType dtype, int64_t rows, int64_t cols, int64_t first_row, void* destination);
 
 // Row `row` of W as float: out [cols]. Exact.
