@@ -16,15 +16,16 @@ namespace bebop {
 //
 //   q: [T, nq*head_dim] float32 (after norm and RoPE); gate: inside q_gate [T, nq*2*head_dim], second half of each head
 //   out: [T, nq*head_dim] float32
-// limit(t) = row_position[t] normally. With a chain (num_chain > 0; teacher-forced MTP depth > 1) limit(t) = row_position[t] - num_chain
-// for the pages, followed by num_chain private entries of the row itself: chain entry c of row t is row t of chain_k[c]/chain_v[c]
-// ([T, nkv*head_dim] of the pages' dtype); the last one is the row's own position.
+// limit(t) = row_position[t] normally. With a chain (num_chain > 0; teacher-forced MTP depth > 1) limit(t) = row_position[t] -
+// num_chain for the pages, followed by num_chain private entries of the row itself: chain entry c of row t is row t of
+// chain_k[c]/chain_v[c] ([T, nkv*head_dim] of the pages' dtype); the last one is the row's own position.
 //
 // float32 accumulation, softmax in one fixed order over absolute positions: a row's result does not depend on the batch, on how
-// the prompt was cut into chunks, on the page size, or on threads. The order: tiles of 16 positions counted from first_index, then
-// the chain, with an online softmax (Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018) whose maximum moves once
-// a tile. Rows and q heads that share keys read them together. Weights below e^-86 of the largest count as 0 (exponential: simd.inc).
-// A NaN or infinity reaches the rows that see it, and no others. A row that sees no entry gives 0. head_dim <= 256.
+// the prompt was cut into chunks, on the page size, or on threads. The order: tiles of 16 positions counted from first_index,
+// then the chain, with an online softmax (Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018) whose maximum
+// moves once a tile. Rows and q heads that share keys read them together. Weights below e^-86 of the largest count as 0
+// (exponential: simd.inc). A NaN or infinity reaches the rows that see it, and no others. A row that sees no entry gives 0.
+// head_dim <= 256.
 struct AttentionArgs {
   RaggedBatch batch;  // row_position must be set; the sequences cover all rows
   TensorView q;

@@ -52,8 +52,8 @@ namespace {
 
 int64_t DivideUp(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-// How a call is cut into units: rows and q heads that read the same keys. Larger units read the keys less often, smaller ones occupy
-// more threads; the result is the same.
+// How a call is cut into units: rows and q heads that read the same keys. Larger units read the keys less often, smaller ones
+// occupy more threads; the result is the same.
 struct Cut {
   int64_t rows;
   int64_t heads;
@@ -105,7 +105,8 @@ void AttentionWith(InstructionSet set, const AttentionArgs& args, ThreadPool& po
       }
       const SequenceRows& sequence = args.batch.sequences[s];
       const int64_t head_unit = (unit - first_unit) / row_units, kv_head = head_unit / units_per_kv_head;
-      const int64_t first_head = head_unit % units_per_kv_head * cut.heads, first_row = (unit - first_unit) % row_units * cut.rows;
+      const int64_t first_head = head_unit % units_per_kv_head * cut.heads,
+                    first_row = (unit - first_unit) % row_units * cut.rows;
       const HeadGroup heads{args, sequence, static_cast<int32_t>(kv_head), static_cast<int32_t>(kv_head * group + first_head),
                             static_cast<int32_t>(std::min(cut.heads, group - first_head))};
       const int64_t last_row = std::min<int64_t>(first_row + cut.rows, sequence.num_rows);

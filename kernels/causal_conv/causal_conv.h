@@ -15,8 +15,9 @@ namespace bebop {
 // [r, r + K-1) (zeros when state_src is -1). Slot state_dst receives the K-1 raw inputs that end at the last known row, then the
 // draft rows' raw inputs. `state.matrix` and the windows are not touched. 1 <= K <= 8.
 //
-// Taps are added in order j = 0..K-1 in float32; SiLU uses the exponential of kernels/common/simd.inc (2 ulp). Every channel runs all
-// sequences in order, so a later sequence may read a slot that an earlier one of the same call wrote; channels run in parallel.
+// Taps are added in order j = 0..K-1 in float32; SiLU uses the exponential of kernels/common/simd.inc (2 ulp). Every channel runs
+// all sequences in order, so a later sequence may read a slot that an earlier one of the same call wrote; channels run in
+// parallel.
 struct CausalConvArgs {
   RaggedBatch batch;
   TensorView x;

@@ -9,8 +9,8 @@ namespace bebop::cpu {
 namespace {
 
 constexpr int32_t kMaxConvWidth = 8;
-// Channels of an item: a multiple of 16, and as many as the threads leave. Long runs of a row let the processor fetch ahead; rows lie
-// many pages apart.
+// Channels of an item: a multiple of 16, and as many as the threads leave. Long runs of a row let the processor fetch ahead; rows
+// lie many pages apart.
 constexpr int64_t kMinBlock = 64;
 constexpr int64_t kMaxBlock = 512;
 
@@ -31,7 +31,8 @@ void CausalConv(const CausalConvArgs& args, ThreadPool& pool) { CausalConvWith(D
 
 void CausalConvWith(InstructionSet set, const CausalConvArgs& args, ThreadPool& pool) {
   const int64_t channels = args.state.conv_channels();
-  BEBOP_CHECK(args.state.conv_width >= 1 && args.state.conv_width <= kMaxConvWidth && args.x.cols == channels && args.y.cols == channels);
+  BEBOP_CHECK(args.state.conv_width >= 1 && args.state.conv_width <= kMaxConvWidth && args.x.cols == channels &&
+              args.y.cols == channels);
   const int64_t share = (channels / pool.num_threads() + kMinBlock - 1) / kMinBlock * kMinBlock;
   const Blocks blocks{args, std::clamp(share, kMinBlock, kMaxBlock)};
   const auto kernel = BEBOP_SIMD_SELECT(set, ConvolveBlocks);

@@ -17,14 +17,15 @@ namespace bebop {
 //   a, b: [T, Hv] float32;  a_log, dt_bias: [Hv] float32
 //   out: [T, Hv*dv] float32
 //
-// For each sequence: S = slot state_src (zeros if -1); replay rows [0, num_replay_rows) of that slot's window; run the known rows;
-// store S to slot state_dst; run the draft rows without storing S, keeping their raw k, v, g, beta in state_dst's window. Every row
-// is computed by the same code in the same order, so any accepted prefix leaves the bits that token-by-token decoding would leave.
-// On the CPU prompts use this form too (an ADR says why), so recomputation after preemption changes no bit either.
-// Sequences run in order (a later one may read a slot written by an earlier one in the same call); heads and columns run in parallel.
+// For each sequence: S = slot state_src (zeros if -1); replay rows [0, num_replay_rows) of that slot's window; run the known
+// rows; store S to slot state_dst; run the draft rows without storing S, keeping their raw k, v, g, beta in state_dst's window.
+// Every row is computed by the same code in the same order, so any accepted prefix leaves the bits that token-by-token decoding
+// would leave. On the CPU prompts use this form too (an ADR says why), so recomputation after preemption changes no bit either.
+// Sequences run in order (a later one may read a slot written by an earlier one in the same call); heads and columns run in
+// parallel.
 //
-// Sums over dk go in order of the row, each column by itself, so neither threads nor batch mates change a bit; instruction sets differ
-// where one has FMA. The norms of q and k are applied to the sums (Sᵀk, δ), not to the vectors. dk <= 256, window <= 64.
+// Sums over dk go in order of the row, each column by itself, so neither threads nor batch mates change a bit; instruction sets
+// differ where one has FMA. The norms of q and k are applied to the sums (Sᵀk, δ), not to the vectors. dk <= 256, window <= 64.
 // Raw q, k, v of replayed rows are read from the window, so `qkv` of an earlier pass need not live on.
 struct DeltaRuleArgs {
   RaggedBatch batch;

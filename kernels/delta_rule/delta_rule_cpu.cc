@@ -10,16 +10,16 @@ namespace bebop::cpu {
 namespace {
 
 constexpr int32_t kMaxKeyDim = 256;
-constexpr int32_t kBlock = 32;       // columns of S that are worked on together: 16 KiB of state at dk = 128, which stays in L1
-constexpr int32_t kMaxTokens = 64;      // tokens whose scalars are computed at a time
+constexpr int32_t kBlock = 32;      // columns of S that are worked on together: 16 KiB of state at dk = 128, which stays in L1
+constexpr int32_t kMaxTokens = 64;  // tokens whose scalars are computed at a time
 
 // What a token means to one value head, whatever the column. The vectors stay as they are in memory: their norms are scalars.
 struct Token {
   const float* q;  // null for a replayed token: it has no output
   const float* k;
   const float* v;
-  float* out;     // [dv]
-  float decay;    // e^g
+  float* out;   // [dv]
+  float decay;  // e^g
   float beta;
   float k_scale;  // 1 / |k|
   float q_scale;  // 1 / (|q| √dk)
@@ -47,7 +47,9 @@ struct Layout {
         key_width(int64_t{view.num_key_heads} * key_dim),
         value_width(int64_t{view.num_value_heads} * value_dim) {}
 
-  float* Matrix(int64_t slot, int64_t head) const { return state.matrix + (slot * state.num_value_heads + head) * key_dim * value_dim; }
+  float* Matrix(int64_t slot, int64_t head) const {
+    return state.matrix + (slot * state.num_value_heads + head) * key_dim * value_dim;
+  }
   float* WindowK(int64_t slot, int64_t row, int64_t key_head) const {
     return state.window_k + (slot * state.window + row) * key_width + key_head * key_dim;
   }
@@ -79,8 +81,8 @@ struct Wave {
 namespace bebop::cpu {
 namespace {
 
-// Keeps the draft rows of key heads [begin, end) and their value heads in the windows, sequences in order. Apart from RunColumns, since
-// the columns and heads that share a window row replay from it in parallel, and src and dst may be one slot.
+// Keeps the draft rows of key heads [begin, end) and their value heads in the windows, sequences in order. Apart from RunColumns,
+// since the columns and heads that share a window row replay from it in parallel, and src and dst may be one slot.
 void KeepWindows(const Wave& wave, int64_t begin, int64_t end) {
   const Layout layout(wave.args.state);
   const int64_t group = layout.state.num_value_heads / layout.state.num_key_heads;
@@ -105,13 +107,14 @@ void KeepWindows(const Wave& wave, int64_t begin, int64_t end) {
 
 int32_t NumDraftRows(const SequenceRows& sequence) { return sequence.num_rows - sequence.num_known_rows; }
 
-// The sequences from `first` on that can run before any of their windows is written: a sequence that replays a window which an earlier
-// one of the call writes begins the next wave. (In decoding all sequences are one wave.)
+// The sequences from `first` on that can run before any of their windows is written: a sequence that replays a window which an
+// earlier one of the call writes begins the next wave. (In decoding all sequences are one wave.)
 int32_t EndOfWave(const RaggedBatch& batch, int32_t first) {
   for (int32_t s = first + 1; s < batch.num_sequences; ++s) {
     if (batch.sequences[s].num_replay_rows == 0) continue;
     for (int32_t writer = first; writer < s; ++writer) {
-      if (batch.sequences[writer].state_dst == batch.sequences[s].state_src && NumDraftRows(batch.sequences[writer]) > 0) return s;
+      if (batch.sequences[writer].state_dst == batch.sequences[s].state_src && NumDraftRows(batch.sequences[writer]) > 0)
+        return s;
     }
   }
   return batch.num_sequences;
@@ -133,13 +136,15 @@ void DeltaRuleWith(InstructionSet set, const DeltaRuleArgs& args, ThreadPool& po
     BEBOP_CHECK(sequence.state_src < state.num_slots && sequence.state_dst >= 0 && sequence.state_dst < state.num_slots);
     has_drafts |= num_drafts > 0;
   }
-  // Whole heads share the scalars of a token; columns are split only as far as the threads need it. A few items a thread even out.
+  // Whole heads share the scalars of a token; columns are split only as far as the threads need it. A few items a thread even
+  // out.
   const int32_t num_blocks = (state.value_head_dim + kBlock - 1) / kBlock;
   const int32_t slices = std::clamp(2 * pool.num_threads() / state.num_value_heads, 1, num_blocks);
   const auto run_columns = BEBOP_SIMD_SELECT(set, RunColumns);
   for (int32_t first = 0; first < args.batch.num_sequences;) {
     const Wave wave{args, first, EndOfWave(args.batch, first), slices};
-    pool.ParallelFor(int64_t{state.num_value_heads} * slices, 1, [&](int64_t begin, int64_t end) { run_columns(wave, begin, end); });
+    pool.ParallelFor(int64_t{state.num_value_heads} * slices, 1,
+                     [&](int64_t begin, int64_t end) { run_columns(wave, begin, end); });
     if (has_drafts) pool.ParallelFor(state.num_key_heads, 4, [&](int64_t begin, int64_t end) { KeepWindows(wave, begin, end); });
     first = wave.last_sequence;
   }

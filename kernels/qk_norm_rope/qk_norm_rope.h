@@ -14,8 +14,9 @@ namespace bebop {
 // inv_freq_i = theta^(-2i/rotary_dim)), and the write of k, v. head_dim <= 256.
 //
 // Angle, cos and sin are computed in double and only cos and sin are rounded: their error is 2^-25 at any position. (transformers
-// multiplies a float32 inv_freq by a float32 position; at position 200,000 its angles are off by up to 1e-2. The oracle is transformers
-// in float64 with inv_freq computed in float64 too.) The norm's sum of squares is in double, so all bits are those of any thread count.
+// multiplies a float32 inv_freq by a float32 position; at position 200,000 its angles are off by up to 1e-2. The oracle is
+// transformers in float64 with inv_freq computed in float64 too.) The norm's sum of squares is in double, so all bits are those
+// of any thread count.
 //
 //   q_gate: [T, nq * 2*head_dim] float32: per head head_dim query then head_dim gate values (gate is not touched here)
 //   k, v:   [T, nkv * head_dim] float32

@@ -8,7 +8,8 @@
 namespace bebop {
 
 // Zero-centred RMSNorm: out = x · rsqrt(mean(x²) + eps) · (1 + weight), per row, in float32 with the sum of squares in double
-// on the CPU. `residual`, when its data is set, is added first: x <- x + residual in place (the residual stream), then normalised.
+// on the CPU. `residual`, when its data is set, is added first: x <- x + residual in place (the residual stream), then
+// normalised.
 //   x, residual, out: [T, H] float32. weight: [H] float32. out may alias residual, not x.
 struct RmsNormArgs {
   TensorView x;

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention, delta rule and the small operators at the sizes of a 0.8B Qwen3.5 layer (8 q and 2 kv heads of 256, 16 linear heads of
-// 128x128, H 1024, F 3584).
+// Attention, delta rule and the small operators at the sizes of a 0.8B Qwen3.5 layer (8 q and 2 kv heads of 256, 16 linear heads
+// of 128x128, H 1024, F 3584).
 //
 //   ops_bench                                    everything
 //   ops_bench --benchmark_filter=Attention       one operator
 //
-// GB/s counts the bytes that an operator must move (keys and values, or the state read and written once) and GFLOP/s the arithmetic it
-// must do, both per second of processor time of all threads, so that other load on the machine disturbs little. The first argument of
-// every entry is the number of threads.
+// GB/s counts the bytes that an operator must move (keys and values, or the state read and written once) and GFLOP/s the
+// arithmetic it must do, both per second of processor time of all threads, so that other load on the machine disturbs little. The
+// first argument of every entry is the number of threads.
 #include <benchmark/benchmark.h>
 
 #include <vector>
@@ -53,9 +53,7 @@ struct OneSequence {
     }
     for (int32_t i = 0; i <= (first_position + num_rows) / page_tokens; ++i) pages.push_back(i);
   }
-  RaggedBatch View() const {
-    return {1, sequence.num_rows, &sequence, pages.data(), row_sequence.data(), row_position.data()};
-  }
+  RaggedBatch View() const { return {1, sequence.num_rows, &sequence, pages.data(), row_sequence.data(), row_position.data()}; }
   SequenceRows sequence;
   std::vector<int32_t> pages, row_sequence, row_position;
 };
@@ -94,8 +92,14 @@ void Attention(State& state) {
   Report(state, 2.0 * context * kKvHeads * kHeadDim * static_cast<double>(ElementBytes(dtype)),
          4.0 * rows * context * kQHeads * kHeadDim);
 }
-BENCHMARK(Attention)->ArgNames({"threads", "context", "rows", "bytes"})->MeasureProcessCPUTime()
-    ->Args({1, 4096, 4, 2})->Args({1, 4096, 1, 2})->Args({1, 4096, 4, 4})->Args({2, 4096, 4, 2})->Args({1, 512, 512, 2});
+BENCHMARK(Attention)
+    ->ArgNames({"threads", "context", "rows", "bytes"})
+    ->MeasureProcessCPUTime()
+    ->Args({1, 4096, 4, 2})
+    ->Args({1, 4096, 1, 2})
+    ->Args({1, 4096, 4, 4})
+    ->Args({2, 4096, 4, 2})
+    ->Args({1, 512, 512, 2});
 
 constexpr int32_t kHeads = 16, kLinearDim = 128, kWindow = 4, kConvWidth = 4;
 constexpr int32_t kSlots = 40;  // more state than the caches hold, as the layers of a model have
@@ -126,13 +130,19 @@ void DeltaRule(State& state) {
   one.sequence.num_known_rows = static_cast<int32_t>(state.range(1));
   one.sequence.num_replay_rows = static_cast<int32_t>(state.range(3));
   const int64_t rows = one.sequence.num_rows, width = kHeads * kLinearDim;
-  std::vector<float> qkv = Values(rows * linear.view.conv_channels()), gates = Values(rows * kHeads), a_log(kHeads), out(static_cast<size_t>(rows * width));
+  std::vector<float> qkv = Values(rows * linear.view.conv_channels()), gates = Values(rows * kHeads), a_log(kHeads),
+                     out(static_cast<size_t>(rows * width));
   int32_t slot = 0;
   for (auto _ : state) {
     one.sequence.state_src = one.sequence.state_dst = slot = (slot + 1) % kSlots;
-    cpu::DeltaRule({.batch = one.View(), .qkv = FloatMatrix(qkv.data(), rows, linear.view.conv_channels()),
-                    .a = FloatMatrix(gates.data(), rows, kHeads), .b = FloatMatrix(gates.data(), rows, kHeads), .a_log = a_log.data(),
-                    .dt_bias = a_log.data(), .state = linear.view, .out = FloatMatrix(out.data(), rows, width)},
+    cpu::DeltaRule({.batch = one.View(),
+                    .qkv = FloatMatrix(qkv.data(), rows, linear.view.conv_channels()),
+                    .a = FloatMatrix(gates.data(), rows, kHeads),
+                    .b = FloatMatrix(gates.data(), rows, kHeads),
+                    .a_log = a_log.data(),
+                    .dt_bias = a_log.data(),
+                    .state = linear.view,
+                    .out = FloatMatrix(out.data(), rows, width)},
                    pool);
     benchmark::ClobberMemory();
   }
@@ -140,8 +150,13 @@ void DeltaRule(State& state) {
   const double elements = 1.0 * kHeads * kLinearDim * kLinearDim;
   Report(state, 2 * 4 * elements, 7 * elements * static_cast<double>(rows + state.range(3)));
 }
-BENCHMARK(DeltaRule)->ArgNames({"threads", "known", "drafts", "replay"})->MeasureProcessCPUTime()
-    ->Args({1, 1, 0, 0})->Args({1, 1, 3, 2})->Args({2, 1, 3, 2})->Args({1, 512, 0, 0});
+BENCHMARK(DeltaRule)
+    ->ArgNames({"threads", "known", "drafts", "replay"})
+    ->MeasureProcessCPUTime()
+    ->Args({1, 1, 0, 0})
+    ->Args({1, 1, 3, 2})
+    ->Args({2, 1, 3, 2})
+    ->Args({1, 512, 0, 0});
 
 // Arguments: threads, rows.
 void CausalConv(State& state) {
@@ -152,8 +167,9 @@ void CausalConv(State& state) {
   const int64_t rows = state.range(1), channels = linear.view.conv_channels();
   std::vector<float> x = Values(rows * channels), weight = Values(channels * kConvWidth), y(x.size());
   for (auto _ : state) {
-    cpu::CausalConv({one.View(), FloatMatrix(x.data(), rows, channels), weight.data(), linear.view, FloatMatrix(y.data(), rows, channels)},
-                    pool);
+    cpu::CausalConv(
+        {one.View(), FloatMatrix(x.data(), rows, channels), weight.data(), linear.view, FloatMatrix(y.data(), rows, channels)},
+        pool);
     benchmark::ClobberMemory();
   }
   Report(state, 4.0 * static_cast<double>((2 * rows + kConvWidth + 2 * (kConvWidth - 1)) * channels),
@@ -181,8 +197,8 @@ void GatedRmsNorm(State& state) {
   const int64_t rows = state.range(1), width = kHeads * kLinearDim;
   std::vector<float> x = Values(rows * width), gate = Values(rows * width), weight = Values(kLinearDim), out(x.size());
   for (auto _ : state) {
-    cpu::GatedRmsNorm({FloatMatrix(x.data(), rows, width), FloatMatrix(gate.data(), rows, width), weight.data(), kLinearDim, 1e-6f,
-                       FloatMatrix(out.data(), rows, width)},
+    cpu::GatedRmsNorm({FloatMatrix(x.data(), rows, width), FloatMatrix(gate.data(), rows, width), weight.data(), kLinearDim,
+                       1e-6f, FloatMatrix(out.data(), rows, width)},
                       pool);
     benchmark::ClobberMemory();
   }
@@ -195,7 +211,8 @@ void SwiGlu(State& state) {
   const int64_t rows = state.range(1), width = 3584;
   std::vector<float> gate = Values(rows * width), up = Values(rows * width), out(gate.size());
   for (auto _ : state) {
-    cpu::SwiGlu({FloatMatrix(gate.data(), rows, width), FloatMatrix(up.data(), rows, width), FloatMatrix(out.data(), rows, width)}, pool);
+    cpu::SwiGlu(
+        {FloatMatrix(gate.data(), rows, width), FloatMatrix(up.data(), rows, width), FloatMatrix(out.data(), rows, width)}, pool);
     benchmark::ClobberMemory();
   }
   Report(state, 12.0 * static_cast<double>(rows * width), 20.0 * static_cast<double>(rows * width));
@@ -207,17 +224,27 @@ void QkNormRope(State& state) {
   const int32_t rows = static_cast<int32_t>(state.range(1));
   const OneSequence one(rows, 1000, kPageTokens);
   const int64_t num_pages = static_cast<int64_t>(one.pages.size());
-  std::vector<float> q_gate = Values(rows * kQHeads * 2 * kHeadDim), kv = Values(rows * kKvHeads * kHeadDim), norm = Values(kHeadDim);
+  std::vector<float> q_gate = Values(rows * kQHeads * 2 * kHeadDim), kv = Values(rows * kKvHeads * kHeadDim),
+                     norm = Values(kHeadDim);
   std::vector<float> q_out(static_cast<size_t>(rows * kQHeads * kHeadDim));
   std::vector<BFloat16> k(static_cast<size_t>(num_pages * kPageTokens * kKvHeads * kHeadDim)), v(k.size());
   for (auto _ : state) {
-    cpu::QkNormRope({.batch = one.View(), .q_gate = FloatMatrix(q_gate.data(), rows, kQHeads * 2 * kHeadDim),
-                     .k = FloatMatrix(kv.data(), rows, kKvHeads * kHeadDim), .v = FloatMatrix(kv.data(), rows, kKvHeads * kHeadDim),
-                     .q_norm = norm.data(), .k_norm = norm.data(), .num_q_heads = kQHeads, .num_kv_heads = kKvHeads,
-                     .head_dim = kHeadDim, .rotary_dim = 64, .q_out = FloatMatrix(q_out.data(), rows, kQHeads * kHeadDim),
-                     .pages = {k.data(), v.data(), DType::kBFloat16, static_cast<int32_t>(num_pages), kPageTokens, kKvHeads, kHeadDim},
-                     .dense_k = {}, .dense_v = {}},
-                    pool);
+    cpu::QkNormRope(
+        {.batch = one.View(),
+         .q_gate = FloatMatrix(q_gate.data(), rows, kQHeads * 2 * kHeadDim),
+         .k = FloatMatrix(kv.data(), rows, kKvHeads * kHeadDim),
+         .v = FloatMatrix(kv.data(), rows, kKvHeads * kHeadDim),
+         .q_norm = norm.data(),
+         .k_norm = norm.data(),
+         .num_q_heads = kQHeads,
+         .num_kv_heads = kKvHeads,
+         .head_dim = kHeadDim,
+         .rotary_dim = 64,
+         .q_out = FloatMatrix(q_out.data(), rows, kQHeads * kHeadDim),
+         .pages = {k.data(), v.data(), DType::kBFloat16, static_cast<int32_t>(num_pages), kPageTokens, kKvHeads, kHeadDim},
+         .dense_k = {},
+         .dense_v = {}},
+        pool);
     benchmark::ClobberMemory();
   }
   Report(state, 4.0 * rows * kHeadDim * (2 * kQHeads + 3 * kKvHeads), 6.0 * rows * kHeadDim * (kQHeads + kKvHeads));

@@ -109,7 +109,11 @@ struct OwnedBatch {
   }
   int32_t num_rows() const { return static_cast<int32_t>(row_sequence.size()); }
   RaggedBatch View() const {
-    return {static_cast<int32_t>(sequences.size()), num_rows(), sequences.data(), page_ids.data(), row_sequence.data(),
+    return {static_cast<int32_t>(sequences.size()),
+            num_rows(),
+            sequences.data(),
+            page_ids.data(),
+            row_sequence.data(),
             row_position.data()};
   }
 };
@@ -118,7 +122,8 @@ struct OwnedBatch {
 struct OwnedLinearState {
   OwnedLinearState(int32_t num_slots, int32_t window, int32_t key_heads, int32_t value_heads, int32_t key_dim, int32_t value_dim,
                    int32_t conv_width) {
-    view = {nullptr, nullptr, nullptr, nullptr, nullptr, num_slots, window, key_heads, value_heads, key_dim, value_dim, conv_width};
+    view = {nullptr, nullptr,   nullptr,     nullptr, nullptr,   num_slots,
+            window,  key_heads, value_heads, key_dim, value_dim, conv_width};
     matrix.assign(static_cast<size_t>(int64_t{num_slots} * MatrixSize()), kNan);
     conv_inputs.assign(static_cast<size_t>(int64_t{num_slots} * ConvSize()), kNan);
     window_k.assign(static_cast<size_t>(int64_t{num_slots} * window * key_heads * key_dim), kNan);

@@ -52,8 +52,8 @@ class Entries {
   std::vector<uint8_t> bytes_;
 };
 
-// The key and value of a position of a stream of tokens: a function of (stream, position, kv head) alone, so that the same context can
-// be laid out in any pages.
+// The key and value of a position of a stream of tokens: a function of (stream, position, kv head) alone, so that the same
+// context can be laid out in any pages.
 void FillEntry(Entries& k, Entries& v, int64_t entry, const Shape& shape, int32_t stream, int32_t position, int32_t head) {
   Random random(static_cast<uint64_t>(stream) * 1000003 + static_cast<uint64_t>(position) * 64 + static_cast<uint64_t>(head));
   for (int32_t i = 0; i < shape.dim; ++i) {
@@ -68,7 +68,8 @@ class Cache {
       : shape_(shape), num_pages_(num_pages), k(dtype, Size()), v(dtype, Size()) {}
   KvPagesView View() { return {k.data(), v.data(), k.dtype(), num_pages_, shape_.page_tokens, shape_.kv_heads, shape_.dim}; }
   int64_t Entry(const std::vector<int32_t>& pages, int32_t position, int32_t head) const {
-    return (int64_t{pages[position / shape_.page_tokens]} * shape_.kv_heads + head) * shape_.page_tokens + position % shape_.page_tokens;
+    return (int64_t{pages[position / shape_.page_tokens]} * shape_.kv_heads + head) * shape_.page_tokens +
+           position % shape_.page_tokens;
   }
   // Positions [begin, end) of `stream` into `pages`.
   void Fill(const std::vector<int32_t>& pages, int32_t stream, int32_t begin, int32_t end) {
@@ -131,8 +132,9 @@ void CheckRow(const float* query, const float* gate, const std::vector<std::vect
       value_magnitude = std::max(value_magnitude, double{std::fabs(values[j][i])});
     }
   }
-  // A score: scale of q, dim/16 sums in a lane and 4 across lanes, each a rounding of at most the magnitude; a weight inherits the error
-  // of its score and of the maximum, and the exponential's; the sums over positions round once a position at most and once a tile.
+  // A score: scale of q, dim/16 sums in a lane and 4 across lanes, each a rounding of at most the magnitude; a weight inherits
+  // the error of its score and of the maximum, and the exponential's; the sums over positions round once a position at most and
+  // once a tile.
   const double score_error = (dim / 16.0 + 6) * kUnit * score_magnitude;
   const double relative = 2 * (2 * score_error + 4 * kUnit) + 2 * (static_cast<double>(keys.size()) * 17 / 16 + 8) * kUnit;
   for (int32_t i = 0; i < dim; ++i) {
@@ -162,15 +164,22 @@ TEST_P(AttentionTest, AgreesWithDouble) {
       }
       QueryRows rows(shape, places);
       ThreadPool pool(2);
-      cpu::AttentionWith(set, {.batch = batch.View(), .q = rows.q.View(), .q_gate = rows.q_gate.View(), .pages = cache.View(),
-                               .num_q_heads = shape.q_heads, .first_index = first_index, .out = rows.out.View()},
+      cpu::AttentionWith(set,
+                         {.batch = batch.View(),
+                          .q = rows.q.View(),
+                          .q_gate = rows.q_gate.View(),
+                          .pages = cache.View(),
+                          .num_q_heads = shape.q_heads,
+                          .first_index = first_index,
+                          .out = rows.out.View()},
                          pool);
       EXPECT_TRUE(rows.out.GapsUntouched());
       for (size_t row = 0; row < places.size(); ++row) {
         for (int32_t h = 0; h < shape.q_heads; ++h) {
           std::vector<std::vector<float>> keys, values;
           for (int32_t position = first_index; position <= places[row].second; ++position) {
-            const int64_t entry = cache.Entry(tables[places[row].first], position, h / (shape.q_heads / shape.kv_heads)) * shape.dim;
+            const int64_t entry =
+                cache.Entry(tables[places[row].first], position, h / (shape.q_heads / shape.kv_heads)) * shape.dim;
             keys.emplace_back();
             values.emplace_back();
             for (int32_t i = 0; i < shape.dim; ++i) {
@@ -219,9 +228,17 @@ TEST_P(AttentionTest, ChainAgreesWithDouble) {
         v_views.push_back({v[c].data(), dtype, num_rows, kv_width, kv_width});
       }
       ThreadPool pool(2);
-      cpu::AttentionWith(set, {.batch = batch.View(), .q = rows.q.View(), .q_gate = rows.q_gate.View(), .pages = cache.View(),
-                               .num_q_heads = shape.q_heads, .first_index = first_index, .num_chain = num_chain,
-                               .chain_k = k_views.data(), .chain_v = v_views.data(), .out = rows.out.View()},
+      cpu::AttentionWith(set,
+                         {.batch = batch.View(),
+                          .q = rows.q.View(),
+                          .q_gate = rows.q_gate.View(),
+                          .pages = cache.View(),
+                          .num_q_heads = shape.q_heads,
+                          .first_index = first_index,
+                          .num_chain = num_chain,
+                          .chain_k = k_views.data(),
+                          .chain_v = v_views.data(),
+                          .out = rows.out.View()},
                          pool);
       for (int32_t row = 0; row < num_rows; ++row) {
         for (int32_t h = 0; h < shape.q_heads; ++h) {
@@ -281,8 +298,13 @@ TEST_P(AttentionTest, RowsDependOnTheirContextAlone) {
             }
             QueryRows rows(here, places);
             ThreadPool pool(threads);
-            cpu::AttentionWith(set, {.batch = batch.View(), .q = rows.q.View(), .q_gate = rows.q_gate.View(), .pages = cache.View(),
-                                     .num_q_heads = shape.q_heads, .out = rows.out.View()},
+            cpu::AttentionWith(set,
+                               {.batch = batch.View(),
+                                .q = rows.q.View(),
+                                .q_gate = rows.q_gate.View(),
+                                .pages = cache.View(),
+                                .num_q_heads = shape.q_heads,
+                                .out = rows.out.View()},
                                pool);
             std::vector<float> out;
             for (size_t row = 0; row < places.size(); ++row) {
@@ -321,8 +343,13 @@ TEST_P(AttentionTest, NanReachesOnlyTheRowsThatSeeIt) {
           rows.q.Row(4)[shape.dim - 1] = poison;
         }
         ThreadPool pool(2);
-        cpu::AttentionWith(set, {.batch = batch.View(), .q = rows.q.View(), .q_gate = rows.q_gate.View(), .pages = cache.View(),
-                                 .num_q_heads = shape.q_heads, .out = rows.out.View()},
+        cpu::AttentionWith(set,
+                           {.batch = batch.View(),
+                            .q = rows.q.View(),
+                            .q_gate = rows.q_gate.View(),
+                            .pages = cache.View(),
+                            .num_q_heads = shape.q_heads,
+                            .out = rows.out.View()},
                            pool);
         const std::vector<float> out = rows.out.Values();
         if (!poisoned) {
@@ -354,8 +381,12 @@ TEST(AttentionTest, HandComputed) {
   std::vector<float> k = {0, 5, 0, 0, 2 * ln3, 0, 7, 0}, v = {4, 8, 0, 4, 8, 0, 4, 4};
   OwnedBatch batch;
   batch.Add({.num_rows = 1, .num_known_rows = 1, .first_position = 1}, {0});
-  cpu::Attention({.batch = batch.View(), .q = FloatMatrix(q.data(), 1, 4), .q_gate = FloatMatrix(q_gate.data(), 1, 8),
-                  .pages = {k.data(), v.data(), DType::kFloat32, 1, 2, 1, 4}, .num_q_heads = 1, .out = FloatMatrix(out.data(), 1, 4)},
+  cpu::Attention({.batch = batch.View(),
+                  .q = FloatMatrix(q.data(), 1, 4),
+                  .q_gate = FloatMatrix(q_gate.data(), 1, 8),
+                  .pages = {k.data(), v.data(), DType::kFloat32, 1, 2, 1, 4},
+                  .num_q_heads = 1,
+                  .out = FloatMatrix(out.data(), 1, 4)},
                  pool);
   const std::vector<float> expected = {3.5f, 1.0f, 1.5f, 4.0f};
   for (int i = 0; i < 4; ++i) EXPECT_NEAR(out[i], expected[i], 1e-5) << i;
@@ -366,8 +397,12 @@ TEST(AttentionTest, RowThatSeesNothingGivesZero) {
   std::vector<float> q(16, 1.0f), q_gate(32, 1.0f), out(16, kNan), k(64, kNan), v(64, kNan);
   OwnedBatch batch;
   batch.Add({.num_rows = 1, .num_known_rows = 1, .first_position = 0}, {0});
-  cpu::Attention({.batch = batch.View(), .q = FloatMatrix(q.data(), 1, 16), .q_gate = FloatMatrix(q_gate.data(), 1, 32),
-                  .pages = {k.data(), v.data(), DType::kFloat32, 1, 4, 1, 16}, .num_q_heads = 1, .first_index = 1,
+  cpu::Attention({.batch = batch.View(),
+                  .q = FloatMatrix(q.data(), 1, 16),
+                  .q_gate = FloatMatrix(q_gate.data(), 1, 32),
+                  .pages = {k.data(), v.data(), DType::kFloat32, 1, 4, 1, 16},
+                  .num_q_heads = 1,
+                  .first_index = 1,
                   .out = FloatMatrix(out.data(), 1, 16)},
                  pool);
   EXPECT_TRUE(SameBits(out, std::vector<float>(16)));
@@ -387,9 +422,13 @@ TEST(AttentionTest, LargeScores) {
       }
       OwnedBatch batch;
       batch.Add({.num_rows = 1, .num_known_rows = 1, .first_position = kLength - 1}, {0});
-      cpu::AttentionWith(set, {.batch = batch.View(), .q = FloatMatrix(q.data(), 1, kDim), .q_gate = FloatMatrix(q_gate.data(), 1, 2 * kDim),
-                               .pages = {k.data(), v.data(), DType::kFloat32, 1, 64, 1, kDim}, .num_q_heads = 1,
-                               .out = FloatMatrix(out.data(), 1, kDim)},
+      cpu::AttentionWith(set,
+                         {.batch = batch.View(),
+                          .q = FloatMatrix(q.data(), 1, kDim),
+                          .q_gate = FloatMatrix(q_gate.data(), 1, 2 * kDim),
+                          .pages = {k.data(), v.data(), DType::kFloat32, 1, 64, 1, kDim},
+                          .num_q_heads = 1,
+                          .out = FloatMatrix(out.data(), 1, kDim)},
                          pool);
       EXPECT_EQ(out[3], static_cast<float>(winner));
     }

@@ -52,7 +52,10 @@ TEST(CausalConvTest, AgreesWithDoubleAcrossPasses) {
           for (int32_t i = 0; i < known + accepted; ++i) std::copy_n(&tokens[(computed + i) * channels], channels, x.Row(i));
           OwnedBatch batch;
           const int32_t destination = random.Below(2);
-          batch.Add({.num_rows = known + drafts, .num_known_rows = known, .num_replay_rows = replay, .state_src = slot,
+          batch.Add({.num_rows = known + drafts,
+                     .num_known_rows = known,
+                     .num_replay_rows = replay,
+                     .state_src = slot,
                      .state_dst = destination});
           cpu::CausalConvWith(set, {batch.View(), x.View(), weight.data(), state.view, y.View()}, pool);
           for (int32_t i = 0; i < known + accepted; ++i) {
@@ -88,7 +91,8 @@ TEST(CausalConvTest, OtherSlotsAndTheMatrixAreUntouched) {
   std::vector<float> x = random.Normals(6 * channels), weight = random.Normals(4 * channels), y(x.size());
   OwnedBatch batch;
   batch.Add({.num_rows = 6, .num_known_rows = 3, .state_src = -1, .state_dst = 1});
-  cpu::CausalConv({batch.View(), FloatMatrix(x.data(), 6, channels), weight.data(), state.view, FloatMatrix(y.data(), 6, channels)}, pool);
+  cpu::CausalConv(
+      {batch.View(), FloatMatrix(x.data(), 6, channels), weight.data(), state.view, FloatMatrix(y.data(), 6, channels)}, pool);
   for (const int32_t slot : {0, 2}) {
     for (const float value : state.Slot(slot)) ASSERT_TRUE(std::isnan(value));
   }

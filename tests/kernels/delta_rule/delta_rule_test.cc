@@ -66,8 +66,9 @@ Reference Recur(const Inputs& in, int32_t num_rows, int32_t key_heads, int32_t v
 
 Inputs RandomInputs(int32_t num_rows, int32_t key_heads, int32_t value_heads, int32_t dk, int32_t dv, uint64_t seed) {
   Random random(seed);
-  return {random.Normals(int64_t{num_rows} * (2 * key_heads * dk + value_heads * dv)), random.Normals(num_rows * value_heads, 2.0f),
-          random.Normals(num_rows * value_heads, 2.0f), random.Normals(value_heads, 1.5f), random.Normals(value_heads, 2.0f)};
+  return {random.Normals(int64_t{num_rows} * (2 * key_heads * dk + value_heads * dv)),
+          random.Normals(num_rows * value_heads, 2.0f), random.Normals(num_rows * value_heads, 2.0f),
+          random.Normals(value_heads, 1.5f), random.Normals(value_heads, 2.0f)};
 }
 
 struct Sizes {
@@ -76,8 +77,8 @@ struct Sizes {
 
 TEST(DeltaRuleTest, AgreesWithDouble) {
   for (const auto& [key_heads, value_heads, dk, dv, rows] :
-       {Sizes{1, 1, 16, 16, 3}, Sizes{2, 4, 24, 80, 20}, Sizes{2, 6, 64, 16, 70}, Sizes{1, 2, 80, 24, 150}, Sizes{2, 2, 128, 128, 100},
-        Sizes{1, 3, 256, 64, 20}, Sizes{1, 1, 16, 256, 65}}) {
+       {Sizes{1, 1, 16, 16, 3}, Sizes{2, 4, 24, 80, 20}, Sizes{2, 6, 64, 16, 70}, Sizes{1, 2, 80, 24, 150},
+        Sizes{2, 2, 128, 128, 100}, Sizes{1, 3, 256, 64, 20}, Sizes{1, 1, 16, 256, 65}}) {
     const Inputs in = RandomInputs(rows, key_heads, value_heads, dk, dv, static_cast<uint64_t>(dk * 1000 + dv));
     const Reference reference = Recur(in, rows, key_heads, value_heads, dk, dv);
     for (const auto set : InstructionSets()) {
@@ -89,11 +90,12 @@ TEST(DeltaRuleTest, AgreesWithDouble) {
       const auto run = [&](int32_t known) {
         OwnedBatch batch;
         batch.Add({.num_rows = rows, .num_known_rows = known, .state_src = -1, .state_dst = 1});
-        cpu::DeltaRuleWith(set, {batch.View(), qkv.View(), a.View(), b.View(), in.a_log.data(), in.dt_bias.data(), state.view, out.View()},
-                           pool);
+        cpu::DeltaRuleWith(
+            set, {batch.View(), qkv.View(), a.View(), b.View(), in.a_log.data(), in.dt_bias.data(), state.view, out.View()},
+            pool);
       };
-      // Errors of a step: the sums over dk (each term of size |S||k|, dk roundings at most) and a few roundings of S. The step is a
-      // contraction, so they add up over the rows at worst.
+      // Errors of a step: the sums over dk (each term of size |S||k|, dk roundings at most) and a few roundings of S. The step is
+      // a contraction, so they add up over the rows at worst.
       const double tolerance = rows * (dk + 16) * kUnit * reference.largest;
       run(rows);
       const std::vector<float> matrix = state.Matrix(1);
@@ -135,8 +137,8 @@ TEST(DeltaRuleTest, HandComputedSingleToken) {
   std::vector<float> qkv = {1, 0, 3, 4, 10}, a = {0}, b = {0}, a_log = {0}, dt_bias = {0}, out(1);
   OwnedBatch batch;
   batch.Add({.num_rows = 1, .num_known_rows = 1, .state_src = -1, .state_dst = 0});
-  cpu::DeltaRule({batch.View(), FloatMatrix(qkv.data(), 1, 5), FloatMatrix(a.data(), 1, 1), FloatMatrix(b.data(), 1, 1), a_log.data(),
-                  dt_bias.data(), state.view, FloatMatrix(out.data(), 1, 1)},
+  cpu::DeltaRule({batch.View(), FloatMatrix(qkv.data(), 1, 5), FloatMatrix(a.data(), 1, 1), FloatMatrix(b.data(), 1, 1),
+                  a_log.data(), dt_bias.data(), state.view, FloatMatrix(out.data(), 1, 1)},
                  pool);
   // k = (0.6, 0.8), q = (1, 0)/√2, beta = 1/2, delta = 5.
   EXPECT_NEAR(state.matrix[0], 3.0, 1e-5);
@@ -144,8 +146,8 @@ TEST(DeltaRuleTest, HandComputedSingleToken) {
   EXPECT_NEAR(out[0], 3.0 / std::sqrt(2.0), 1e-5);
   // The same token again: S halves (e^g = 1/2), then delta = (10 - 2.5) / 2 = 3.75, and S = (1.5 + 2.25, 2 + 3).
   batch.sequences[0].state_src = 0;
-  cpu::DeltaRule({batch.View(), FloatMatrix(qkv.data(), 1, 5), FloatMatrix(a.data(), 1, 1), FloatMatrix(b.data(), 1, 1), a_log.data(),
-                  dt_bias.data(), state.view, FloatMatrix(out.data(), 1, 1)},
+  cpu::DeltaRule({batch.View(), FloatMatrix(qkv.data(), 1, 5), FloatMatrix(a.data(), 1, 1), FloatMatrix(b.data(), 1, 1),
+                  a_log.data(), dt_bias.data(), state.view, FloatMatrix(out.data(), 1, 1)},
                  pool);
   EXPECT_NEAR(state.matrix[0], 3.75, 1e-5);
   EXPECT_NEAR(state.matrix[1], 5.0, 1e-5);
@@ -163,8 +165,9 @@ TEST(DeltaRuleTest, ExtremeGates) {
     const auto run = [&](float a, float b, int32_t source) {
       OwnedBatch batch;
       batch.Add({.num_rows = 1, .num_known_rows = 1, .state_src = source, .state_dst = 0});
-      cpu::DeltaRuleWith(set, {batch.View(), FloatMatrix(qkv.data(), 1, 3 * kDim), FloatMatrix(&a, 1, 1), FloatMatrix(&b, 1, 1),
-                               a_log.data(), dt_bias.data(), state.view, FloatMatrix(out.data(), 1, kDim)},
+      cpu::DeltaRuleWith(set,
+                         {batch.View(), FloatMatrix(qkv.data(), 1, 3 * kDim), FloatMatrix(&a, 1, 1), FloatMatrix(&b, 1, 1),
+                          a_log.data(), dt_bias.data(), state.view, FloatMatrix(out.data(), 1, kDim)},
                          pool);
     };
     run(0, 3, -1);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Causal convolution and delta rule together, as a layer runs them: whatever is drafted and accepted, outputs and states are bit for
-// bit those of decoding token by token.
+// Causal convolution and delta rule together, as a layer runs them: whatever is drafted and accepted, outputs and states are bit
+// for bit those of decoding token by token.
 #include <gtest/gtest.h>
 
 #include "kernels/causal_conv/causal_conv.h"
@@ -31,7 +31,8 @@ struct Rows {
     for (int32_t i = 0; i < count; ++i) AppendRandom(gate_shift, random);
   }
   void AppendRandom(float gate_shift, Random& random) {
-    Append(random.Normals(shape.channels()).data(), random.Normals(shape.value_heads, 2.0f), random.Normals(shape.value_heads, 2.0f));
+    Append(random.Normals(shape.channels()).data(), random.Normals(shape.value_heads, 2.0f),
+           random.Normals(shape.value_heads, 2.0f));
     for (int32_t h = 0; h < shape.value_heads; ++h) a[a.size() - 1 - static_cast<size_t>(h)] += gate_shift;
   }
   void Append(const float* x_row, const std::vector<float>& a_row, const std::vector<float>& b_row) {
@@ -56,7 +57,9 @@ class Layer {
  public:
   Layer(const Shape& shape, int32_t num_slots, uint64_t seed, cpu::InstructionSet set, int num_threads)
       : state(num_slots, kWindow, shape.key_heads, shape.value_heads, shape.key_dim, shape.value_dim, shape.conv_width),
-        shape_(shape), set_(set), pool_(num_threads) {
+        shape_(shape),
+        set_(set),
+        pool_(num_threads) {
     Random random(seed);
     weight_ = random.Normals(int64_t{shape.channels()} * shape.conv_width, 0.5f);
     a_log_ = random.Normals(shape.value_heads);
@@ -68,13 +71,16 @@ class Layer {
     const int32_t count = batch.num_rows();
     EXPECT_EQ(count, rows.count());
     std::vector<float> y(rows.x.size()), out(static_cast<size_t>(count) * static_cast<size_t>(shape_.value_width()));
-    cpu::CausalConvWith(set_, {batch.View(), FloatMatrix(rows.x.data(), count, shape_.channels()), weight_.data(), state.view,
-                               FloatMatrix(y.data(), count, shape_.channels())},
+    cpu::CausalConvWith(set_,
+                        {batch.View(), FloatMatrix(rows.x.data(), count, shape_.channels()), weight_.data(), state.view,
+                         FloatMatrix(y.data(), count, shape_.channels())},
                         pool_);
-    cpu::DeltaRuleWith(set_, {batch.View(), FloatMatrix(y.data(), count, shape_.channels()),
-                              FloatMatrix(rows.a.data(), count, shape_.value_heads), FloatMatrix(rows.b.data(), count, shape_.value_heads),
-                              a_log_.data(), dt_bias_.data(), state.view, FloatMatrix(out.data(), count, shape_.value_width())},
-                       pool_);
+    cpu::DeltaRuleWith(
+        set_,
+        {batch.View(), FloatMatrix(y.data(), count, shape_.channels()), FloatMatrix(rows.a.data(), count, shape_.value_heads),
+         FloatMatrix(rows.b.data(), count, shape_.value_heads), a_log_.data(), dt_bias_.data(), state.view,
+         FloatMatrix(out.data(), count, shape_.value_width())},
+        pool_);
     return out;
   }
   // The same for one sequence.
@@ -123,11 +129,15 @@ TEST_P(LazyCommitTest, RandomWindowsLeaveWhatTokenByTokenDecodingLeaves) {
     Layer reference(shape, 1, 5, set, 1), layer(shape, 3, 5, set, 3);
     const Trace trace(reference, tokens);
     bool none_accepted = false, all_accepted = false, moved = false;
-    int32_t windows = 0, computed = 0, replay = 0, slot = -1;  // `computed` tokens are in the slot, its window's accepted rows included
+    int32_t windows = 0, computed = 0, replay = 0,
+            slot = -1;  // `computed` tokens are in the slot, its window's accepted rows included
     while (computed < kNumTokens - 1) {
       // A decode step, a prompt chunk (some longer than the kernel's runs of 64), or nothing but drafts.
       const int32_t kind = random.Below(24);
-      const int32_t wanted = kind <= 1 && windows > 0 ? 0 : kind == 2 ? 60 + random.Below(20) : kind < 6 ? 1 + random.Below(9) : 1;
+      const int32_t wanted = kind <= 1 && windows > 0 ? 0
+                             : kind == 2              ? 60 + random.Below(20)
+                             : kind < 6               ? 1 + random.Below(9)
+                                                      : 1;
       const int32_t known = std::min(wanted, kNumTokens - computed);
       const int32_t drafts = std::max(known == 0 ? 1 : 0, random.Below(kWindow + 1));
       const int32_t accepted = std::min(random.Below(4) == 0 ? drafts : random.Below(drafts + 1), kNumTokens - computed - known);
@@ -136,8 +146,12 @@ TEST_P(LazyCommitTest, RandomWindowsLeaveWhatTokenByTokenDecodingLeaves) {
       for (int32_t i = accepted; i < drafts; ++i) rows.AppendRandom(gate_shift, random);  // wrong drafts
       const int32_t destination = slot < 0 || random.Below(3) == 0 ? random.Below(3) : slot;
       moved |= slot >= 0 && destination != slot;
-      const std::vector<float> out = layer.RunOne({.num_rows = known + drafts, .num_known_rows = known, .num_replay_rows = replay,
-                                                   .first_position = computed, .state_src = slot, .state_dst = destination},
+      const std::vector<float> out = layer.RunOne({.num_rows = known + drafts,
+                                                   .num_known_rows = known,
+                                                   .num_replay_rows = replay,
+                                                   .first_position = computed,
+                                                   .state_src = slot,
+                                                   .state_dst = destination},
                                                   rows);
       for (int32_t i = 0; i < known + accepted; ++i) {
         ASSERT_TRUE(SameBits(&out[i * shape.value_width()], trace.out[computed + i].data(), shape.value_width()))
@@ -181,7 +195,8 @@ TEST_P(LazyCommitTest, ForksLeaveTheParentAlone) {
   for (int32_t i = 9; i < 12; ++i) rows.AppendFrom(tokens, i);
   const std::vector<float> out = layer.Run(batch, rows);
 
-  for (int32_t i = 0; i < 6; ++i) EXPECT_TRUE(SameBits(&out[i * shape.value_width()], trace.out[6 + i].data(), shape.value_width())) << i;
+  for (int32_t i = 0; i < 6; ++i)
+    EXPECT_TRUE(SameBits(&out[i * shape.value_width()], trace.out[6 + i].data(), shape.value_width())) << i;
   EXPECT_TRUE(SameBits(layer.state.Matrix(0), trace.matrix[6]));
   EXPECT_TRUE(SameBits(layer.state.Matrix(1), trace.matrix[11]));
   EXPECT_TRUE(SameBits(layer.state.ConvHistory(0), trace.history[6]));
@@ -227,7 +242,8 @@ TEST_P(LazyCommitTest, BatchMatesThreadsAndNansChangeNothing) {
     Layer alone(shape, 3, 5, set, 1);
     Rows middle(shape);
     for (int32_t i = 7; i < 14; ++i) middle.AppendFrom(tokens, i);
-    const std::vector<float> expected = alone.RunOne({.num_rows = 7, .num_known_rows = 4, .state_src = -1, .state_dst = 1}, middle);
+    const std::vector<float> expected =
+        alone.RunOne({.num_rows = 7, .num_known_rows = 4, .state_src = -1, .state_dst = 1}, middle);
     for (const int threads : {1, 2, 5}) {
       for (const bool poison : {false, true}) {
         Layer layer(shape, 3, 5, set, threads);

@@ -77,7 +77,8 @@ TEST_P(QkNormRopeTest, AgreesWithDoubleAtAnyPosition) {
   PaddedMatrix q_gate(random.Normals(rows * shape.q_heads * 2 * dim), rows, shape.q_heads * 2 * dim);
   PaddedMatrix k(random.Normals(rows * shape.kv_heads * dim, 4.0f), rows, shape.kv_heads * dim);
   PaddedMatrix v(random.Normals(rows * shape.kv_heads * dim), rows, shape.kv_heads * dim);
-  const std::vector<float> q_norm = random.Normals(dim, 0.5f), k_norm = random.Normals(dim, 0.5f), q_gate_before = q_gate.Values();
+  const std::vector<float> q_norm = random.Normals(dim, 0.5f), k_norm = random.Normals(dim, 0.5f),
+                           q_gate_before = q_gate.Values();
   const int64_t page_elements = int64_t{shape.kv_heads} * shape.page_tokens * dim;
 
   std::vector<float> first_q;
@@ -87,13 +88,24 @@ TEST_P(QkNormRopeTest, AgreesWithDoubleAtAnyPosition) {
       ThreadPool pool(threads);
       PaddedMatrix q_out(rows, shape.q_heads * dim);
       std::vector<uint8_t> k_pages(static_cast<size_t>(num_pages * page_elements * bytes), 0xff), v_pages = k_pages;  // NaN
-      cpu::QkNormRopeWith(set,
-                          {.batch = batch.View(), .q_gate = q_gate.View(), .k = k.View(), .v = v.View(), .q_norm = q_norm.data(),
-                           .k_norm = k_norm.data(), .num_q_heads = shape.q_heads, .num_kv_heads = shape.kv_heads, .head_dim = shape.dim,
-                           .rotary_dim = shape.rotary, .rope_theta = shape.theta, .q_out = q_out.View(),
-                           .pages = {k_pages.data(), v_pages.data(), dtype, num_pages, shape.page_tokens, shape.kv_heads, shape.dim},
-                           .dense_k = {}, .dense_v = {}},
-                          pool);
+      cpu::QkNormRopeWith(
+          set,
+          {.batch = batch.View(),
+           .q_gate = q_gate.View(),
+           .k = k.View(),
+           .v = v.View(),
+           .q_norm = q_norm.data(),
+           .k_norm = k_norm.data(),
+           .num_q_heads = shape.q_heads,
+           .num_kv_heads = shape.kv_heads,
+           .head_dim = shape.dim,
+           .rotary_dim = shape.rotary,
+           .rope_theta = shape.theta,
+           .q_out = q_out.View(),
+           .pages = {k_pages.data(), v_pages.data(), dtype, num_pages, shape.page_tokens, shape.kv_heads, shape.dim},
+           .dense_k = {},
+           .dense_v = {}},
+          pool);
       EXPECT_TRUE(SameBits(q_gate.Values(), q_gate_before) && q_out.GapsUntouched());
       if (first_q.empty()) {
         first_q = q_out.Values();
@@ -109,7 +121,8 @@ TEST_P(QkNormRopeTest, AgreesWithDoubleAtAnyPosition) {
           Expected(q_gate.Row(row) + h * 2 * dim, q_norm.data(), shape, position, &value, &magnitude);
           for (int32_t i = 0; i < dim; ++i) {
             // Norm: 4 roundings; cos and sin 1, a product and a sum each 1.
-            ASSERT_NEAR(q_out.Row(row)[h * dim + i], value[i], 8 * kUnit * magnitude[i]) << "position " << position << " dim " << i;
+            ASSERT_NEAR(q_out.Row(row)[h * dim + i], value[i], 8 * kUnit * magnitude[i])
+                << "position " << position << " dim " << i;
           }
         }
         const SequenceRows& sequence = batch.sequences[batch.row_sequence[row]];
@@ -119,7 +132,8 @@ TEST_P(QkNormRopeTest, AgreesWithDoubleAtAnyPosition) {
           const int64_t entry = ((page * shape.kv_heads + h) * shape.page_tokens + position % shape.page_tokens) * dim;
           for (int32_t i = 0; i < dim; ++i) {
             const double storage = dtype == DType::kFloat32 ? 0 : 0x1.01p-8 * std::fabs(value[i]);
-            ASSERT_NEAR(Stored(k_pages, dtype, entry + i), value[i], 9 * kUnit * magnitude[i] + storage) << position << " dim " << i;
+            ASSERT_NEAR(Stored(k_pages, dtype, entry + i), value[i], 9 * kUnit * magnitude[i] + storage)
+                << position << " dim " << i;
             const float raw = v.Row(row)[h * dim + i];
             ASSERT_EQ(Stored(v_pages, dtype, entry + i), dtype == DType::kFloat32 ? raw : ToFloat(ToBFloat16(raw)));
             ++written;
@@ -134,10 +148,21 @@ TEST_P(QkNormRopeTest, AgreesWithDoubleAtAnyPosition) {
       std::vector<uint8_t> dense_k(static_cast<size_t>(rows * shape.kv_heads * dim * bytes)), dense_v = dense_k;
       const TensorView dense = {dense_k.data(), dtype, rows, shape.kv_heads * dim, shape.kv_heads * dim};
       cpu::QkNormRopeWith(set,
-                          {.batch = batch.View(), .q_gate = q_gate.View(), .k = k.View(), .v = v.View(), .q_norm = q_norm.data(),
-                           .k_norm = k_norm.data(), .num_q_heads = shape.q_heads, .num_kv_heads = shape.kv_heads, .head_dim = shape.dim,
-                           .rotary_dim = shape.rotary, .rope_theta = shape.theta, .q_out = q_out.View(), .pages = {},
-                           .dense_k = dense, .dense_v = {dense_v.data(), dtype, rows, dense.cols, dense.cols}},
+                          {.batch = batch.View(),
+                           .q_gate = q_gate.View(),
+                           .k = k.View(),
+                           .v = v.View(),
+                           .q_norm = q_norm.data(),
+                           .k_norm = k_norm.data(),
+                           .num_q_heads = shape.q_heads,
+                           .num_kv_heads = shape.kv_heads,
+                           .head_dim = shape.dim,
+                           .rotary_dim = shape.rotary,
+                           .rope_theta = shape.theta,
+                           .q_out = q_out.View(),
+                           .pages = {},
+                           .dense_k = dense,
+                           .dense_v = {dense_v.data(), dtype, rows, dense.cols, dense.cols}},
                           pool);
       for (int32_t row = 0; row < rows; ++row) {
         const SequenceRows& sequence = batch.sequences[batch.row_sequence[row]];
@@ -166,10 +191,21 @@ TEST(QkNormRopeTest, PairsAreHalfTheRotaryDimsApart) {
   std::vector<float> q_gate = {1, 0, 0, 0, 1, 1, 9, 9, 9, 9, 9, 9}, kv(6, 1.0f), zeros(6), out(6), page(2 * 6), value_page(2 * 6);
   OwnedBatch batch;
   batch.Add({.num_rows = 1, .num_known_rows = 1, .first_position = 1}, {0});
-  cpu::QkNormRope({.batch = batch.View(), .q_gate = FloatMatrix(q_gate.data(), 1, 12), .k = FloatMatrix(kv.data(), 1, 6),
-                   .v = FloatMatrix(kv.data(), 1, 6), .q_norm = zeros.data(), .k_norm = zeros.data(), .num_q_heads = 1,
-                   .num_kv_heads = 1, .head_dim = 6, .rotary_dim = 4, .rope_theta = 1.0, .q_out = FloatMatrix(out.data(), 1, 6),
-                   .pages = {page.data(), value_page.data(), DType::kFloat32, 1, 2, 1, 6}, .dense_k = {}, .dense_v = {}},
+  cpu::QkNormRope({.batch = batch.View(),
+                   .q_gate = FloatMatrix(q_gate.data(), 1, 12),
+                   .k = FloatMatrix(kv.data(), 1, 6),
+                   .v = FloatMatrix(kv.data(), 1, 6),
+                   .q_norm = zeros.data(),
+                   .k_norm = zeros.data(),
+                   .num_q_heads = 1,
+                   .num_kv_heads = 1,
+                   .head_dim = 6,
+                   .rotary_dim = 4,
+                   .rope_theta = 1.0,
+                   .q_out = FloatMatrix(out.data(), 1, 6),
+                   .pages = {page.data(), value_page.data(), DType::kFloat32, 1, 2, 1, 6},
+                   .dense_k = {},
+                   .dense_v = {}},
                   pool);
   const float norm = std::sqrt(2.0f);
   const std::vector<float> expected = {norm * std::cos(1.0f), 0, norm * std::sin(1.0f), 0, norm, norm};
@@ -190,10 +226,20 @@ TEST(QkNormRopeTest, NanStaysInItsRow) {
     out[poison].resize(2 * kDim);
     pages[poison].resize(2 * kDim);
     std::vector<float> values(2 * kDim);
-    cpu::QkNormRope({.batch = batch.View(), .q_gate = FloatMatrix(q_gate.data(), 2, 2 * kDim), .k = FloatMatrix(kv.data(), 2, kDim),
-                     .v = FloatMatrix(kv.data(), 2, kDim), .q_norm = norm.data(), .k_norm = norm.data(), .num_q_heads = 1,
-                     .num_kv_heads = 1, .head_dim = kDim, .rotary_dim = 8, .q_out = FloatMatrix(out[poison].data(), 2, kDim),
-                     .pages = {pages[poison].data(), values.data(), DType::kFloat32, 2, 1, 1, kDim}, .dense_k = {}, .dense_v = {}},
+    cpu::QkNormRope({.batch = batch.View(),
+                     .q_gate = FloatMatrix(q_gate.data(), 2, 2 * kDim),
+                     .k = FloatMatrix(kv.data(), 2, kDim),
+                     .v = FloatMatrix(kv.data(), 2, kDim),
+                     .q_norm = norm.data(),
+                     .k_norm = norm.data(),
+                     .num_q_heads = 1,
+                     .num_kv_heads = 1,
+                     .head_dim = kDim,
+                     .rotary_dim = 8,
+                     .q_out = FloatMatrix(out[poison].data(), 2, kDim),
+                     .pages = {pages[poison].data(), values.data(), DType::kFloat32, 2, 1, 1, kDim},
+                     .dense_k = {},
+                     .dense_v = {}},
                     pool);
   }
   EXPECT_TRUE(std::isnan(out[1][0]) && std::isnan(pages[1][0]));

@@ -40,7 +40,8 @@ TEST(RmsNormTest, AgreesWithDoubleAndAddsTheResidual) {
       std::vector<float> first;
       for (const auto set : InstructionSets()) {
         PaddedMatrix stream(x, rows, width), added(residual, rows, width), out(rows, width);
-        cpu::RmsNormWith(set, {stream.View(), with_residual ? added.View() : TensorView{}, weight.data(), 1e-6f, out.View()}, pool);
+        cpu::RmsNormWith(set, {stream.View(), with_residual ? added.View() : TensorView{}, weight.data(), 1e-6f, out.View()},
+                         pool);
         for (int64_t r = 0; r < rows; ++r) {
           std::vector<float> sum(x.begin() + r * width, x.begin() + (r + 1) * width);
           for (int64_t i = 0; with_residual && i < width; ++i) sum[i] += residual[r * width + i];
@@ -64,7 +65,8 @@ TEST(RmsNormTest, AgreesWithDoubleAndAddsTheResidual) {
 TEST(RmsNormTest, OutMayBeTheResidualAndThreadsChangeNothing) {
   const int64_t rows = 37, width = 520;
   Random random(7);
-  const std::vector<float> x = random.Normals(rows * width), residual = random.Normals(rows * width), weight = random.Normals(width);
+  const std::vector<float> x = random.Normals(rows * width), residual = random.Normals(rows * width),
+                           weight = random.Normals(width);
   std::vector<float> expected(x.size()), stream = x, added = residual;
   ThreadPool one(1);
   cpu::RmsNorm({FloatMatrix(stream.data(), rows, width), FloatMatrix(added.data(), rows, width), weight.data(), 1e-6f,
@@ -86,7 +88,8 @@ TEST(GatedRmsNormTest, AgreesWithDoublePerHead) {
   for (const int64_t dim : {16, 24, 64, 80, 128, 256}) {
     Random random(static_cast<uint64_t>(dim));
     const int64_t rows = 9, heads = 3, width = heads * dim;
-    const std::vector<float> x = random.Normals(rows * width, 0.1f), gate = random.Normals(rows * width, 5.0f), weight = random.Normals(dim);
+    const std::vector<float> x = random.Normals(rows * width, 0.1f), gate = random.Normals(rows * width, 5.0f),
+                             weight = random.Normals(dim);
     for (const auto set : InstructionSets()) {
       PaddedMatrix in(x, rows, width), gates(gate, rows, width), out(rows, width);
       cpu::GatedRmsNormWith(set, {in.View(), gates.View(), weight.data(), static_cast<int32_t>(dim), 1e-6f, out.View()}, pool);
@@ -109,10 +112,11 @@ TEST(GatedRmsNormTest, NanStaysInItsHead) {
   ThreadPool pool(1);
   Random random(3);
   const int64_t dim = 24, width = 2 * dim;
-  std::vector<float> x = random.Normals(width), gate = random.Normals(width), weight = random.Normals(dim), clean(width), out(width);
+  std::vector<float> x = random.Normals(width), gate = random.Normals(width), weight = random.Normals(dim), clean(width),
+                     out(width);
   const auto norm = [&](std::vector<float>& to) {
-    cpu::GatedRmsNorm({FloatMatrix(x.data(), 1, width), FloatMatrix(gate.data(), 1, width), weight.data(), static_cast<int32_t>(dim),
-                       1e-6f, FloatMatrix(to.data(), 1, width)},
+    cpu::GatedRmsNorm({FloatMatrix(x.data(), 1, width), FloatMatrix(gate.data(), 1, width), weight.data(),
+                       static_cast<int32_t>(dim), 1e-6f, FloatMatrix(to.data(), 1, width)},
                       pool);
   };
   norm(clean);
