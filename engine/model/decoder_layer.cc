@@ -19,7 +19,11 @@ void MatMul(const Pass& pass, const TensorView& x, const PackedMatrix& w, const 
 
 // h += update; act.normed = norm(h).
 void AddAndNorm(const Pass& pass, const TensorView& update, const float* weight) {
-  cpu::RmsNorm({.x = pass.act.stream, .residual = update, .weight = weight, .eps = pass.config.rms_norm_eps, .out = pass.act.normed},
+  cpu::RmsNorm({.x = pass.act.stream,
+                .residual = update,
+                .weight = weight,
+                .eps = pass.config.rms_norm_eps,
+                .out = pass.act.normed},
                pass.pool);
 }
 

@@ -10,6 +10,7 @@ tensors, weights that bfloat16 represents exactly) and holds the reference log-p
   mtp        transformers ignores the MTP layer, so its own decoder layer is wired here: u = fc([norm_e(embed(x)), norm_h(h)]),
              one attention layer, mtp.norm, lm_head. Depth k with base t gets the true tokens x_{t+1} .. x_{t+k} and the layer's own
              outputs; its attention sees entries made from true hidden states up to position t+1 and its own ones after.
+  mtp_bf16     depth 1 of the same wiring in bfloat16.
   mtp_prenorm  depth 1 fed with hidden states from *before* the final norm: the bug that the test must be able to see.
 
 Run as a script it writes everything to a directory and prints versions, for a person to look at. Versions it was written against:
@@ -17,6 +18,7 @@ torch 2.13, transformers 5.23.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import inspect
@@ -68,7 +70,9 @@ class NetworkSpec:
 
 
 SPECS = [
-    NetworkSpec("tied_gqa1", "LLLF", 64, 96, 257, 2, 2, 16, 0.25, 2, 2, 24, 24, 4, True, (1, 2, 17, 63, 64, 65, 129, 300), nested=True),
+    NetworkSpec(
+        "tied_gqa1", "LLLF", 64, 96, 257, 2, 2, 16, 0.25, 2, 2, 24, 24, 4, True, (1, 2, 17, 63, 64, 65, 129, 300), nested=True
+    ),
     NetworkSpec("untied_gqa2", "FLF", 40, 56, 300, 4, 2, 32, 0.5, 2, 4, 16, 24, 3, False, (1, 33, 130), seed=1),
     NetworkSpec("gqa6_heads3", "LFLLF", 96, 112, 199, 6, 1, 64, 0.25, 1, 3, 32, 16, 2, True, (5, 64, 100), seed=2),
     NetworkSpec("linear_only", "LLL", 64, 80, 256, 2, 1, 32, 0.5, 2, 6, 8, 32, 4, False, (3, 66, 193), seed=3, nested=True),
@@ -107,7 +111,7 @@ def text_config(spec: NetworkSpec) -> Qwen3_5TextConfig:
 
 
 def float64_modeling():
-    """transformers' module with its float32 casts lifted: `torch.float32`, `torch.float` -> `torch.float64`, `.float()` -> `.double()`."""
+    """transformers' module, its float32 casts lifted: torch.float32 and torch.float -> torch.float64, .float() -> .double()."""
     name = modeling_qwen3_5.__name__ + "_float64"
     if name in sys.modules:
         return sys.modules[name]
@@ -115,12 +119,13 @@ def float64_modeling():
     source, num_dtypes = re.subn(r"\btorch\.float(32)?\b", "torch.float64", source)
     source, num_casts = re.subn(r"\.float\(\)", ".double()", source)
     assert num_dtypes > 0 and num_casts > 0, "transformers' source has changed: nothing to lift"
-    path = pathlib.Path(tempfile.mkdtemp(prefix="float64_modeling")) / "modeling_qwen3_5_float64.py"
-    path.write_text(source, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
+    with tempfile.TemporaryDirectory() as directory:  # a file, as transformers' decorators look at the source of what they decorate
+        path = pathlib.Path(directory) / "modeling_qwen3_5_float64.py"
+        path.write_text(source, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
     return module
 
 
@@ -252,21 +257,24 @@ def make_tokens(spec: NetworkSpec) -> list[list[int]]:
     return [torch.randint(0, spec.vocab, (length,), generator=generator).tolist() for length in spec.lengths]
 
 
-class FloatReference:
-    """The float64 network of one configuration: target and MTP."""
+class Network:
+    """transformers' network of one configuration, target and MTP: in float64 the reference, in bfloat16 the yardstick."""
 
-    def __init__(self, spec: NetworkSpec, weights: dict[str, torch.Tensor]):
+    def __init__(self, spec: NetworkSpec, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float64):
         self.spec = spec
-        self.weights = weights
-        module = float64_modeling()
-        self.model = _load(module, text_config(spec), weights, torch.float64)
-        # Buffers that transformers computes in float32 whatever the default: recompute with the lifted source.
+        self.weights = {name: value.to(dtype) for name, value in weights.items()}
+        # The reference must compute in nothing but float64; bfloat16 runs mix types as transformers does.
+        self.guard = Float64Only if dtype == torch.float64 else contextlib.nullcontext
+        self.norm_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        module = float64_modeling() if dtype == torch.float64 else modeling_qwen3_5
+        self.model = _load(module, text_config(spec), weights, dtype)
+        # Buffers whose type follows neither default nor .to(): as the module's source has it.
         rotary = self.model.model.rotary_emb
         rotary.inv_freq = rotary.compute_default_rope_parameters(self.model.config)[0]
         if not spec.mtp:
             return
         layer_config = text_config(dataclasses.replace(spec, layers="F"))
-        self.layer = module.Qwen3_5DecoderLayer(layer_config, 0).to(torch.float64).eval()
+        self.layer = module.Qwen3_5DecoderLayer(layer_config, 0).to(dtype).eval()
         prefix = "mtp.layers.0."
         self.layer.load_state_dict(
             {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}, strict=True
@@ -274,16 +282,17 @@ class FloatReference:
 
     def norm(self, x, name):
         """Zero-centred RMSNorm with the weight `name`."""
-        rms = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.model.config.rms_norm_eps)
-        return x * rms * (1.0 + self.weights[name])
+        wide = x.to(self.norm_dtype)
+        rms = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.model.config.rms_norm_eps)
+        return (wide * rms * (1.0 + self.weights[name].to(self.norm_dtype))).to(x.dtype)
 
     def target(self, tokens):
         """log p of every position [T, V], and the hidden states after and before the final norm [T, H]."""
         captured = []
         hook = self.model.model.norm.register_forward_hook(lambda module, args, output: captured.append((args[0], output)))
-        with torch.no_grad(), Float64Only():
+        with torch.no_grad(), self.guard():
             logits = self.model(input_ids=torch.tensor([tokens]), use_cache=False).logits
-            logprobs = torch.log_softmax(logits[0], -1)
+            logprobs = torch.log_softmax(logits[0].double(), -1)
         hook.remove()
         before, after = captured[0]
         return logprobs, after[0], before[0]
@@ -299,18 +308,18 @@ class FloatReference:
         size = inputs.shape[1]
         positions = torch.arange(1, size + 1)
         rotary = self.model.model.rotary_emb(inputs, positions.view(1, 1, -1).expand(3, inputs.shape[0], -1))
-        mask = torch.full((size, size), -math.inf, dtype=torch.float64).triu(1)[None, None]
+        mask = torch.full((size, size), -math.inf, dtype=inputs.dtype).triu(1)[None, None]
         return self.norm(self.layer(inputs, position_embeddings=rotary, attention_mask=mask), "mtp.norm.weight")
 
     def mtp_logprobs(self, hidden):
         head = self.weights["model.embed_tokens.weight" if self.spec.tied else "lm_head.weight"]
-        return torch.log_softmax(hidden @ head.T, -1)
+        return torch.log_softmax((hidden @ head.T).double(), -1)
 
     def mtp(self, tokens, hidden, max_depth=MAX_DEPTH):
         """log q_k for depths k = 1 ..: entry k-1 is [T - k, V], row t the k-th step of the chain with base t."""
         tokens = torch.tensor(tokens)
         count = len(tokens)
-        with torch.no_grad(), Float64Only():
+        with torch.no_grad(), self.guard():
             true_inputs = self.mtp_input(tokens[1:], hidden[:-1])  # row t: base t, at position t + 1
             last = self.mtp_layer(true_inputs[None])[0]
             results = [self.mtp_logprobs(last)]
@@ -338,6 +347,7 @@ class Reference:
     target: list[np.ndarray]       # per sequence [T, V] log p
     target_bf16: list[np.ndarray]  # per sequence [T, V] log p of transformers in bfloat16
     mtp: list[list[np.ndarray]]    # per sequence, per depth [T - k, V] log q_k
+    mtp_bf16: list[np.ndarray]     # per sequence [T - 1, V] log q_1 of the same wiring in bfloat16
     mtp_prenorm: list[np.ndarray]  # per sequence [T - 1, V]
 
 
@@ -345,22 +355,21 @@ def build(spec: NetworkSpec, directory: pathlib.Path) -> Reference:
     """Writes the checkpoint of `spec` into `directory` and computes its references."""
     weights = make_weights(spec)
     write_checkpoint(spec, weights, directory)
-    reference = Reference(make_tokens(spec), [], [], [], [])
-    float64 = FloatReference(spec, weights)
+    reference = Reference(make_tokens(spec), [], [], [], [], [])
+    float64, bf16 = Network(spec, weights), Network(spec, weights, torch.bfloat16)
     for tokens in reference.tokens:
         logprobs, after, before = float64.target(tokens)
         reference.target.append(logprobs.numpy())
+        logprobs, after_bf16, _ = bf16.target(tokens)
+        reference.target_bf16.append(logprobs.numpy())
         if spec.mtp and len(tokens) > 1:
             reference.mtp.append([depth.numpy() for depth in float64.mtp(tokens, after)])
+            reference.mtp_bf16.append(bf16.mtp(tokens, after_bf16, max_depth=1)[0].numpy())
             reference.mtp_prenorm.append(float64.mtp(tokens, before, max_depth=1)[0].numpy())
         else:
             reference.mtp.append([])
+            reference.mtp_bf16.append(np.zeros((0, spec.vocab)))
             reference.mtp_prenorm.append(np.zeros((0, spec.vocab)))
-    bf16 = _load(modeling_qwen3_5, text_config(spec), weights, torch.bfloat16)
-    with torch.no_grad():
-        for tokens in reference.tokens:
-            logits = bf16(input_ids=torch.tensor([tokens]), use_cache=False).logits
-            reference.target_bf16.append(torch.log_softmax(logits[0].double(), -1).numpy())
     return reference
 
 

@@ -60,7 +60,8 @@ struct Piece {
 
 bool Write(const std::string& path, const Matrix& matrix) {
   std::ofstream file(path, std::ios::binary);
-  file.write(reinterpret_cast<const char*>(matrix.values.data()), static_cast<std::streamsize>(matrix.values.size() * sizeof(float)));
+  const size_t bytes = matrix.values.size() * sizeof(float);
+  file.write(reinterpret_cast<const char*>(matrix.values.data()), static_cast<std::streamsize>(bytes));
   return file.good();
 }
 

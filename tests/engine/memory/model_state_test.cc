@@ -31,7 +31,8 @@ ModelStateOptions Options() {
 }
 
 int64_t PagesBytes(const KvPagesView& pages) {
-  return static_cast<int64_t>(pages.num_pages) * pages.num_kv_heads * pages.page_tokens * pages.head_dim * ElementBytes(pages.dtype);
+  const int64_t elements = static_cast<int64_t>(pages.num_pages) * pages.num_kv_heads * pages.page_tokens * pages.head_dim;
+  return elements * ElementBytes(pages.dtype);
 }
 
 // Every array of the state as (data, bytes), from the shapes that ragged_batch.h documents.

@@ -3,8 +3,9 @@
 
 #include <cstdint>
 #include <memory>
-#include <random>
 #include <span>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "engine/config/model_config.h"
@@ -78,7 +79,8 @@ class ModelHarness {
   // one row a base; each Step gives depth 2, 3, ... for the bases [0, tokens.size()), tokens[t] = x_{t+depth}.
   class Chain {
    public:
-    Chain(ModelHarness& harness, Sequence& sequence, Matrix depth1) : harness_(harness), sequence_(sequence), last_(std::move(depth1)) {}
+    Chain(ModelHarness& harness, Sequence& sequence, Matrix depth1)
+        : harness_(harness), sequence_(sequence), last_(std::move(depth1)) {}
     Matrix Step(std::span<const uint32_t> tokens);
 
    private:
