@@ -265,16 +265,23 @@ TEST_F(EngineCoreTest, TheYoungestIsPreemptedAndNoTokenChanges) {
 }
 
 TEST_F(EngineCoreTest, TheLastInOrderGivesWayToTheFirst) {
-  options_.scheduler.num_pages = 15;
-  Start();
-  std::vector<GenerateRequest> requests = {Request("a", 6, 30, 1, 2), Request("b", 6, 14, 1, 2), Request("c", 6, 30, 1, 2)};
-  std::vector<std::shared_ptr<Recorder>> recorders;
-  for (const GenerateRequest& request : requests) recorders.push_back(Submit(request));
-  RunToRest();
-  for (size_t i = 0; i < requests.size(); ++i) ExpectReference(requests[i], *recorders[i]);
-  EXPECT_EQ(recorders[0]->samples[0].preemptions, 0);
-  EXPECT_EQ(recorders[1]->samples[0].preemptions, 0);
-  EXPECT_GE(recorders[2]->samples[0].preemptions, 1);
+  // Prompts of different length, so that the first one also runs out of pages when the others have room to grow.
+  int32_t preempted = 0;
+  for (int32_t prompt = 5; prompt <= 8; ++prompt) {
+    for (int32_t pages = 9; pages <= 20; ++pages) {
+      options_.scheduler.num_pages = pages;
+      Start();
+      std::vector<GenerateRequest> requests = {Request("a", prompt, 24), Request("b", 6, 24), Request("c", 7, 24)};
+      std::vector<std::shared_ptr<Recorder>> recorders;
+      for (const GenerateRequest& request : requests) recorders.push_back(Submit(request));
+      RunToRest();
+      for (size_t i = 0; i < requests.size(); ++i) ExpectReference(requests[i], *recorders[i]);
+      EXPECT_EQ(recorders[0]->samples[0].preemptions, 0);
+      EXPECT_LE(recorders[1]->samples[0].preemptions, recorders[2]->samples[0].preemptions) << prompt << " " << pages;
+      preempted += recorders[2]->samples[0].preemptions;
+    }
+  }
+  EXPECT_GT(preempted, 0);
 }
 
 TEST_F(EngineCoreTest, RefusesWhatCanNeverFitAndSaysWhy) {
