@@ -53,6 +53,13 @@ absl::StatusOr<GenerateRequest> ParseGenerate(const ServiceContext& context, con
   return ToEngine(message, context.rules, context.NewRequestContext());
 }
 
+absl::StatusOr<std::vector<ScoreRequest>> ParseScore(const ServiceContext& context, const ByteBuffer& bytes) {
+  v1::ScoreRequest message;
+  if (absl::Status status = ParseMessage(bytes, &message); !status.ok()) return status;
+  if (absl::Status status = context.CheckServing(); !status.ok()) return status;
+  return ToEngine(message, context.rules, context.NewRequestContext());
+}
+
 // ---- Generate ----
 
 class UnaryGenerate;
@@ -320,11 +327,7 @@ class SequenceObserver final : public ScoreObserver {
 class UnaryScore final : public ServerUnaryReactor {
  public:
   UnaryScore(const ServiceContext& context, const ByteBuffer& in, ByteBuffer* out) : engine_(*context.engine), out_(out) {
-    v1::ScoreRequest message;
-    absl::Status status = ParseMessage(in, &message);
-    if (status.ok()) status = context.CheckServing();
-    absl::StatusOr<std::vector<ScoreRequest>> requests = status;
-    if (status.ok()) requests = ToEngine(message, context.rules, context.NewRequestContext());
+    absl::StatusOr<std::vector<ScoreRequest>> requests = ParseScore(context, in);
     if (!requests.ok()) {
       Finish(ToGrpcStatus(requests.status()));
       return;

@@ -132,7 +132,7 @@ struct Server::Impl {
       if (status.ok() != serving) {
         serving = status.ok();
         SetHealth(serving);
-        Log(serving ? LogLevel::kInfo : LogLevel::kWarning, absl::StrCat("health: ", serving ? "SERVING" : status.ToString()));
+        Log(serving ? LogLevel::kInfo : LogLevel::kWarning, absl::StrCat("health: ", serving ? "SERVING" : absl::StrCat("NOT_SERVING, ", status.message())));
       }
       if (warn_insecure && std::chrono::steady_clock::now() >= next_warning) {
         Log(LogLevel::kWarning, "--insecure-no-auth: anyone who reaches this address can use this server");

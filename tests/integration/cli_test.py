@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`bebop` against a real `bebop-server` with dummy weights: what cli.md promises, over real processes.
+
+usage: cli_test.py BIN_DIR   (python3 alone, no packages)
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+
+BIN = os.path.abspath(sys.argv.pop(1))
+
+CONFIG = {
+    "model_type": "qwen3_5_text", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6, "vocab_size": 256,
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_conv_kernel_dim": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25}, "mtp_num_hidden_layers": 1,
+    "tie_word_embeddings": True, "eos_token_id": 0, "max_position_embeddings": 2048, "hidden_act": "silu", "attention_bias": False,
+}
+READY = re.compile(r"^bebop-server ready: rollout=(127\.0\.0\.1:\d+) admin=(127\.0\.0\.1:\d+) model=(\S+) version=(\d+)\n$")
+
+
+def clean_environment():
+    return {k: v for k, v in os.environ.items() if not k.startswith("BEBOP_")}
+
+
+class Server:
+    def __init__(self, *flags):
+        self.directory = tempfile.TemporaryDirectory()
+        model = os.path.join(self.directory.name, "dummy-model")
+        os.mkdir(model)
+        with open(os.path.join(model, "config.json"), "w") as file:
+            json.dump(CONFIG, file)
+        command = [os.path.join(BIN, "bebop-server"), "--model", model, "--load-format", "dummy", "--dtype", "float32", "--port", "0",
+                   "--admin-port", "0", *flags]
+        self.log = open(os.path.join(self.directory.name, "stderr"), "w+")
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True, env=clean_environment())
+        line = self.process.stdout.readline()
+        match = READY.match(line)
+        if not match:
+            self.log.seek(0)
+            raise AssertionError(f"no ready line but {line!r}; stderr: {self.log.read()}")
+        self.rollout, self.admin, self.model, self.version = match.groups()
+
+    def stop(self, signal_number=signal.SIGTERM):
+        if self.process.poll() is None:
+            self.process.send_signal(signal_number)
+        rest, _ = self.process.communicate(timeout=60)
+        self.log.close()
+        self.directory.cleanup()
+        return self.process.returncode, rest
+
+
+def bebop(*arguments, server=None, stdin=None, timeout=120):
+    environment = clean_environment()
+    if server:
+        environment["BEBOP_SERVER"] = server
+    result = subprocess.run([os.path.join(BIN, "bebop"), *arguments], input=stdin, capture_output=True, text=True, timeout=timeout,
+                            env=environment)
+    return result.returncode, result.stdout, result.stderr
+
+
+class WithServer(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.server = Server()
+
+    @classmethod
+    def tearDownClass(cls):
+        status, rest = cls.server.stop()
+        assert status == 0, f"SIGTERM: exit status {status}"
+        assert rest == "", f"more on stdout than the ready line: {rest!r}"
+
+    def call(self, *arguments, **options):
+        return bebop(*arguments, server=self.server.rollout, **options)
+
+    def json(self, *arguments, **options):
+        status, out, err = self.call("--json", *arguments, **options)
+        self.assertEqual(status, 0, err)
+        self.assertEqual(out.count("\n"), 1, out)
+        return json.loads(out)
+
+    def test_info_health_loads(self):
+        info = self.json("info")
+        self.assertEqual(info["server_info"]["api_version"], "bebop.v1")
+        self.assertEqual(info["server_info"]["load_format"], "dummy")
+        self.assertTrue(info["server_info"]["synthetic_acceptance_allowed"])
+        self.assertEqual(info["server_info"]["served_model_name"], "dummy-model")
+        self.assertEqual(info["model_info"]["vocab_size"], 256)
+        self.assertEqual(info["model_info"]["num_full_attention_layers"], 1)
+        self.assertEqual(self.json("health"), {"status": "SERVING"})
+        self.assertEqual(self.json("health", "--service", "bebop.v1.Rollout"), {"status": "SERVING"})
+        self.assertEqual(bebop("health", "--server", self.server.admin)[0], 0)
+        loads = self.json("loads")
+        total = sum(int(loads[k]) for k in ("finished", "cancelled", "failed", "running_requests", "waiting_requests"))
+        self.assertEqual(int(loads["submitted"]), total)
+
+    def test_generate_json(self):
+        result = self.json("generate", "--token-ids", "1 2 3", "-n", "3", "--max-new-tokens", "9", "--seed", "5", "--ignore-eos", "--logprobs",
+                           "--mode", "coupled", "--num-draft-tokens", "2")
+        self.assertEqual([s["sample_index"] for s in result["samples"]], [0, 1, 2])
+        for sample in result["samples"]:
+            self.assertEqual(len(sample["token_ids"]), 9)
+            self.assertEqual(len(sample["logprobs"]), 9)
+            self.assertEqual(sample["entropy"], [])  # default-valued fields are printed
+            self.assertEqual(sample["finish"]["reason"], "LENGTH")
+            self.assertEqual(sample["seed_used"], "5")  # 64-bit integers are strings
+            self.assertEqual(sample["applied"]["speculation"], {"mode": "COUPLED", "num_draft_tokens": 2})
+            self.assertEqual(sample["weight_spans"], [{"step": "0", "draft_step": "0", "start": 0, "end": 9}])
+            self.assertEqual(len(sample["spec"]["drafted_per_pos"]), 2)
+        again = self.json("generate", "--token-ids", "[1,2,3]", "-n", "3", "--max-new-tokens", "9", "--seed", "5", "--ignore-eos",
+                          "--mode", "coupled", "--num-draft-tokens", "0")
+        self.assertEqual([s["token_ids"] for s in again["samples"]], [s["token_ids"] for s in result["samples"]])
+
+    def test_generate_for_people_falls_back_to_ids(self):
+        status, out, err = self.call("generate", "--token-ids", "1 2 3", "--max-new-tokens", "4", "--ignore-eos")
+        self.assertEqual(status, 0, err)
+        self.assertRegex(out, r"\[sample 0: 4 tokens, LENGTH.*\]\n\d+ \d+ \d+ \d+\n")
+        self.assertEqual(err, "")  # no progress without a terminal
+
+    def test_stream(self):
+        status, out, err = self.call("generate", "--token-ids", "1 2 3", "--max-new-tokens", "6", "--ignore-eos", "--stream", "--json")
+        self.assertEqual(status, 0, err)
+        events = [json.loads(line) for line in out.splitlines()]
+        self.assertEqual(next(iter(events[0])), "admitted")
+        self.assertEqual(next(iter(events[-1])), "group_done")
+        streamed = [t for e in events if "token_chunk" in e for t in e["token_chunk"]["token_ids"]]
+        self.assertEqual(streamed, next(e for e in events if "sample_result" in e)["sample_result"]["token_ids"])
+
+    def test_batch_keeps_order_and_goes_on_after_errors(self):
+        lines = []
+        for i in range(20):
+            lines.append(json.dumps({"request_id": f"batch-{i}", "prompt_token_ids": [i + 1], "stopping": {"max_new_tokens": 1 + (20 - i) * 3},
+                                     "sampling": {"seed": str(i)}}))
+        lines[4] = "{not json"
+        lines[7] = json.dumps({"prompt_token_ids": [999]})
+        lines[9] = json.dumps({"prompt_token_ids": [1], "no_such_field": 1})
+        status, out, err = self.call("generate", "--requests", "-", "--json", "--ignore-eos", stdin="\n".join(lines) + "\n")
+        self.assertEqual(status, 1, err)
+        replies = [json.loads(line) for line in out.splitlines()]
+        self.assertEqual(len(replies), 20)
+        for i, reply in enumerate(replies):
+            if i in (4, 7, 9):
+                self.assertEqual(reply["error"]["code"], "INVALID_ARGUMENT")
+            else:
+                self.assertEqual(reply["request_id"], f"batch-{i}")
+                self.assertEqual(len(reply["samples"][0]["token_ids"]), 1 + (20 - i) * 3)  # --ignore-eos fills what the line leaves unset
+        self.assertIn("line 5", replies[4]["error"]["message"])
+        self.assertEqual(replies[7]["error"]["reason"], "INVALID_FIELD")
+        self.assertIn("prompt_token_ids[0]", replies[7]["error"]["message"])
+        self.assertEqual(self.call("generate", "--requests", "/nowhere/at/all")[0], 2)
+
+    def test_score_agrees_with_generate(self):
+        prompt = [5, 6, 7, 8]
+        line = {"prompt_token_ids": prompt, "stopping": {"max_new_tokens": 12, "ignore_eos": True},
+                "output": {"raw_logprobs": True, "entropy": True}, "speculation": {"mode": "REJECTION", "num_draft_tokens": 3}}
+        sample = self.json("generate", "--requests", "-", stdin=json.dumps(line))["samples"][0]
+        score = self.json("score", "--requests", "-", stdin=json.dumps(
+            {"sequences": [{"token_ids": prompt + sample["token_ids"]}], "score_start": 4, "entropy": True, "top_logprobs": 2,
+             "token_ids_logprob": [3], "draft_depth": 2}))["scores"][0]
+        self.assertEqual(len(score["logprobs"]), 12)
+        for a, b in zip(sample["raw_logprobs"], score["logprobs"]):
+            self.assertAlmostEqual(a, b, delta=1e-3)
+        for a, b in zip(sample["entropy"], score["entropy"]):
+            self.assertAlmostEqual(a, b, delta=1e-3)
+        self.assertEqual(len(score["top_logprobs"]), 12)
+        self.assertEqual([d["depth"] for d in score["draft"]], [1, 2])
+        for draft in score["draft"]:
+            self.assertEqual(draft["start"], 4)
+            self.assertTrue(all(0 <= x <= 1 + 1e-6 for x in draft["overlap"]))
+
+    def test_text_needs_a_tokenizer(self):
+        for arguments in (("tokenize", "hello"), ("detokenize", "1", "2"), ("generate", "hello"),
+                          ("generate", "--token-ids", "1", "--stop", "x")):
+            status, out, err = self.call(*arguments)
+            self.assertEqual(status, 1)
+            self.assertIn("FAILED_PRECONDITION NO_TOKENIZER", err)
+            self.assertEqual(out, "")
+
+    def test_exit_statuses(self):
+        status, _, err = self.call("generate", "--token-ids", "1", "--temperature", "-1")
+        self.assertEqual(status, 1)
+        self.assertIn("INVALID_ARGUMENT INVALID_FIELD: sampling.temperature: -1", err)
+        for arguments in ((), ("frobnicate",), ("generate",), ("generate", "--token-ids", "x"), ("generate", "--top-k", "many", "--token-ids", "1"),
+                          ("generate", "--mode", "fast", "--token-ids", "1"), ("health", "--no-such-flag"), ("score",), ("--timeout", "0", "info")):
+            status, out, err = self.call(*arguments)
+            self.assertEqual(status, 2, arguments)
+            self.assertTrue(err.startswith("error: "), err)
+        self.assertEqual(bebop("info", "--server", "127.0.0.1:1", "--timeout", "20")[0], 3)
+        self.assertEqual(self.call("--timeout", "0.05", "generate", "--token-ids", "1", "-n", "1000", "--ignore-eos")[0], 4)
+        self.assertEqual(self.call("info", "--timeout", "20")[0], 0)  # global flags after the verb, too
+
+    def test_bench(self):
+        result = self.json("bench", "--num-requests", "6", "--concurrency", "3", "--prompt-len", "5", "--output-len", "40", "--num-samples", "2",
+                           "--mode", "rejection", "--num-draft-tokens", "3", "--synthetic-accept-length", "2.5", "--warmup", "1")
+        for key in ("tokens_per_second", "iterations_per_second", "samples_per_second", "effective_gb_per_second", "bytes_per_iteration"):
+            self.assertGreater(result[key], 0, key)
+        self.assertEqual(result["errors"], 0)
+        self.assertEqual(result["tokens"], 6 * 2 * 40)
+        # The solved acceptance s satisfies 1 + s + s^2 + s^3 = 2.5; some 190 iterations measured.
+        self.assertAlmostEqual(result["accept_length"], 2.5, delta=0.5)
+        self.assertEqual(len(result["acceptance_per_position"]), 3)
+        for key in ("ttft_ms", "inter_token_ms"):
+            self.assertGreater(result[key]["p99"], 0)
+            self.assertGreaterEqual(result[key]["p99"], result[key]["p50"])
+        plain = self.json("bench", "--num-requests", "4", "--rate", "50", "--output-len", "8", "--mode", "off", "--warmup", "0")
+        self.assertEqual(plain["accept_length"], 1.0)
+        self.assertLess(plain["bytes_per_iteration"], result["bytes_per_iteration"])
+        status, _, err = self.call("bench", "--synthetic-accept-length", "9", "--num-draft-tokens", "3", "--mode", "rejection")
+        self.assertEqual(status, 2)
+        self.assertIn("[1, 4]", err)
+
+    def test_verify(self):
+        result = self.json("verify", "--num-prompts", "2", "--num-samples", "1024", "--seed", "3", "--greedy-tokens", "16")
+        self.assertTrue(result["passed"], [t for t in result["tests"] if not t["passed"]])
+        names = [t["name"] for t in result["tests"]]
+        for part in ("target_only/token2", "rejection/pair1-2", "coupled/token1", "rejection/logprob_max_difference",
+                     "coupled/greedy_token_differences", "coupled/token_differences_at_8"):
+            self.assertTrue(any(part in name for name in names), part)
+        for test in result["tests"]:
+            self.assertLessEqual(test["statistic"], test["threshold"])
+            self.assertGreater(test["samples"], 0)
+
+
+class ServerProcess(unittest.TestCase):
+    def start_fails(self, *flags):
+        started = time.time()
+        result = subprocess.run([os.path.join(BIN, "bebop-server"), *flags], capture_output=True, text=True, timeout=30, env=clean_environment())
+        self.assertLess(time.time() - started, 10)
+        self.assertEqual(result.returncode, 2, result.stderr)
+        self.assertEqual(result.stdout, "")
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        self.assertEqual(len(errors), 1, result.stderr)
+        self.assertEqual(result.stderr.splitlines()[-1], errors[0])
+        return errors[0]
+
+    def test_bad_starts(self):
+        self.assertIn("--model", self.start_fails())
+        self.assertIn("--bogus", self.start_fails("--model", "m", "--bogus"))
+        self.assertIn("/nowhere/at/all", self.start_fails("--model", "/nowhere/at/all"))
+        error = self.start_fails("--model", "m", "--host", "0.0.0.0")
+        self.assertIn("0.0.0.0", error)
+        self.assertIn("--insecure-no-auth", error)
+        with tempfile.TemporaryDirectory() as directory:
+            with open(os.path.join(directory, "config.json"), "w") as file:
+                json.dump({**CONFIG, "hidden_act": "gelu"}, file)
+            error = self.start_fails("--model", directory, "--load-format", "dummy")
+            self.assertIn("hidden_act", error)
+            self.assertIn("gelu", error)
+
+    def test_check_config_and_version(self):
+        result = subprocess.run([os.path.join(BIN, "bebop-server"), "--model", "m", "--check-config"], capture_output=True, text=True, timeout=30,
+                                env={**clean_environment(), "BEBOP_MAX_MODEL_LEN": "123"})
+        self.assertEqual(result.returncode, 0)
+        self.assertIn("max-model-len: 123", result.stderr)
+        self.assertEqual(result.stdout, "")
+        result = subprocess.run([os.path.join(BIN, "bebop-server"), "--version"], capture_output=True, text=True, timeout=30)
+        self.assertEqual(result.returncode, 0)
+        self.assertRegex(result.stdout, r"^bebop-server \d+\.\d+\.\d+\n$")
+
+    def test_drain_returns_partial_tokens(self):
+        server = Server("--drain-timeout", "0.3")
+        client = subprocess.Popen([os.path.join(BIN, "bebop"), "--json", "generate", "--token-ids", "1", "--ignore-eos", "-n", "64"],
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**clean_environment(), "BEBOP_SERVER": server.rollout})
+        deadline = time.time() + 30
+        while time.time() < deadline:
+            _, out, _ = bebop("loads", "--json", server=server.rollout)
+            if int(json.loads(out)["generated_tokens"]) > 0:
+                break
+            time.sleep(0.05)
+        status, _ = server.stop()
+        self.assertEqual(status, 0)
+        out, err = client.communicate(timeout=30)
+        self.assertEqual(client.returncode, 0, err)
+        samples = json.loads(out)["samples"]
+        self.assertEqual(len(samples), 64)  # none is lost
+        self.assertTrue(any(s["finish"]["reason"] == "DRAINED" for s in samples))
+
+    def test_second_signal_stops_at_once(self):
+        server = Server("--drain-timeout", "60")
+        client = subprocess.Popen([os.path.join(BIN, "bebop"), "--json", "generate", "--token-ids", "1", "--ignore-eos", "-n", "1024"],
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**clean_environment(), "BEBOP_SERVER": server.rollout})
+        time.sleep(1)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        self.assertIsNone(server.process.poll())  # still draining
+        started = time.time()
+        status, _ = server.stop(signal.SIGTERM)
+        self.assertLess(time.time() - started, 5)
+        self.assertEqual(status, 128 + signal.SIGTERM)
+        client.communicate(timeout=30)
+        self.assertNotEqual(client.returncode, 0)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
