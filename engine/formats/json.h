@@ -23,7 +23,7 @@ class JsonValue {
   using Member = std::pair<std::string, JsonValue>;
   using Object = std::vector<Member>;
 
-  JsonValue() = default;  // null
+  JsonValue() : data_(nullptr) {}
   // Replaces the value; T is one of the alternatives of `data_`.
   template <typename T>
   T& Set(T value) {
@@ -48,7 +48,7 @@ class JsonValue {
   static std::string Describe(const JsonValue* value);
 
  private:
-  std::variant<std::nullptr_t, bool, int64_t, double, std::string, Array, Object> data_ = nullptr;
+  std::variant<std::nullptr_t, bool, int64_t, double, std::string, Array, Object> data_;
 };
 
 // What a document may cost. Exceeding a limit is INVALID_ARGUMENT.

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <tuple>
 #include <vector>
 
 #include "engine/tokenizer/utf8.h"
@@ -17,6 +18,7 @@ namespace {
 struct Mark {
   char32_t code_point;
   uint8_t combining_class;  // 0: a starter
+  uint32_t order;           // before sorting
 };
 
 const icu::Normalizer2& Nfc() {
@@ -64,7 +66,7 @@ std::vector<Mark> Decompose(std::string_view text, const icu::Normalizer2& nfc) 
   std::vector<Mark> marks;
   marks.reserve(text.size());
   icu::UnicodeString decomposition;
-  const auto add = [&](UChar32 code_point) { marks.push_back({static_cast<char32_t>(code_point), CombiningClass(nfc, code_point)}); };
+  const auto add = [&](UChar32 code_point) { marks.push_back({static_cast<char32_t>(code_point), CombiningClass(nfc, code_point), static_cast<uint32_t>(marks.size())}); };
   for (size_t i = 0; i < text.size();) {
     const Utf8Char next = DecodeUtf8(text.substr(i));
     i += static_cast<size_t>(next.length);
@@ -82,7 +84,9 @@ std::vector<Mark> Decompose(std::string_view text, const icu::Normalizer2& nfc) 
       continue;
     }
     const auto end = std::find_if(run, marks.end(), [](const Mark& mark) { return mark.combining_class == 0; });
-    std::stable_sort(run, end, [](const Mark& a, const Mark& b) { return a.combining_class < b.combining_class; });
+    std::sort(run, end, [](const Mark& a, const Mark& b) {
+      return std::tie(a.combining_class, a.order) < std::tie(b.combining_class, b.order);
+    });
     run = end;
   }
   return marks;
