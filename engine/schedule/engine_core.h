@@ -34,7 +34,9 @@ struct EngineCoreOptions {
 // happens is a function of the calls made, of clock->Now() and of what the executor returns, which is what lets the simulator
 // (tests/sim) replay any run from a seed.
 //
-// Not thread safe: engine/runtime calls everything on the engine thread. Observers are called from inside the methods below (never
+// Not thread safe: engine/runtime calls everything under one lock. It gives that lock up while Step is inside Executor::Execute; in
+// that window Submit, SubmitScore, Loads and the const methods may be called, since they touch nothing that a plan borrows, and
+// nothing else. Observers are called from inside the methods below (never
 // after they were detached or told OnDone) and must not call back.
 //
 //   EngineCore core(options, &clock, &executor);

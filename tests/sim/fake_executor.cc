@@ -322,6 +322,7 @@ absl::Status FakeExecutor::Execute(const StepPlan& plan, StepResult* result) {
     }
   }
   if (!CheckTogether(plan)) return violated();
+  if (while_executing_ != nullptr) while_executing_();
   result->sequences.resize(plan.sequences.size());
   result->finished_scores.clear();
   for (const ScorePlan& score : plan.scores) {

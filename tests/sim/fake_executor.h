@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -34,6 +35,8 @@ class FakeExecutor final : public Executor {
   absl::Status Execute(const StepPlan& plan, StepResult* result) override;
 
   const std::string& violation() const { return violation_; }
+  // Called in the middle of every Execute: what other threads do to the core while the real executor runs without its lock.
+  void set_while_executing(std::function<void()> action) { while_executing_ = std::move(action); }
   void FailNext(absl::Status status) { fail_next_ = std::move(status); }
   const std::map<uint64_t, int32_t>& score_rows() const { return score_rows_; }  // unfinished handles it has memory for
   int64_t num_calls() const { return num_calls_; }
@@ -77,6 +80,7 @@ class FakeExecutor final : public Executor {
   std::map<uint64_t, int32_t> score_bases_;
   std::string violation_;
   absl::Status fail_next_;
+  std::function<void()> while_executing_;
   int64_t num_calls_ = 0;
   SpecCounts spec_;
   std::vector<std::string> planned_ids_;

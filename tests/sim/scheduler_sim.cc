@@ -80,6 +80,7 @@ struct Client {
   bool may_be_cut = false;         // aborted, drained, failed or past its deadline: a prefix of the expected tokens is right
   absl::Status end_status;
   absl::Time ended_at;
+  int64_t born = -1;               // step during which it was submitted
   bool always_first = true;        // since it came: first in order among runnable requests, and no score about
   const SampleResult& Expected(int32_t sample_index) {
     if (expected.empty()) {
@@ -94,6 +95,7 @@ struct ScoreClient final : public ScoreObserver {
   Simulation* simulation = nullptr;
   ScoreRequest request;
   uint64_t handle = 0;
+  int64_t born = -1;
   bool cancelled = false, done = false;
 };
 
@@ -364,6 +366,13 @@ void Simulation::Configure() {
 void Simulation::Boot() {
   core_.reset();
   executor_ = std::make_unique<FakeExecutor>(options_.scheduler);
+  // Submissions and attachments may come while a step executes (engine/runtime gives its lock up there); nothing else may.
+  executor_->set_while_executing([this] {
+    if (quiet_ > 0) return;
+    if (random_.OneIn(12)) SubmitNew();
+    if (random_.OneIn(40)) SubmitScore();
+    if (random_.OneIn(25)) Resubmit();
+  });
   core_ = std::make_unique<EngineCore>(options_, &clock_, executor_.get());
   clients_.clear();
   scores_.clear();
@@ -417,6 +426,7 @@ void Simulation::SubmitNew() {
   auto client = std::make_unique<Client>();
   client->request = RandomRequest();
   client->order = next_id_;
+  client->born = step_total_;
   const GenerateRequest& request = client->request;
   auto listener = std::make_shared<Listener>(this, client.get());
   const SchedulerOptions& scheduler = options_.scheduler;
@@ -509,6 +519,7 @@ void Simulation::Resubmit() {
 void Simulation::SubmitScore() {
   auto client = std::make_shared<ScoreClient>();
   client->simulation = this;
+  client->born = step_total_;
   const SchedulerOptions& scheduler = options_.scheduler;
   const int32_t length = random_.Between(1, std::max(1, std::min(scheduler.max_model_len, scheduler.num_pages * scheduler.page_tokens)) + 3);
   for (int32_t i = 0; i < length; ++i) client->request.token_ids.push_back(static_cast<uint32_t>(random_.Below(kVocab)));
@@ -705,7 +716,7 @@ void Simulation::CheckAfterStep(absl::Time step_began) {
   for (auto& [id, client] : clients_) {
     if (client->ended || client->cancelled) continue;
     ++live;
-    if (client->request.deadline <= step_began) return Fail("%s outlives its deadline", id.c_str());
+    if (client->request.deadline <= step_began && client->born != step_total_) return Fail("%s outlives its deadline", id.c_str());
   }
   if (core_->draining() && drain_deadline_ <= step_began && !core_->Idle()) return Fail("work outlives the drain");
   std::set<uint64_t> open_scores;
@@ -713,7 +724,7 @@ void Simulation::CheckAfterStep(absl::Time step_began) {
     if (score->done || score->cancelled) continue;
     ++live;
     open_scores.insert(score->handle);
-    if (score->request.deadline <= step_began) return Fail("score %" PRIu64 " outlives its deadline", score->handle);
+    if (score->request.deadline <= step_began && score->born != step_total_) return Fail("score %" PRIu64 " outlives its deadline", score->handle);
   }
   if (live != loads.running_requests + loads.waiting_requests) return Fail("%d live requests, the engine counts others", live);
   for (const auto& [handle, rows] : executor_->score_rows()) {
@@ -726,7 +737,7 @@ void Simulation::CheckAfterStep(absl::Time step_began) {
   // First come, first served: nobody is admitted past a request before it in order that could run.
   for (const Client* client : admitted_now_) {
     for (auto& [id, other] : clients_) {
-      if (other->ended || other->cancelled || other->admitted || !client->accepted) continue;
+      if (other->ended || other->cancelled || other->admitted || !client->accepted || other->born == step_total_) continue;
       const bool before = other->request.priority != client->request.priority ? other->request.priority < client->request.priority
                                                                               : other->order < client->order;
       const bool runs = std::all_of(other->listeners.begin(), other->listeners.end(), [](const auto& l) { return l->room; });
