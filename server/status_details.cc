@@ -2,6 +2,7 @@
 #include "server/status_details.h"
 
 #include "absl/strings/cord.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "bebop/rpc/status.pb.h"
 
@@ -43,18 +44,20 @@ absl::Status WithRetryAfter(absl::Status status, absl::Duration delay) {
 
 absl::Status CompleteDetails(absl::Status status) {
   if (status.ok() || status.GetPayload(kErrorInfoUrl).has_value()) return status;
-  const auto reason = [&status]() -> absl::string_view {
+  // The scheduler's words (engine/schedule/scheduler.cc) for what is too large for the whole pool, however long it waits.
+  const bool never_fits = absl::IsResourceExhausted(status) && absl::StrContains(status.message(), "can never fit");
+  const auto reason = [&status, never_fits]() -> absl::string_view {
     switch (status.code()) {
       case absl::StatusCode::kInvalidArgument: return "INVALID_FIELD";
       case absl::StatusCode::kAlreadyExists: return "REQUEST_ID_REUSED";
-      case absl::StatusCode::kResourceExhausted: return "CAPACITY";
+      case absl::StatusCode::kResourceExhausted: return never_fits ? "CANNOT_FIT" : "CAPACITY";
       case absl::StatusCode::kUnavailable: return "NOT_SERVING";
       case absl::StatusCode::kDeadlineExceeded: return "DEADLINE";
       case absl::StatusCode::kCancelled: return "CANCELLED";
       default: return "ENGINE_FAILED";
     }
   }();
-  const bool retry = status.code() == absl::StatusCode::kResourceExhausted || status.code() == absl::StatusCode::kUnavailable;
+  const bool retry = (absl::IsResourceExhausted(status) && !never_fits) || absl::IsUnavailable(status);
   absl::Status detailed = DetailedError(status.code(), reason, status.message());
   return retry ? WithRetryAfter(std::move(detailed), absl::Seconds(1)) : detailed;
 }

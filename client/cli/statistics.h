@@ -20,7 +20,7 @@ struct ChiSquare {
 ChiSquare CompareHistograms(const Histogram& a, const Histogram& b);
 
 // Upper quantile of the chi-square distribution at normal deviate z, by Wilson and Hilferty (1931): df (1 - 2/(9 df) + z sqrt(2/(9 df)))^3.
-// At the far tail used here it lies above the true value (20 % at 1 degree of freedom, 3 % at 7, under 1 % from 15), so a test errs
+// At the far tail used here it lies above the true value (20 % at 1 degree of freedom, 3 % at 7, 1.5 % at 15), so a test errs
 // towards passing.
 double ChiSquareQuantile(int32_t degrees_of_freedom, double z);
 

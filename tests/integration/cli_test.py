@@ -254,6 +254,10 @@ class ServerProcess(unittest.TestCase):
             error = self.start_fails("--model", directory, "--load-format", "dummy")
             self.assertIn("hidden_act", error)
             self.assertIn("gelu", error)
+            with open(os.path.join(directory, "config.json"), "w") as file:
+                json.dump(CONFIG, file)
+            error = self.start_fails("--model", directory, "--load-format", "dummy", "--kv-cache-bytes", "65536")
+            self.assertIn("65536", error)
 
     def test_check_config_and_version(self):
         result = subprocess.run([os.path.join(BIN, "bebop-server"), "--model", "m", "--check-config"], capture_output=True, text=True, timeout=30,

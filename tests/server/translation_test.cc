@@ -392,6 +392,9 @@ TEST(StatusDetails, EngineStatusesGetAReason) {
     const bool retry = absl::IsResourceExhausted(status) || absl::IsUnavailable(status);
     EXPECT_EQ(detailed.GetPayload(kRetryInfoUrl).has_value(), retry);
   }
+  const absl::Status never = CompleteDetails(absl::ResourceExhaustedError("request can never fit: it needs 9 pages, the pool has 3"));
+  EXPECT_EQ(ErrorReason(never), "CANNOT_FIT");
+  EXPECT_FALSE(never.GetPayload(kRetryInfoUrl).has_value());  // trying again would not help
   EXPECT_TRUE(CompleteDetails(absl::OkStatus()).ok());
   // Details that are there stay.
   const absl::Status own = DetailedError(absl::StatusCode::kUnavailable, "DRAINING", "x");
