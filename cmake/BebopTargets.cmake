@@ -22,6 +22,12 @@ if(BEBOP_SANITIZE)
   target_compile_definitions(bebop_options INTERFACE BEBOP_SANITIZED=1)
 endif()
 
+if(BEBOP_BUILD_FUZZ)
+  # Coverage feedback from the code under test, not from the fuzz target alone.
+  target_compile_options(bebop_options INTERFACE -fsanitize=fuzzer-no-link)
+  add_custom_target(bebop_fuzz_targets)
+endif()
+
 # bebop_library(NAME foo SRCS a.cc DEPS bebop::bar): a library `bebop_foo` with the alias `bebop::foo`.
 # A library without sources is header only.
 function(bebop_library)
@@ -86,6 +92,7 @@ function(bebop_fuzz_target)
     target_link_options(${ARG_NAME} PRIVATE -fsanitize=fuzzer)
     target_link_libraries(${ARG_NAME} PRIVATE ${ARG_DEPS} bebop_options)
     set_target_properties(${ARG_NAME} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/fuzz)
+    add_dependencies(bebop_fuzz_targets ${ARG_NAME})
   elseif(BEBOP_BUILD_TESTS)
     add_executable(${ARG_NAME} ${ARG_SRCS} ${PROJECT_SOURCE_DIR}/tests/support/fuzz_replay_main.cc)
     target_link_libraries(${ARG_NAME} PRIVATE ${ARG_DEPS} bebop_options)

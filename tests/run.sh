@@ -70,7 +70,7 @@ run_stage() {
       ;;
     fuzz)
       say "fuzz: build"
-      configure_and_build cpu-fuzz
+      configure_and_build cpu-fuzz bebop_fuzz_targets
       say "fuzz: $fuzz_seconds s a target"
       for target in build/cpu-fuzz/fuzz/*_fuzz; do
         local name corpus

@@ -139,8 +139,8 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   BEBOP_ASSIGN_OR_RETURN(ModelConfig config, LoadModelConfig(options.model_path));
   impl->pool = std::make_unique<ThreadPool>(options.num_threads > 0 ? options.num_threads
                                                                     : std::max(1u, std::thread::hardware_concurrency()));
-  // Sizes before weights: what cannot fit is said before gigabytes are read.
-  BEBOP_ASSIGN_OR_RETURN(EngineSizes sizes, ResolveSizes(options, config, AvailableMemoryBytes()));
+  // Options and sizes before weights: what cannot fit is said before gigabytes are read.
+  BEBOP_RETURN_IF_ERROR(ResolveSizes(options, config, AvailableMemoryBytes()).status());
 
   const std::filesystem::path tokenizer_path = std::filesystem::path(options.model_path) / "tokenizer.json";
   if (std::filesystem::exists(tokenizer_path)) {
@@ -156,8 +156,8 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
     load.needs_mtp = options.needs_mtp;
     BEBOP_ASSIGN_OR_RETURN(impl->weights, LoadModelWeights(config, load, *impl->pool));
   }
-  if (!impl->weights->mtp.has_value()) sizes.max_draft_tokens = 0;
-  sizes.state.window = sizes.max_draft_tokens;
+  if (!impl->weights->mtp.has_value()) config.num_mtp_layers = 0;
+  BEBOP_ASSIGN_OR_RETURN(const EngineSizes sizes, ResolveSizes(options, config, AvailableMemoryBytes()));
   BEBOP_ASSIGN_OR_RETURN(impl->storage, ModelStateStorage::Create(config, sizes.state));
   impl->model = std::make_unique<Model>(config, sizes.scheduler.max_step_tokens, impl->pool.get());
   impl->model->SetWeights(impl->weights.get());

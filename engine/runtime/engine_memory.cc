@@ -50,7 +50,7 @@ int64_t AvailableMemoryBytes() {
 
 absl::StatusOr<EngineSizes> ResolveSizes(const EngineOptions& options, const ModelConfig& config, int64_t available_bytes) {
   EngineSizes sizes;
-  sizes.max_draft_tokens = config.num_mtp_layers > 0 && options.needs_mtp ? options.max_draft_tokens : 0;
+  sizes.max_draft_tokens = config.num_mtp_layers > 0 ? options.max_draft_tokens : 0;
   if (auto s = CheckRange("max_draft_tokens", options.max_draft_tokens, 0, kMaxDraftTokens); !s.ok()) return s;
   if (auto s = CheckRange("max_num_seqs", options.max_num_seqs, 0, 4096); !s.ok()) return s;
   if (auto s = CheckRange("max_step_tokens", options.max_step_tokens, 0, 1 << 20); !s.ok()) return s;
