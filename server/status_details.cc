@@ -15,6 +15,11 @@ rpc::ErrorInfo GetErrorInfo(const absl::Status& status) {
   return info;
 }
 
+absl::Cord ToCord(const google::protobuf::Message& message) {
+  const std::string bytes = message.SerializeAsString();
+  return absl::Cord(absl::string_view(bytes));  // Cord(std::string&&) has another mangled name in Clang than in the packaged library
+}
+
 }  // namespace
 
 absl::Status DetailedError(absl::StatusCode code, absl::string_view reason, absl::string_view message,
@@ -24,7 +29,7 @@ absl::Status DetailedError(absl::StatusCode code, absl::string_view reason, absl
   info.set_domain(kErrorDomain);
   for (const auto& [key, value] : metadata) (*info.mutable_metadata())[std::string(key)] = value;
   absl::Status status(code, message);
-  status.SetPayload(kErrorInfoUrl, absl::Cord(info.SerializeAsString()));
+  status.SetPayload(kErrorInfoUrl, ToCord(info));
   return status;
 }
 
@@ -38,7 +43,7 @@ absl::Status WithRetryAfter(absl::Status status, absl::Duration delay) {
   const int64_t nanos = absl::ToInt64Nanoseconds(delay);
   info.mutable_retry_delay()->set_seconds(nanos / 1000000000);
   info.mutable_retry_delay()->set_nanos(static_cast<int32_t>(nanos % 1000000000));
-  status.SetPayload(kRetryInfoUrl, absl::Cord(info.SerializeAsString()));
+  status.SetPayload(kRetryInfoUrl, ToCord(info));
   return status;
 }
 
