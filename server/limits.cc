@@ -40,6 +40,8 @@ constexpr SizeLimit kSizeLimits[] = {
     {"SpecStats.drafted_per_pos", kMaxDraftTokens, "values", ""},
     {"SpecStats.accepted_per_pos", kMaxDraftTokens, "values", ""},
     {"SpecStats.overlap_per_pos", kMaxDraftTokens, "values", ""},
+    {"SpecTotals.drafted_per_pos", kMaxDraftTokens, "values", ""},
+    {"SpecTotals.accepted_per_pos", kMaxDraftTokens, "values", ""},
     {"WeightSpan.label", kRequestIdBytes, "bytes", ""},
     {"Admitted.request_id", kRequestIdBytes, "bytes", ""},
     {"TokenChunk.token_ids", 0, "ids", kOutputLength},

@@ -366,18 +366,28 @@ v1::SpeculationParams::Mode ToProto(SpeculationMode mode) {
   BEBOP_CHECK(false);
 }
 
-v1::SpecStats ToProto(const SpecCounts& counts, int32_t num_positions, bool with_overlap) {
+namespace {
+
+// What SpecStats (int32: one sample) and SpecTotals (int64: all samples) have in common.
+template <typename Message>
+void SetCounts(const SpecCounts& counts, int32_t num_positions, Message* message) {
   BEBOP_CHECK(num_positions >= 0 && num_positions <= kMaxDraftTokens);
-  v1::SpecStats stats;
-  stats.set_num_spec_steps(counts.num_spec_steps);
-  stats.set_num_draft_tokens(counts.num_draft_tokens);
-  stats.set_num_accepted_draft_tokens(counts.num_accepted_draft_tokens);
-  stats.set_num_trimmed_tokens(counts.num_trimmed_tokens);
+  message->set_num_spec_steps(counts.num_spec_steps);
+  message->set_num_draft_tokens(counts.num_draft_tokens);
+  message->set_num_accepted_draft_tokens(counts.num_accepted_draft_tokens);
+  message->set_num_trimmed_tokens(counts.num_trimmed_tokens);
   for (size_t i = 0; i < static_cast<size_t>(num_positions); ++i) {
-    stats.add_drafted_per_pos(counts.drafted_per_pos[i]);
-    stats.add_accepted_per_pos(counts.accepted_per_pos[i]);
-    if (with_overlap) stats.add_overlap_per_pos(counts.overlap_per_pos[i]);
+    message->add_drafted_per_pos(counts.drafted_per_pos[i]);
+    message->add_accepted_per_pos(counts.accepted_per_pos[i]);
   }
+}
+
+}  // namespace
+
+v1::SpecStats ToProto(const SpecCounts& counts, int32_t num_positions, bool with_overlap) {
+  v1::SpecStats stats;
+  SetCounts(counts, num_positions, &stats);
+  if (with_overlap) stats.mutable_overlap_per_pos()->Add(counts.overlap_per_pos.begin(), counts.overlap_per_pos.begin() + num_positions);
   return stats;
 }
 
@@ -519,7 +529,7 @@ v1::Loads MakeLoads(const EngineLoads& loads) {
   result.set_prompt_tokens(loads.prompt_tokens);
   result.set_generated_tokens(loads.generated_tokens);
   result.set_preemptions(loads.preemptions);
-  *result.mutable_spec() = ToProto(loads.spec, kMaxDraftTokens, /*with_overlap=*/false);
+  SetCounts(loads.spec, kMaxDraftTokens, result.mutable_spec());
   return result;
 }
 

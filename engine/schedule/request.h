@@ -62,12 +62,12 @@ enum class FinishReason : uint8_t { kNone, kStop, kLength, kAborted, kDrained, k
 // Exact counts of speculation for one sample; per position i (0-based) over steps whose draft i existed and whose drafts before i were
 // accepted, before trimming at a stop (cli.md section 3).
 struct SpecCounts {
-  int32_t num_spec_steps = 0;              // verifications with at least one draft
-  int32_t num_draft_tokens = 0;            // all drafts verified
-  int32_t num_accepted_draft_tokens = 0;   // before trimming
-  int32_t num_trimmed_tokens = 0;          // accepted but cut by a stop
-  std::array<int32_t, kMaxDraftTokens> drafted_per_pos{};
-  std::array<int32_t, kMaxDraftTokens> accepted_per_pos{};
+  int64_t num_spec_steps = 0;              // verifications with at least one draft
+  int64_t num_draft_tokens = 0;            // all drafts verified
+  int64_t num_accepted_draft_tokens = 0;   // before trimming
+  int64_t num_trimmed_tokens = 0;          // accepted but cut by a stop
+  std::array<int64_t, kMaxDraftTokens> drafted_per_pos{};
+  std::array<int64_t, kMaxDraftTokens> accepted_per_pos{};
   std::array<double, kMaxDraftTokens> overlap_per_pos{};
   void Add(const SpecCounts& other);
 };

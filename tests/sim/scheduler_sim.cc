@@ -307,7 +307,7 @@ void Simulation::CheckSample(Client* client, const SampleResult& sample) {
     // I26: the counts add up to the tokens.
     int64_t drafted = std::count_if(sample.token_source.begin(), sample.token_source.end(), [](int32_t s) { return s > 0; });
     if (drafted != sample.spec.num_accepted_draft_tokens - sample.spec.num_trimmed_tokens) {
-      Fail("%s: %" PRId64 " draft tokens, %d accepted - %d trimmed", id, drafted, sample.spec.num_accepted_draft_tokens,
+      Fail("%s: %" PRId64 " draft tokens, %" PRId64 " accepted - %" PRId64 " trimmed", id, drafted, sample.spec.num_accepted_draft_tokens,
            sample.spec.num_trimmed_tokens);
     }
   }
