@@ -3,7 +3,7 @@
 # From a fresh Debian 12 machine to rollouts: installs what is needed, builds, starts bebop-server on the bundled model on the CPU, and
 # compares decoding without drafts with the three ways of drafting on math, code and tool-call prompts.
 #
-#   deploy/quickstart.sh [--prompts N] [--samples N] [--keep-logs]
+#   deploy/quickstart.sh [--prompts N] [--samples N]
 #
 # Leaves build/cpu-release/bin/{bebop-server,bebop}. Safe to run twice; the second run takes seconds. Leaves no process behind.
 set -euo pipefail
@@ -15,7 +15,6 @@ while (($#)); do
   case "$1" in
     --prompts) prompts=${2:?--prompts needs a number}; shift 2 ;;
     --samples) samples=${2:?--samples needs a number}; shift 2 ;;
-    --keep-logs) shift ;;
     --help | -h) sed -n '3,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "error: unknown argument '$1' (see --help)" >&2; exit 2 ;;
   esac
@@ -62,7 +61,8 @@ cat <<'NEXT'
 
 What to try next
   build/cpu-release/bin/bebop-server --model tests/models/bebop-tiny          a server on 127.0.0.1:50051
-  build/cpu-release/bin/bebop generate "Compute 27 + 35." --stream            one prompt from the shell
+  build/cpu-release/bin/bebop generate $'<|im_start|>user\nCompute 27+35.<|im_end|>\n<|im_start|>assistant\n'
+                                                                              one prompt from the shell
   build/cpu-release/bin/bebop verify                                          that drafting changes no distribution
   build/cpu-release/bin/bebop bench --concurrency 8 --num-requests 64         load, with latencies and acceptance
   tests/run.sh                                                                every test
