@@ -64,7 +64,7 @@ absl::StatusOr<std::vector<ScoreRequest>> ParseScore(const ServiceContext& conte
 
 class UnaryGenerate;
 
-// Collects a group's samples. All On* methods run on the engine's thread.
+// Collects a group's samples. All On* methods run under the engine's lock, one at a time.
 class GroupObserver final : public GenerateObserver {
  public:
   GroupObserver(UnaryGenerate* call, GenerateRequest request) : call_(call), request_(std::move(request)) {
@@ -143,7 +143,7 @@ class StreamObserver final : public GenerateObserver {
   StreamObserver(StreamGenerate* call, EngineInterface* engine, GenerateRequest request)
       : call_(call), engine_(engine), request_(std::move(request)) {}
 
-  // Engine thread.
+  // Under the engine's lock.
   void OnAdmitted() override {
     v1::GenerateEvent event;
     event.mutable_admitted()->set_request_id(request_.request_id);
@@ -195,7 +195,7 @@ class StreamObserver final : public GenerateObserver {
   std::atomic<int64_t> unsent_bytes_ = 0;
   EngineInterface* const engine_;
   const GenerateRequest request_;
-  int num_delivered_ = 0;  // engine thread
+  int num_delivered_ = 0;  // under the engine's lock
 };
 
 class StreamGenerate final : public ServerWriteReactor<ByteBuffer> {

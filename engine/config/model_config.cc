@@ -18,7 +18,7 @@ namespace {
 constexpr char kConfigFile[] = "config.json";
 constexpr char kGenerationFile[] = "generation_config.json";
 
-// Bounds keep every product of two sizes below 2^31 and a weight's byte count far below 2^63.
+// Bounds keep heads x head width, and the channels of the convolution, below 2^31, and a weight's byte count far below 2^63.
 constexpr int64_t kMaxWidth = 1 << 20;
 constexpr int64_t kMaxVocab = 1 << 24;
 constexpr int64_t kMaxLayers = 1 << 12;

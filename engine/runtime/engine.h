@@ -32,7 +32,7 @@ struct EngineOptions {
   absl::Duration result_ttl = absl::Minutes(10);
 };
 
-// Thread-safe façade over one engine thread that runs the step loop. All results come through observers on that thread.
+// Thread-safe façade over one engine thread that runs the step loop. Results come through observers (request.h).
 //
 // Every accepted request ends exactly once: OnDone is called for it even when the engine fails or shuts down.
 // The methods are documented at EngineInterface.

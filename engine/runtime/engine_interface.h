@@ -31,7 +31,7 @@ struct EngineInfo {
 };
 
 // What the server needs of an engine; `Engine` is the implementation, tests pass a fake. Thread safe. All results come through
-// observers on the engine's thread.
+// observers, called one at a time under the engine's lock (request.h says from where).
 //
 // Every accepted request ends exactly once: OnDone is called for it even when the engine fails or shuts down.
 class EngineInterface {
@@ -49,7 +49,8 @@ class EngineInterface {
   // Detaches `observer` (no further call to it after the next step); the request is cancelled when it was the last one.
   virtual void Detach(const std::string& request_id, const GenerateObserver* observer) = 0;
   virtual void CancelScore(uint64_t handle) = 0;
-  // Ends a request for all observers with the tokens so far as data (finish kAborted). False: unknown or already ended.
+  // Ends a request for all observers with the tokens so far as data (finish kAborted); waits for the step that executes, if any.
+  // False: unknown or already ended.
   virtual bool Abort(const std::string& request_id) = 0;
   // An observer's HasRoom() has become true again: look at once, also when the engine would otherwise sleep.
   virtual void Wake() = 0;

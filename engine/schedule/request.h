@@ -88,7 +88,8 @@ struct SampleResult {
   absl::Duration queue_time, prefill_time, decode_time, time_to_first_token, total_time;
 };
 
-// What a request tells its owner. Called on the engine thread; must return quickly and never block or call the engine.
+// What a request tells its owner. Calls come one at a time, under the engine's lock: from the engine thread, from Submit when a repeat
+// hears what it missed, and from whoever aborts. Must return quickly and never block or call the engine.
 class GenerateObserver {
  public:
   virtual ~GenerateObserver() = default;

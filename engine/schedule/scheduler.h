@@ -14,8 +14,8 @@
 
 namespace bebop {
 
-// Decides what runs in each step and who holds which pages and slots. Knows nothing of observers, ids or time. Between Plan and Apply no
-// other method may be called, except after a failed step (then everything is removed).
+// Decides what runs in each step and who holds which pages and slots. Knows nothing of observers, ids or time. Between Plan and Apply
+// only CheckRoom, Add and the const methods may be called, except after a failed step (then everything is removed).
 //
 // Policy, all of it over the one Rank order:
 //  1. Memory. Running sequences first grow, in order. One that finds no page takes from a victim: paused sequences first, then the last in
