@@ -15,6 +15,7 @@
 #include "engine/base/mutex.h"
 #include "engine/base/status_macros.h"
 #include "engine/config/model_config.h"
+#include "engine/formats/file.h"
 #include "engine/model/model.h"
 #include "engine/runtime/engine_memory.h"
 #include "engine/runtime/model_executor.h"
@@ -30,6 +31,16 @@ namespace {
 // nobody announced.
 constexpr absl::Duration kIdleWait = absl::Milliseconds(500);
 constexpr absl::Duration kPausedWait = absl::Milliseconds(20);
+// Waits for the end of a step are notified; this only bounds what a lost notification could cost.
+constexpr std::chrono::milliseconds kSettleWait(50);
+
+// "tiny" of "models/tiny", "models/tiny/" and, seen from inside it, ".".
+std::string LastComponent(const std::string& path) {
+  std::error_code error;
+  std::filesystem::path absolute = std::filesystem::absolute(path, error).lexically_normal();
+  if (!absolute.has_filename()) absolute = absolute.parent_path();
+  return absolute.filename();
+}
 
 }  // namespace
 
@@ -61,7 +72,7 @@ struct Engine::Impl {
   std::unique_ptr<ThreadPool> pool;
   std::unique_ptr<ModelStateStorage> storage;
   std::unique_ptr<Model> model;
-  std::unique_ptr<ModelExecutor> executor;
+  std::unique_ptr<Executor> executor;
   MonotonicClock clock;
   UnlockedExecutor unlocked_executor{this};
 
@@ -82,21 +93,24 @@ struct Engine::Impl {
   // The step loop.
   void Loop() {
     MutexLock lock(&mutex);
+    bool failure_logged = false;
     while (!stopping) {
       Beat();
-      while (waiting_for_step > 0 && !stopping) settled.WaitFor(&mutex, std::chrono::milliseconds(50));
+      while (waiting_for_step > 0 && !stopping) settled.WaitFor(&mutex, kSettleWait);
       for (auto& action : deferred) action(*core);
       deferred.clear();
       woken = false;
       const absl::StatusOr<bool> worked = core->Step();
       settled.NotifyAll();
       if (!worked.ok()) {
-        Log(LogLevel::kError, absl::StrCat("engine failed: ", worked.status().ToString()));
-        continue;  // everything in flight was failed by the core; the loop stays to answer cancellations
+        // The core has failed everything in flight; the loop stays to answer cancellations, and sleeps in between.
+        if (!failure_logged) Log(LogLevel::kError, absl::StrCat("engine failed: ", worked.status().ToString()));
+        failure_logged = true;
+      } else if (*worked) {
+        continue;
       }
-      if (*worked) continue;
       const absl::Duration longest = core->Idle() ? kIdleWait : kPausedWait;
-      const absl::Duration wait = std::min(longest, core->NextDeadline() - clock.Now());
+      const absl::Duration wait = failure_logged ? kIdleWait : std::min(longest, core->NextDeadline() - clock.Now());
       if (!woken && !stopping && deferred.empty() && waiting_for_step == 0 && wait > absl::ZeroDuration()) {
         changed.WaitFor(&mutex, absl::ToChronoNanoseconds(wait));
       }
@@ -134,7 +148,7 @@ struct Engine::Impl {
   }
 };
 
-absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options) {
+absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options, const ExecutorWrapper& wrap) {
   auto impl = std::make_unique<Impl>();
   BEBOP_ASSIGN_OR_RETURN(ModelConfig config, LoadModelConfig(options.model_path));
   impl->pool = std::make_unique<ThreadPool>(options.num_threads > 0 ? options.num_threads
@@ -142,11 +156,15 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   // Options and sizes before weights: what cannot fit is said before gigabytes are read.
   BEBOP_RETURN_IF_ERROR(ResolveSizes(options, config, AvailableMemoryBytes()).status());
 
-  const std::filesystem::path tokenizer_path = std::filesystem::path(options.model_path) / "tokenizer.json";
-  if (std::filesystem::exists(tokenizer_path)) {
+  const std::string tokenizer_path = options.model_path + "/tokenizer.json";
+  if (FileExists(tokenizer_path)) {
     BEBOP_ASSIGN_OR_RETURN(impl->tokenizer, Tokenizer::FromFile(tokenizer_path));
   }
   if (options.load_dummy) {
+    if (options.needs_mtp && config.num_mtp_layers == 0) {
+      return absl::FailedPreconditionError(absl::StrCat(options.model_path, ": expected an MTP layer for speculation, got "
+                                                        "mtp_num_hidden_layers 0: start with --speculation off"));
+    }
     BEBOP_ASSIGN_OR_RETURN(impl->weights, MakeDummyWeights(config, options.dtype, options.dummy_seed, *impl->pool));
   } else {
     LoadOptions load;
@@ -164,18 +182,15 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   ModelExecutorOptions executor_options;
   executor_options.max_num_seqs = sizes.scheduler.max_num_seqs;
   executor_options.max_step_tokens = sizes.scheduler.max_step_tokens;
-  executor_options.max_model_len = sizes.scheduler.max_model_len;
-  executor_options.page_tokens = sizes.scheduler.page_tokens;
+  executor_options.page_table_entries = sizes.page_table_entries;
   executor_options.max_draft_tokens = sizes.max_draft_tokens;
   impl->executor =
       std::make_unique<ModelExecutor>(config, executor_options, impl->model.get(), impl->storage.get(), impl->pool.get());
+  if (wrap != nullptr) impl->executor = wrap(std::move(impl->executor));
 
   EngineInfo& info = impl->info;
   info.config = config;
-  info.model_name = std::filesystem::path(options.model_path).lexically_normal().filename();
-  if (info.model_name.empty()) {  // "models/tiny/" and "."
-    info.model_name = std::filesystem::absolute(options.model_path).lexically_normal().parent_path().filename();
-  }
+  info.model_name = LastComponent(options.model_path);
   info.dtype = options.dtype;
   info.device = "cpu";
   info.instruction_set = cpu::InstructionSetName(cpu::DetectInstructionSet());
@@ -253,10 +268,6 @@ bool Engine::Abort(const std::string& request_id) {
   return impl_->ControlAndWait<bool>([&](EngineCore& core) { return core.Abort(request_id); });
 }
 
-int32_t Engine::AbortAll() {
-  return impl_->ControlAndWait<int32_t>([](EngineCore& core) { return core.AbortAll(); });
-}
-
 void Engine::Wake() {
   MutexLock lock(&impl_->mutex);
   impl_->WakeLocked();
@@ -268,7 +279,7 @@ void Engine::Drain(absl::Duration deadline) {
     return true;
   });
   MutexLock lock(&impl_->mutex);
-  while (!impl_->core->Idle() && !impl_->stopping) impl_->settled.WaitFor(&impl_->mutex, std::chrono::milliseconds(50));
+  while (!impl_->core->Idle() && !impl_->stopping) impl_->settled.WaitFor(&impl_->mutex, kSettleWait);
 }
 
 const EngineInfo& Engine::info() const { return impl_->info; }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -10,6 +11,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "engine/runtime/engine_interface.h"
+#include "engine/schedule/step_plan.h"
 #include "kernels/common/dtype.h"
 
 namespace bebop {
@@ -39,7 +41,9 @@ struct EngineOptions {
 class Engine final : public EngineInterface {
  public:
   // Loads the model and starts the engine thread. Errors: INVALID_ARGUMENT (config, tensors), NOT_FOUND, RESOURCE_EXHAUSTED.
-  static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options);
+  // `wrap`, when set, may put something around the executor: tests inject faults there.
+  using ExecutorWrapper = std::function<std::unique_ptr<Executor>(std::unique_ptr<Executor>)>;
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options, const ExecutorWrapper& wrap = nullptr);
   ~Engine() override;  // Shutdown(), then joins
 
   absl::Status Submit(GenerateRequest request, std::shared_ptr<GenerateObserver> observer) override;
@@ -47,7 +51,6 @@ class Engine final : public EngineInterface {
   void Detach(const std::string& request_id, const GenerateObserver* observer) override;
   void CancelScore(uint64_t handle) override;
   bool Abort(const std::string& request_id) override;
-  int32_t AbortAll();  // Abort() for every request; how many ended
   void Wake() override;
   void Drain(absl::Duration deadline) override;
 

@@ -9,11 +9,18 @@
 #include "absl/status/status.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "engine/base/status_macros.h"
+#include "engine/runtime/model_executor.h"
+#include "engine/runtime/scorer.h"
 
 namespace bebop {
 namespace {
 
 constexpr int32_t kPageTokens = 16;
+// Samples of a group share pages, so the page tables of a step may name a page more than once: room for this many times.
+constexpr int64_t kPageTableShare = 4;
+// Reference count and free list of the pool (8), the sequence's own table (4), kPageTableShare entries in each of a step's two tables.
+constexpr int64_t kPageHostBytes = 8 + 4 + 2 * 4 * kPageTableShare;
 constexpr int32_t kDefaultMaxNumSeqs = 32;
 constexpr int32_t kDefaultStepTokens = 512;
 constexpr int32_t kMaxDefaultModelLen = 32768;
@@ -51,12 +58,12 @@ int64_t AvailableMemoryBytes() {
 absl::StatusOr<EngineSizes> ResolveSizes(const EngineOptions& options, const ModelConfig& config, int64_t available_bytes) {
   EngineSizes sizes;
   sizes.max_draft_tokens = config.num_mtp_layers > 0 ? options.max_draft_tokens : 0;
-  if (auto s = CheckRange("max_draft_tokens", options.max_draft_tokens, 0, kMaxDraftTokens); !s.ok()) return s;
-  if (auto s = CheckRange("max_num_seqs", options.max_num_seqs, 0, 4096); !s.ok()) return s;
-  if (auto s = CheckRange("max_step_tokens", options.max_step_tokens, 0, 1 << 20); !s.ok()) return s;
-  if (auto s = CheckRange("max_model_len", options.max_model_len, 0, config.max_position_embeddings); !s.ok()) return s;
-  if (auto s = CheckRange("kv_cache_bytes", options.kv_cache_bytes, 0, std::numeric_limits<int64_t>::max()); !s.ok()) return s;
-  if (auto s = CheckRange("max_queued_requests", options.max_queued_requests, 1, 1 << 20); !s.ok()) return s;
+  BEBOP_RETURN_IF_ERROR(CheckRange("max_draft_tokens", options.max_draft_tokens, 0, kMaxDraftTokens));
+  BEBOP_RETURN_IF_ERROR(CheckRange("max_num_seqs", options.max_num_seqs, 0, 4096));
+  BEBOP_RETURN_IF_ERROR(CheckRange("max_step_tokens", options.max_step_tokens, 0, 1 << 20));
+  BEBOP_RETURN_IF_ERROR(CheckRange("max_model_len", options.max_model_len, 0, config.max_position_embeddings));
+  BEBOP_RETURN_IF_ERROR(CheckRange("kv_cache_bytes", options.kv_cache_bytes, 0, std::numeric_limits<int64_t>::max()));
+  BEBOP_RETURN_IF_ERROR(CheckRange("max_queued_requests", options.max_queued_requests, 1, 1 << 20));
 
   SchedulerOptions& scheduler = sizes.scheduler;
   scheduler.page_tokens = kPageTokens;
@@ -80,11 +87,19 @@ absl::StatusOr<EngineSizes> ResolveSizes(const EngineOptions& options, const Mod
   sizes.state.page_tokens = kPageTokens;
   sizes.state.num_slots = scheduler.num_state_slots;
   sizes.state.window = sizes.max_draft_tokens;
-  const int64_t page_bytes = std::max<int64_t>(1, PageBytes(config, sizes.state));
+  // Beside its keys and values a page costs the pool and the page tables of a step some bytes on the host; for a model without attention
+  // layers that is all.
+  const int64_t page_bytes = PageBytes(config, sizes.state) + kPageHostBytes;
   const int64_t slot_bytes = SlotBytes(config, sizes.state) * scheduler.num_state_slots;
-  const int64_t pages_per_sequence = (scheduler.max_model_len + sizes.max_draft_tokens + 2 + kPageTokens - 1) / kPageTokens;
+  const int64_t pages_per_sequence =
+      (int64_t{scheduler.max_model_len} + sizes.max_draft_tokens + 2 + kPageTokens - 1) / kPageTokens;
+  // More pages than all sequences at full length could use are of no use.
+  const int64_t most_pages = pages_per_sequence * (scheduler.max_num_seqs + 1);
 
-  const int64_t vocab_rows = 3LL * std::min(64, decode_rows) + static_cast<int64_t>(scheduler.max_num_seqs) * sizes.max_draft_tokens;
+  // Rows of V floats: logits, weights and scratch of a block of target rows, the drafts' distributions, and the scorer's (at first use).
+  const int64_t vocab_rows = 3LL * std::min(kMaxLogitRows, decode_rows) +
+                             static_cast<int64_t>(scheduler.max_num_seqs) * sizes.max_draft_tokens + Scorer::kVocabRows;
+  // Widest buffers of a pass, per row: hidden, residual, norm and MTP input; gate, up and product; q, gate, k/v and output; conv in and out.
   const int64_t row_floats = 4LL * config.hidden_size + 3LL * config.intermediate_size +
                              4LL * config.num_attention_heads * config.head_dim + 4LL * config.conv_channels();
   sizes.activation_bytes = 4 * (vocab_rows * config.vocab_size + row_floats * scheduler.max_step_tokens);
@@ -92,11 +107,9 @@ absl::StatusOr<EngineSizes> ResolveSizes(const EngineOptions& options, const Mod
   const int64_t left = available_bytes - slot_bytes - sizes.activation_bytes;
   int64_t kv_bytes = options.kv_cache_bytes;
   if (kv_bytes == 0) {
-    // Never more than all sequences at full length could use.
-    const int64_t useful = page_bytes * pages_per_sequence * (scheduler.max_num_seqs + 1);
-    kv_bytes = std::min(useful, static_cast<int64_t>(std::max<int64_t>(0, left) * kDefaultKvShare));
+    kv_bytes = std::min(page_bytes * most_pages, static_cast<int64_t>(std::max<int64_t>(0, left) * kDefaultKvShare));
   }
-  const int64_t num_pages = kv_bytes / page_bytes;
+  const int64_t num_pages = std::min(kv_bytes / page_bytes, most_pages);
   if (kv_bytes > left || num_pages < pages_per_sequence) {
     return absl::ResourceExhaustedError(absl::StrCat(
         "kv_cache_bytes: ", kv_bytes, " bytes hold ", num_pages, " pages of ", page_bytes, " bytes; one sequence of max_model_len ",
@@ -106,6 +119,7 @@ absl::StatusOr<EngineSizes> ResolveSizes(const EngineOptions& options, const Mod
   }
   scheduler.num_pages = static_cast<int32_t>(std::min<int64_t>(num_pages, std::numeric_limits<int32_t>::max()));
   sizes.state.num_pages = scheduler.num_pages;
+  sizes.page_table_entries = std::min(most_pages, kPageTableShare * scheduler.num_pages);
   return sizes;
 }
 

@@ -16,6 +16,7 @@ struct EngineSizes {
   SchedulerOptions scheduler;
   ModelStateOptions state;
   int32_t max_draft_tokens = 0;  // 0 without an MTP layer
+  int64_t page_table_entries = 0;  // of all sequences of a step
   int64_t activation_bytes = 0;  // what ModelExecutor and Model allocate at start
 };
 

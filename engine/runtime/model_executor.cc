@@ -9,10 +9,6 @@
 namespace bebop {
 namespace {
 
-// Rows of one lm_head product: beyond this the product is compute bound on a CPU and streaming the weights again costs little, while
-// every row costs V floats twice.
-constexpr int32_t kMaxLogitRows = 64;
-
 // Absolute position of the first token that this step emits for the sequence.
 uint32_t FirstEmittedPosition(const SequencePlan& sequence) {
   return static_cast<uint32_t>(sequence.num_computed + sequence.known_tokens.size());
@@ -43,10 +39,8 @@ ModelExecutor::ModelExecutor(const ModelConfig& config, const ModelExecutorOptio
     mtp_hidden_.resize(hidden_.size());
     draft_hidden_.resize(static_cast<size_t>(options.max_num_seqs) * config.hidden_size);
   }
-  const int64_t page_entries =
-      static_cast<int64_t>(options.max_num_seqs + 1) * ((options.max_model_len + kMaxDraftTokens) / options.page_tokens + 2);
-  target_batch_.Reserve(options.max_step_tokens, options.max_num_seqs + 1, page_entries);
-  mtp_batch_.Reserve(options.max_step_tokens, options.max_num_seqs + 1, page_entries);
+  target_batch_.Reserve(options.max_step_tokens, options.max_num_seqs + 1, options.page_table_entries);
+  mtp_batch_.Reserve(options.max_step_tokens, options.max_num_seqs + 1, options.page_table_entries);
   block_.reserve(options.max_num_seqs);
   block_first_row_.reserve(options.max_num_seqs);
   logit_row_.reserve(logit_rows_);

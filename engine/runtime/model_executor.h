@@ -18,11 +18,14 @@
 
 namespace bebop {
 
+// Rows of one lm_head product: beyond this the product is compute bound on a CPU and streaming the weights again costs little, while
+// every row costs V floats twice.
+inline constexpr int32_t kMaxLogitRows = 64;
+
 struct ModelExecutorOptions {
   int32_t max_num_seqs = 0;      // executor slots
   int32_t max_step_tokens = 0;   // most rows of a target pass
-  int32_t max_model_len = 0;     // positions of a sequence (page tables)
-  int32_t page_tokens = 0;
+  int64_t page_table_entries = 0;  // room for the page tables of a step; a step that needs more allocates
   int32_t max_draft_tokens = 0;  // γ; 0 without an MTP layer
 };
 

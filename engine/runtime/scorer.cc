@@ -2,11 +2,17 @@
 #include "engine/runtime/scorer.h"
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "kernels/common/check.h"
 
 namespace bebop {
+namespace {
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+}  // namespace
 
 Scorer::Scorer(const ModelConfig& config, int32_t max_rows, Model* model, const ModelState* state, ThreadPool* pool)
     : config_(config), max_rows_(max_rows), model_(model), state_(state), pool_(pool) {}
@@ -77,17 +83,19 @@ void Scorer::AppendTarget(const ScoreRequest& request, int32_t begin, int32_t en
   for (int32_t t = begin; t < end; ++t) {
     const float* logits = LogitRow(t - begin);
     const LogitSummary& target = summary[t - begin];
-    result->logprobs.push_back(static_cast<float>(target.LogProb(logits[request.token_ids[t + 1]])));
-    if (request.entropy) result->entropy.push_back(static_cast<float>(target.entropy));
+    // A row that is not finite has no log-probabilities: NaN everywhere, for this sequence alone.
+    const auto logprob = [&](uint32_t id) { return target.finite ? static_cast<float>(target.LogProb(logits[id])) : kNaN; };
+    result->logprobs.push_back(logprob(request.token_ids[t + 1]));
+    if (request.entropy) result->entropy.push_back(target.finite ? static_cast<float>(target.entropy) : kNaN);
     if (request.top_logprobs == 0 && request.token_ids_logprob.empty()) continue;
     ScoredPosition& position = result->positions.emplace_back();
     if (request.top_logprobs > 0) {
       position.top_ids.resize(request.top_logprobs);
       position.top_ids.resize(cpu::TopLogits(logits, config_.vocab_size, request.top_logprobs, position.top_ids.data()));
-      for (const uint32_t id : position.top_ids) position.top_logprobs.push_back(static_cast<float>(target.LogProb(logits[id])));
+      for (const uint32_t id : position.top_ids) position.top_logprobs.push_back(logprob(id));
     }
     for (const uint32_t id : request.token_ids_logprob) {
-      position.asked_logprobs.push_back(static_cast<float>(target.LogProb(logits[id])));
+      position.asked_logprobs.push_back(logprob(id));
     }
   }
 }
@@ -167,10 +175,11 @@ void Scorer::AppendDraft(const ScoreRequest& request, int32_t depth, int32_t beg
     if (place < draft.start) continue;
     const TokenDistribution& draft_prob = draft_rows_[i];
     const TokenDistribution& target_prob = target_rows_[i + depth - 1];
-    draft.logprobs.push_back(static_cast<float>(summary[i].LogProb(LogitRow(i)[request.token_ids[place]])));
-    draft.overlap.push_back(static_cast<float>(cpu::Overlap(target_prob, draft_prob)));
-    draft.argmax_prob.push_back(static_cast<float>(target_prob.prob(draft_prob.argmax)));
-    if (request.entropy) draft.entropy.push_back(static_cast<float>(summary[i].entropy));
+    const bool finite = summary[i].finite, both = target_prob.finite && draft_prob.finite;
+    draft.logprobs.push_back(finite ? static_cast<float>(summary[i].LogProb(LogitRow(i)[request.token_ids[place]])) : kNaN);
+    draft.overlap.push_back(both ? static_cast<float>(cpu::Overlap(target_prob, draft_prob)) : kNaN);
+    draft.argmax_prob.push_back(both ? static_cast<float>(target_prob.prob(draft_prob.argmax)) : kNaN);
+    if (request.entropy) draft.entropy.push_back(finite ? static_cast<float>(summary[i].entropy) : kNaN);
   }
 }
 

@@ -21,6 +21,12 @@ namespace bebop {
 // Not thread safe: the engine thread.
 class Scorer {
  public:
+  // Bases of one pass over the draft chain: few, because each holds its target and draft distributions.
+  static constexpr int32_t kBlockBases = 32;
+  static constexpr int32_t kBlockRows = kBlockBases + kMaxDraftTokens;
+  // Rows of V floats in its working buffers: logits, target and draft distributions.
+  static constexpr int32_t kVocabRows = 2 * kBlockRows + kBlockBases;
+
   // All pointers must outlive the scorer. `max_rows`: most rows of a model pass.
   Scorer(const ModelConfig& config, int32_t max_rows, Model* model, const ModelState* state, ThreadPool* pool);
 
@@ -37,10 +43,6 @@ class Scorer {
     std::vector<float> hidden;  // [T, H], kept only when draft_depth > 0
     ScoreResult result;
   };
-  // Bases of one pass over the draft chain: few, because each holds its target and draft distributions.
-  static constexpr int32_t kBlockBases = 32;
-  static constexpr int32_t kBlockRows = kBlockBases + kMaxDraftTokens;
-
   Sequence& SequenceOf(const ScorePlan& score);
   void EnsureRows();
   // rows[i] = the distribution of hidden row i at the request's temperature.

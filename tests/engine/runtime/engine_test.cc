@@ -4,6 +4,9 @@
 
 #include <atomic>
 #include <chrono>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
 #include <thread>
 
 #include "engine/base/mutex.h"
@@ -139,6 +142,61 @@ TEST(EngineTest, DrainDeliversPartialSamples) {
   ASSERT_TRUE(observer->WaitDone());
   EXPECT_EQ(observer->samples(), 8);
   EXPECT_EQ(engine->Submit(Small("late", 5), std::make_shared<WaitingObserver>()).code(), absl::StatusCode::kUnavailable);
+}
+
+// Lets a number of steps pass, then fails every one.
+class FailingExecutor final : public Executor {
+ public:
+  FailingExecutor(std::unique_ptr<Executor> inner, int steps) : inner_(std::move(inner)), steps_(steps) {}
+  absl::Status Execute(const StepPlan& plan, StepResult* result) override {
+    return steps_-- > 0 ? inner_->Execute(plan, result) : absl::InternalError("injected device failure");
+  }
+
+ private:
+  const std::unique_ptr<Executor> inner_;
+  int steps_;
+};
+
+TEST(EngineTest, AnExecutorFailureEndsWhatIsInFlightAndTheEngineStaysResponsive) {
+  EngineOptions options;
+  options.model_path = WriteSmallConfigFolder();
+  options.load_dummy = true;
+  options.num_threads = 2;
+  absl::StatusOr<std::unique_ptr<Engine>> engine = Engine::Create(options, [](std::unique_ptr<Executor> inner) {
+    return std::make_unique<FailingExecutor>(std::move(inner), 5);
+  });
+  ASSERT_TRUE(engine.ok()) << engine.status();
+  auto first = std::make_shared<WaitingObserver>(), second = std::make_shared<WaitingObserver>();
+  ASSERT_TRUE((*engine)->Submit(Small("a", 200), first).ok());
+  const absl::Status also = (*engine)->Submit(Small("b", 200), second);  // may already find the engine failed
+  ASSERT_TRUE(first->WaitDone());
+  EXPECT_EQ(first->status().code(), absl::StatusCode::kInternal);
+  EXPECT_NE(first->status().message().find("injected device failure"), absl::string_view::npos);
+  if (also.ok()) {
+    EXPECT_TRUE(second->WaitDone());
+  }
+  EXPECT_FALSE((*engine)->health().ok());
+  EXPECT_EQ((*engine)->Submit(Small("c", 5), std::make_shared<WaitingObserver>()).code(), absl::StatusCode::kInternal);
+  EXPECT_FALSE((*engine)->Abort("a"));
+  (*engine)->Drain(absl::Seconds(5));  // returns at once: nothing is left
+  const EngineLoads loads = (*engine)->GetLoads();
+  EXPECT_EQ(loads.submitted, loads.finished + loads.cancelled + loads.failed);
+}
+
+TEST(EngineTest, SizesThatCannotBeHadAreRefused) {
+  EngineOptions options;
+  options.model_path = WriteSmallConfigFolder();
+  const auto folder = std::filesystem::path(options.model_path) / "long";
+  std::filesystem::create_directories(folder);
+  std::ifstream in(std::filesystem::path(options.model_path) / "config.json");
+  std::string json((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
+  json.replace(json.find("\"max_position_embeddings\": 512"), 30, "\"max_position_embeddings\": 2147483647");
+  std::ofstream(folder / "config.json") << json;
+  options.model_path = folder;
+  options.load_dummy = true;
+  options.max_model_len = 2147483647;
+  options.kv_cache_bytes = 100000000;
+  EXPECT_EQ(Engine::Create(options).status().code(), absl::StatusCode::kResourceExhausted);
 }
 
 TEST(EngineTest, RefusalsNameTheOption) {

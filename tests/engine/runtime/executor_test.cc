@@ -21,6 +21,18 @@ std::vector<uint32_t> Prompt(int32_t length, uint32_t start = 3) {
   return prompt;
 }
 
+// Makes the embedding of `token` NaN. Embeddings are tied: lm_head keeps the clean matrix, the embedding gets a poisoned copy.
+void PoisonEmbedding(ModelWeights* weights, uint32_t token) {
+  const PackedMatrix& embedding = weights->embedding;
+  const int64_t bytes = RoundUp(PackedBytes(embedding.dtype, embedding.rows, embedding.cols), 64);
+  std::shared_ptr<void> copy(std::aligned_alloc(64, bytes), std::free);
+  std::memcpy(copy.get(), embedding.data, PackedBytes(embedding.dtype, embedding.rows, embedding.cols));
+  std::vector<float> row(embedding.cols, std::numeric_limits<float>::quiet_NaN());
+  cpu::PackRows(FloatMatrix(row.data(), 1, embedding.cols), embedding.dtype, embedding.rows, embedding.cols, token, copy.get());
+  weights->embedding.data = copy.get();
+  weights->storage = std::make_shared<std::pair<std::shared_ptr<const void>, std::shared_ptr<void>>>(weights->storage, copy);
+}
+
 GenerateRequest With(GenerateRequest request, SpeculationMode mode, int32_t num_draft_tokens) {
   request.speculation.mode = mode;
   request.speculation.num_draft_tokens = num_draft_tokens;
@@ -226,20 +238,7 @@ TEST(ExecutorTest, CountsClose) {
 TEST(ExecutorTest, ANonFiniteRowEndsItsSampleAndLeavesOthersBitEqual) {
   const auto run = [](bool poison) {
     SteppedEngine engine({});
-    if (poison) {
-      // Token 90's embedding becomes NaN. Embeddings are tied, so lm_head is pointed at a clean copy first.
-      ModelWeights& weights = engine.weights();
-      const int64_t bytes = PackedBytes(weights.embedding.dtype, weights.embedding.rows, weights.embedding.cols);
-      auto copy = std::shared_ptr<void>(std::aligned_alloc(64, RoundUp(bytes, 64)), std::free);
-      std::memcpy(copy.get(), weights.embedding.data, bytes);
-      weights.embedding.data = copy.get();
-      std::vector<float> row(weights.embedding.cols, std::numeric_limits<float>::quiet_NaN());
-      // A packed matrix takes rows anywhere; this overwrites row 90 alone.
-      cpu::PackRows(FloatMatrix(row.data(), 1, weights.embedding.cols), weights.embedding.dtype, weights.embedding.rows,
-                    weights.embedding.cols, 90, copy.get());
-      static std::vector<std::shared_ptr<void>> keep;
-      keep.push_back(copy);
-    }
+    if (poison) PoisonEmbedding(&engine.weights(), 90);
     auto bad = std::make_shared<Collector>(), good = std::make_shared<Collector>();
     std::vector<uint32_t> prompt = Prompt(10);
     prompt[4] = 90;
@@ -257,6 +256,26 @@ TEST(ExecutorTest, ANonFiniteRowEndsItsSampleAndLeavesOthersBitEqual) {
     EXPECT_EQ(clean.second.token_ids, poisoned.second.token_ids);
     EXPECT_EQ(clean.second.logprobs, poisoned.second.logprobs);
   }
+}
+
+TEST(ExecutorTest, ScoresOfANonFiniteSequenceAreNaNAndOthersKeepTheirBits) {
+  ScoreRequest good, bad;
+  good.token_ids = Prompt(20);
+  good.draft_depth = 3;
+  good.entropy = true;
+  bad = good;
+  bad.token_ids[5] = 90;
+  SteppedEngine clean({}), poisoned({});
+  const ScoreResult expected = clean.Score(good);
+  PoisonEmbedding(&poisoned.weights(), 90);
+  const ScoreResult nan = poisoned.Score(bad);
+  ASSERT_EQ(nan.logprobs.size(), 19u);
+  EXPECT_FALSE(std::isnan(nan.logprobs[3]));
+  for (size_t i = 5; i < nan.logprobs.size(); ++i) EXPECT_TRUE(std::isnan(nan.logprobs[i]) && std::isnan(nan.entropy[i])) << i;
+  for (const DraftScore& draft : nan.draft) {
+    for (size_t i = 5; i < draft.logprobs.size(); ++i) EXPECT_TRUE(std::isnan(draft.logprobs[i]) && std::isnan(draft.overlap[i])) << i;
+  }
+  EXPECT_EQ(poisoned.Score(good).logprobs, expected.logprobs);
 }
 
 }  // namespace

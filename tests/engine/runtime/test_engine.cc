@@ -58,13 +58,12 @@ SteppedEngine::SteppedEngine(const Options& options) : config_(SmallConfig()) {
   ModelExecutorOptions executor;
   executor.max_num_seqs = options.max_num_seqs;
   executor.max_step_tokens = options.max_step_tokens;
-  executor.max_model_len = 256;
-  executor.page_tokens = options.page_tokens;
+  executor.page_table_entries = 4 * options.num_pages;
   executor.max_draft_tokens = options.max_draft_tokens;
   executor_ = std::make_unique<ModelExecutor>(config_, executor, model_.get(), storage_.get(), pool_.get());
   EngineCoreOptions core;
   core.scheduler.max_num_seqs = options.max_num_seqs;
-  core.scheduler.max_model_len = executor.max_model_len;
+  core.scheduler.max_model_len = 256;
   core.scheduler.max_step_tokens = options.max_step_tokens;
   core.scheduler.num_pages = options.num_pages;
   core.scheduler.page_tokens = options.page_tokens;
