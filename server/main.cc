@@ -76,7 +76,7 @@ int main(int argc, char** argv) {
 
   // While the model loads a signal simply ends the process; from here on it drains.
   auto engine = bebop::Engine::Create(options.engine);
-  if (!engine.ok()) return Fail(engine.status());
+  if (!engine.ok()) return Fail(bebop::NameFlags(engine.status()));
   pthread_sigmask(SIG_BLOCK, &stop_signals, nullptr);
   auto server = bebop::Server::Start(engine->get(), ToListenOptions(options));
   if (!server.ok()) return Fail(server.status());
@@ -97,7 +97,8 @@ int main(int argc, char** argv) {
   });
   while (!drained) {
     const timespec poll = {.tv_sec = 0, .tv_nsec = 20'000'000};
-    if (sigtimedwait(&stop_signals, nullptr, &poll) > 0) _exit(128 + signal_number);
+    const int second_signal = sigtimedwait(&stop_signals, nullptr, &poll);
+    if (second_signal > 0) _exit(128 + second_signal);  // as a shell reports a process that the signal ended
   }
   drain.join();
   server->reset();

@@ -5,12 +5,15 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <array>
 #include <functional>
 #include <limits>
 #include <map>
+#include <type_traits>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
@@ -29,6 +32,21 @@ const std::map<std::string, SpeculationMode> kModes = {{"off", SpeculationMode::
                                                        {"rejection", SpeculationMode::kRejection},
                                                        {"coupled", SpeculationMode::kCoupled}};
 const std::map<std::string, DType> kDTypes = {{"bfloat16", DType::kBFloat16}, {"float32", DType::kFloat32}};
+
+// The engine's own bounds (engine/runtime/engine_memory.cc), checked here before a model is read.
+constexpr int32_t kMaxNumSeqs = 4096;
+constexpr int32_t kMaxStepTokens = 1 << 20;
+constexpr int32_t kMaxQueuedRequests = 1 << 20;
+// More than any machine has, and below what CLI11 cuts larger numbers to.
+constexpr int64_t kMaxKvCacheBytes = 1'000'000'000'000'000'000;
+
+// Engine options in its messages, and their flags.
+constexpr auto kEngineOptionFlags = std::to_array<std::pair<absl::string_view, absl::string_view>>(
+    {{"max_model_len", "--max-model-len"},
+     {"max_num_seqs", "--max-num-seqs"},
+     {"max_step_tokens", "--max-step-tokens"},
+     {"kv_cache_bytes", "--kv-cache-bytes"},
+     {"max_queued_requests", "--max-queued-requests"}});
 
 constexpr char kCheckConfig[] = "--check-config";
 constexpr char kConfig[] = "--config";
@@ -71,6 +89,9 @@ class FlagParser {
     app_.add_option(kConfig, config_path_, "YAML file with the flags' names as keys; environment and flags win over it")->take_last();
     app_.add_flag(kCheckConfig, check_config_, "Check the options, print them, and exit");
     app_.add_flag("--version", version_, "Print the version and exit");
+    app_.footer(
+        "SIGTERM or SIGINT drains and exits with 0; another one stops at once with 128 + its number.\n"
+        "A bad flag, file or model exits with 2.");
   }
 
   // Applies `arguments` on top of what is set; options that do not occur keep their value. `source` opens an error's message.
@@ -112,7 +133,19 @@ class FlagParser {
   }
   template <typename T>
   void Number(const std::string& names, T* value, const std::string& help) {
-    app_.add_option(names, *value, help)->take_last()->capture_default_str();
+    CLI::Option* option = app_.add_option(names, *value, help)->take_last()->capture_default_str();
+    if constexpr (std::is_unsigned_v<T>) {
+      // CLI11 wraps negative numbers around and cuts large ones.
+      option->transform(CLI::Validator([](std::string& text) {
+        uint64_t number = 0;
+        const bool is_digits = text.find_first_not_of("0123456789") == std::string::npos;
+        if (!is_digits || !absl::SimpleAtoi(text, &number)) {
+          return absl::StrCat(text, " is not in [0, ", std::numeric_limits<uint64_t>::max(), "]");
+        }
+        text = absl::StrCat(number);
+        return std::string();
+      }, ""));
+    }
   }
   void Switch(const std::string& name, bool* value, const std::string& help) {
     app_.add_flag(name, *value, help)->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
@@ -158,9 +191,14 @@ absl::StatusOr<std::vector<std::string>> ReadConfigFile(const std::string& path,
   return arguments;
 }
 
-absl::Status CheckAtLeast(const char* flag, double value, double low, double high) {
+// Written so that NaN is out of every range. A range up to kAny<T> has only a lower limit.
+template <typename T>
+constexpr T kAny = std::numeric_limits<T>::max();
+
+template <typename T>
+absl::Status CheckRange(const char* flag, T value, std::common_type_t<T> low, std::common_type_t<T> high) {
   if (value >= low && value <= high) return absl::OkStatus();
-  const std::string limit = high >= std::numeric_limits<int32_t>::max() ? absl::StrCat(">= ", low) : absl::StrCat("in [", low, ", ", high, "]");
+  const std::string limit = high == kAny<T> ? absl::StrCat(">= ", low) : absl::StrCat("in [", low, ", ", high, "]");
   return absl::InvalidArgumentError(absl::StrCat(flag, ": ", value, " is not ", limit));
 }
 
@@ -171,32 +209,42 @@ bool IsLoopback(const std::string& host) {
 }
 
 absl::Status Validate(const ServerOptions& options) {
-  constexpr double kAny = std::numeric_limits<int32_t>::max();
   const EngineOptions& engine = options.engine;
   if (engine.model_path.empty()) return absl::InvalidArgumentError("--model: missing; give the checkpoint directory");
+  if (engine.load_dummy && !engine.mtp_path.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--mtp: ", engine.mtp_path, " would not be read with --load-format dummy, which makes all weights up; drop one of the two"));
+  }
   if (options.device != "cpu") {
     return absl::InvalidArgumentError(absl::StrCat("--device: ", options.device, " is not in this build; it has: cpu"));
   }
-  BEBOP_RETURN_IF_ERROR(CheckAtLeast("--port", options.port, 0, 65535));
-  BEBOP_RETURN_IF_ERROR(CheckAtLeast("--admin-port", options.admin_port, 0, 65535));
+  BEBOP_RETURN_IF_ERROR(CheckRange("--port", options.port, 0, 65535));
+  BEBOP_RETURN_IF_ERROR(CheckRange("--admin-port", options.admin_port, 0, 65535));
   if (options.port != 0 && options.port == options.admin_port) {
     return absl::InvalidArgumentError(absl::StrCat("--admin-port: ", options.admin_port, " is also --port; they are two listeners"));
   }
-  BEBOP_RETURN_IF_ERROR(CheckAtLeast("--threads", engine.num_threads, 0, 1024));
-  if (engine.max_model_len != 0) BEBOP_RETURN_IF_ERROR(CheckAtLeast("--max-model-len", engine.max_model_len, 2, kAny));
-  BEBOP_RETURN_IF_ERROR(CheckAtLeast("--max-num-seqs", engine.max_num_seqs, 0, 65536));
-  BEBOP_RETURN_IF_ERROR(CheckAtLeast("--max-step-tokens", engine.max_step_tokens, 0, kAny));
-  BEBOP_RETURN_IF_ERROR(CheckAtLeast("--kv-cache-bytes", static_cast<double>(engine.kv_cache_bytes), 0, 1e18));
-  BEBOP_RETURN_IF_ERROR(CheckAtLeast("--max-queued-requests", engine.max_queued_requests, 1, kAny));
-  BEBOP_RETURN_IF_ERROR(CheckAtLeast("--num-speculative-tokens", options.num_speculative_tokens, 0, kMaxDraftTokens));
-  BEBOP_RETURN_IF_ERROR(CheckAtLeast("--drain-timeout", options.drain_timeout_s, 0, 86400));
-  BEBOP_RETURN_IF_ERROR(CheckAtLeast("--max-request-seconds", options.max_request_s, 1, 30 * 86400));
+  BEBOP_RETURN_IF_ERROR(CheckRange("--threads", engine.num_threads, 0, 1024));
+  if (engine.max_model_len != 0) BEBOP_RETURN_IF_ERROR(CheckRange("--max-model-len", engine.max_model_len, 2, kAny<int32_t>));
+  BEBOP_RETURN_IF_ERROR(CheckRange("--max-num-seqs", engine.max_num_seqs, 0, kMaxNumSeqs));
+  BEBOP_RETURN_IF_ERROR(CheckRange("--max-step-tokens", engine.max_step_tokens, 0, kMaxStepTokens));
+  BEBOP_RETURN_IF_ERROR(CheckRange("--kv-cache-bytes", engine.kv_cache_bytes, 0, kMaxKvCacheBytes));
+  BEBOP_RETURN_IF_ERROR(CheckRange("--max-queued-requests", engine.max_queued_requests, 1, kMaxQueuedRequests));
+  BEBOP_RETURN_IF_ERROR(CheckRange("--num-speculative-tokens", options.num_speculative_tokens, 0, kMaxDraftTokens));
+  BEBOP_RETURN_IF_ERROR(CheckRange("--drain-timeout", options.drain_timeout_s, 0, 86400));
+  BEBOP_RETURN_IF_ERROR(CheckRange("--max-request-seconds", options.max_request_s, 1, 30 * 86400));
   if (options.served_model_name.size() > 256) return absl::InvalidArgumentError("--served-model-name: longer than 256 bytes");
   if (!IsLoopback(options.host) && !options.insecure_no_auth) {
     return absl::InvalidArgumentError(
         absl::StrCat("--host: ", options.host, " is not a loopback address, and this build has no authentication; --insecure-no-auth overrides"));
   }
   return absl::OkStatus();
+}
+
+absl::Status NameFlags(const absl::Status& status) {
+  const absl::string_view message = status.message();
+  const bool is_option = std::any_of(std::begin(kEngineOptionFlags), std::end(kEngineOptionFlags),
+                                     [message](const auto& entry) { return absl::StartsWith(message, absl::StrCat(entry.first, ":")); });
+  return is_option ? absl::Status(status.code(), absl::StrReplaceAll(message, kEngineOptionFlags)) : status;
 }
 
 std::string ToYaml(const ServerOptions& options) {

@@ -47,6 +47,10 @@ absl::StatusOr<ServerCommand> ParseServerCommand(const std::vector<std::string>&
 // Ranges and combinations that flags alone do not show.
 absl::Status Validate(const ServerOptions& options);
 
+// A status of Engine::Create in the words of the command line: an error about an engine option (`max_model_len: ...`) names the flag
+// (`--max-model-len: ...`). Others stay as they are.
+absl::Status NameFlags(const absl::Status& status);
+
 // True for 127.0.0.0/8, ::1 and localhost.
 bool IsLoopback(const std::string& host);
 

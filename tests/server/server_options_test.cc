@@ -46,7 +46,7 @@ TEST(ServerOptions, BothSpellings) {
 
 TEST(ServerOptions, EveryFlag) {
   const auto command = ParseServerCommand(
-      {"--model", "m", "--mtp", "x.safetensors", "--device", "cpu", "--dtype", "float32", "--load-format", "dummy", "--seed", "18446744073709551615",
+      {"--model", "m", "--mtp", "x.safetensors", "--device", "cpu", "--dtype", "float32", "--load-format", "auto", "--seed", "18446744073709551615",
        "--served-model-name", "name", "--host", "0.0.0.0", "--port", "1", "--admin-port", "2", "--threads", "3", "--max-model-len", "4",
        "--max-num-seqs", "5", "--max-step-tokens", "6", "--kv-cache-bytes", "7000000000", "--max-queued-requests", "8", "--num-speculative-tokens",
        "0", "--speculation", "off", "--drain-timeout", "1.5", "--max-request-seconds", "60", "--allow-synthetic-acceptance",
@@ -57,7 +57,6 @@ TEST(ServerOptions, EveryFlag) {
   EXPECT_EQ(command->action, ServerAction::kCheckConfig);
   EXPECT_EQ(options.engine.mtp_path, "x.safetensors");
   EXPECT_EQ(options.engine.dtype, DType::kFloat32);
-  EXPECT_TRUE(options.engine.load_dummy);
   EXPECT_EQ(options.engine.dummy_seed, UINT64_MAX);
   EXPECT_EQ(options.served_model_name, "name");
   EXPECT_EQ(options.host, "0.0.0.0");
@@ -83,6 +82,23 @@ TEST(ServerOptions, EveryFlag) {
   const auto again = ParseServerCommand({"--config", path}, {});
   ASSERT_TRUE(again.ok()) << again.status();
   EXPECT_EQ(ToYaml(again->options), ToYaml(options));
+}
+
+TEST(ServerOptions, DummyWeights) {
+  const auto command = ParseServerCommand({"--model", "m", "--load-format", "dummy", "--seed", "010"}, {});
+  ASSERT_TRUE(command.ok()) << command.status();
+  EXPECT_TRUE(command->options.engine.load_dummy);
+  EXPECT_EQ(command->options.engine.dummy_seed, 10u);  // decimal
+  EXPECT_NE(ToYaml(command->options).find("load-format: dummy"), std::string::npos);
+}
+
+TEST(ServerOptions, EngineErrorsNameFlags) {
+  const absl::Status status = NameFlags(absl::ResourceExhaustedError("kv_cache_bytes: 5 bytes are few: lower max_model_len or max_num_seqs"));
+  EXPECT_EQ(status, absl::ResourceExhaustedError("--kv-cache-bytes: 5 bytes are few: lower --max-model-len or --max-num-seqs"));
+  EXPECT_EQ(NameFlags(absl::InvalidArgumentError("max_model_len: 100000 is outside [0, 2048]")).message(),
+            "--max-model-len: 100000 is outside [0, 2048]");
+  const absl::Status other = absl::InvalidArgumentError("m/max_model_len: 3: no such file");
+  EXPECT_EQ(NameFlags(other), other);
 }
 
 TEST(ServerOptions, FileThenEnvironmentThenFlags) {
@@ -129,9 +145,18 @@ TEST(ServerOptions, ErrorsNameFlagValueAndLimit) {
       {{"--model", "m", "--threads", "-1"}, {}, {"--threads", "-1"}},
       {{"--model", "m", "--max-model-len", "1"}, {}, {"--max-model-len", "1", "2"}},
       {{"--model", "m", "--max-num-seqs", "-5"}, {}, {"--max-num-seqs", "-5"}},
+      {{"--model", "m", "--max-num-seqs", "4097"}, {}, {"--max-num-seqs", "4097", "4096"}},
       {{"--model", "m", "--max-step-tokens", "-5"}, {}, {"--max-step-tokens", "-5"}},
+      {{"--model", "m", "--max-step-tokens", "1048577"}, {}, {"--max-step-tokens", "1048577", "1048576"}},
       {{"--model", "m", "--kv-cache-bytes", "-5"}, {}, {"--kv-cache-bytes", "-5"}},
+      {{"--model", "m", "--kv-cache-bytes", "99999999999999999999"}, {}, {"--kv-cache-bytes", "1000000000000000000"}},
       {{"--model", "m", "--max-queued-requests", "0"}, {}, {"--max-queued-requests", "0"}},
+      {{"--model", "m", "--max-queued-requests", "1048577"}, {}, {"--max-queued-requests", "1048577", "1048576"}},
+      {{"--model", "m", "--seed", "-1"}, {}, {"--seed", "-1", "18446744073709551615"}},
+      {{"--model", "m", "--seed", "18446744073709551616"}, {}, {"--seed", "18446744073709551616", "18446744073709551615"}},
+      {{"--model", "m", "--seed", "1.5"}, {}, {"--seed", "1.5"}},
+      {{"--model", "m"}, {{"BEBOP_SEED", "-1"}}, {"BEBOP_SEED", "-1"}},
+      {{"--model", "m", "--load-format", "dummy", "--mtp", "x.safetensors"}, {}, {"--mtp", "x.safetensors", "--load-format dummy"}},
       {{"--model", "m", "--drain-timeout", "-1"}, {}, {"--drain-timeout", "-1"}},
       {{"--model", "m", "--drain-timeout", "nan"}, {}, {"--drain-timeout", "nan"}},
       {{"--model", "m", "--max-request-seconds", "0"}, {}, {"--max-request-seconds", "0"}},
