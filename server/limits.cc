@@ -66,7 +66,7 @@ constexpr SizeLimit kSizeLimits[] = {
     {"DraftScore.argmax_prob", 0, "values", kModelLength},
     {"DraftScore.entropy", 0, "values", kModelLength},
     {"AbortResult.aborted_request_ids", kAbortIds, "ids", "of 64 bytes each"},
-    {"TokenizeResult.token_ids", kTokenizeBytes, "ids", "one a byte of the text"},
+    {"TokenizeResult.token_ids", kTokenizeResultIds, "ids", "one a byte of the normalised text"},
     {"DetokenizeResult.text", 0, "bytes", "what the ids decode to"},
     {"ServerInfo.api_version", 0, "bytes", kServerText},
     {"ServerInfo.build", 0, "bytes", kServerText},
@@ -78,7 +78,7 @@ constexpr SizeLimit kSizeLimits[] = {
     {"ServerInfo.dtype", 0, "bytes", kServerText},
     {"ServerInfo.load_format", 0, "bytes", kServerText},
     {"ModelInfo.name", kStopStringBytes, "bytes", "--served-model-name"},
-    {"ModelInfo.eos_token_ids", 256, "ids", "the checkpoint's"},
+    {"ModelInfo.eos_token_ids", kEosTokenIds, "ids", "the checkpoint's"},
 };
 
 constexpr NumberLimit kNumberLimits[] = {

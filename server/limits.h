@@ -36,6 +36,9 @@ inline constexpr int32_t kTopLogprobs = 20;
 inline constexpr int32_t kTokenIdsLogprob = 1024;
 inline constexpr int32_t kAbortIds = 1024;
 inline constexpr int64_t kTokenizeBytes = 8 << 20;
+// NFC makes UTF-8 text at most 3 times as long (Unicode FAQ, normalization), and a tokenizer makes at most one id of a byte.
+inline constexpr int64_t kTokenizeResultIds = 3 * kTokenizeBytes;
+inline constexpr int32_t kEosTokenIds = 1024;  // what engine/config/model_config.cc takes from a checkpoint
 inline constexpr int64_t kDetokenizeIds = 1 << 20;
 
 }  // namespace limits

@@ -29,6 +29,10 @@ namespace {
 
 constexpr auto kHealthInterval = std::chrono::milliseconds(100);
 constexpr auto kInsecureWarningInterval = std::chrono::minutes(1);
+// A peer that vanished without a word (host down, cable out) is found by a ping after this long without traffic, and given up when the
+// answer takes longer than the timeout; its requests then stop costing work.
+constexpr int kKeepaliveIntervalMs = 60'000;
+constexpr int kKeepaliveTimeoutMs = 20'000;
 constexpr auto kFlushTime = std::chrono::seconds(2);  // for the last replies to leave, after the engine has drained
 
 // gRPC's reflection library registers itself with every server of the process; off loopback its calls are cut here.
@@ -69,7 +73,8 @@ struct ListenerLimits {
   int64_t quota_bytes;
 };
 
-absl::StatusOr<Listener> Listen(const ListenOptions& options, const char* flag, int32_t port, const ListenerLimits& limits,
+// `flags`: those that say where, for the error.
+absl::StatusOr<Listener> Listen(const ListenOptions& options, const char* flags, int32_t port, const ListenerLimits& limits,
                                 const std::vector<grpc::Service*>& services) {
   grpc::ServerBuilder builder;
   int bound_port = 0;
@@ -84,8 +89,8 @@ absl::StatusOr<Listener> Listen(const ListenOptions& options, const char* flag, 
   // Clients may ping idle connections; those that ping more often are sent away. Our own pings find dead peers.
   builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, bebop::limits::kMinPingIntervalSeconds * 1000);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 60 * 1000);
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20 * 1000);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveIntervalMs);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
   if (!options.is_loopback) {
     std::vector<std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface>> interceptors;
     interceptors.push_back(std::make_unique<ReflectionRefuserFactory>());
@@ -94,7 +99,7 @@ absl::StatusOr<Listener> Listen(const ListenOptions& options, const char* flag, 
   Listener listener;
   listener.server = builder.BuildAndStart();
   if (listener.server == nullptr || bound_port == 0) {
-    return absl::InvalidArgumentError(absl::StrCat(flag, ": cannot listen on ", Address(options.host, port)));
+    return absl::InvalidArgumentError(absl::StrCat(flags, ": cannot listen on ", Address(options.host, port)));
   }
   listener.address = Address(options.host, bound_port);
   return listener;
@@ -170,19 +175,19 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(EngineInterface* engine, c
   context.rules.allow_synthetic_acceptance = options.allow_synthetic_acceptance || info.dummy_weights;
   context.rules.allow_unknown_fields = options.allow_unknown_fields;
   context.rules.default_mode = options.default_mode;
-  context.rules.default_num_draft_tokens =
-      options.default_mode == SpeculationMode::kOff ? 0 : std::min(options.default_num_draft_tokens, info.max_draft_tokens);
+  // Whatever the default mode: a request may choose a mode that drafts and leave the number open.
+  context.rules.default_num_draft_tokens = std::min(options.default_num_draft_tokens, info.max_draft_tokens);
 
   grpc::EnableDefaultHealthCheckService(true);
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   impl->rollout = MakeRolloutService(&context);
   impl->rollout_info = MakeInfoService(&context);
   impl->admin_info = MakeInfoService(&context);
-  absl::StatusOr<Listener> rollout = Listen(options, "--port", options.port, {"rollout", limits::kRolloutReceiveBytes, limits::kRolloutQuotaBytes},
+  absl::StatusOr<Listener> rollout = Listen(options, "--host/--port", options.port, {"rollout", limits::kRolloutReceiveBytes, limits::kRolloutQuotaBytes},
                                             {impl->rollout.get(), impl->rollout_info.get()});
   if (!rollout.ok()) return rollout.status();
   impl->rollout_listener = *std::move(rollout);
-  absl::StatusOr<Listener> admin = Listen(options, "--admin-port", options.admin_port,
+  absl::StatusOr<Listener> admin = Listen(options, "--host/--admin-port", options.admin_port,
                                           {"admin", limits::kAdminReceiveBytes, limits::kAdminQuotaBytes}, {impl->admin_info.get()});
   if (!admin.ok()) return admin.status();
   impl->admin_listener = *std::move(admin);

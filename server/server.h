@@ -19,7 +19,7 @@ struct ListenOptions {
   bool is_loopback = true;           // reflection is for loopback only
   std::string served_model_name;     // empty: the engine's
   SpeculationMode default_mode = SpeculationMode::kOff;
-  int32_t default_num_draft_tokens = 0;
+  int32_t default_num_draft_tokens = 0;  // of requests in a mode other than OFF, whatever default_mode is
   bool allow_synthetic_acceptance = false;  // also allowed with dummy weights
   bool allow_unknown_fields = false;
   absl::Duration max_request_time = absl::Hours(1);

@@ -15,7 +15,7 @@ uint64_t RandomBits() {
 
 absl::Status ServiceContext::CheckServing() const {
   if (draining.load(std::memory_order_relaxed)) {
-    return WithRetryAfter(DetailedError(absl::StatusCode::kUnavailable, "DRAINING", "the server is shutting down"), absl::Seconds(5));
+    return WithRetryAfter(DetailedError(absl::StatusCode::kUnavailable, "DRAINING", "the server is shutting down"), kDrainingRetryDelay);
   }
   if (const absl::Status health = engine->health(); !health.ok()) {
     return DetailedError(absl::StatusCode::kInternal, "ENGINE_FAILED", absl::StrCat("the engine has failed: ", health.message()));

@@ -2,9 +2,9 @@
 #include "server/status_details.h"
 
 #include "absl/strings/cord.h"
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "bebop/rpc/status.pb.h"
+#include "engine/schedule/engine_core.h"
 
 namespace bebop {
 namespace {
@@ -49,11 +49,11 @@ absl::Status WithRetryAfter(absl::Status status, absl::Duration delay) {
 
 absl::Status CompleteDetails(absl::Status status) {
   if (status.ok() || status.GetPayload(kErrorInfoUrl).has_value()) return status;
-  // The scheduler's words (engine/schedule/scheduler.cc) for what is too large for the whole pool, however long it waits.
-  const bool never_fits = absl::IsResourceExhausted(status) && absl::StrContains(status.message(), "can never fit");
+  const bool never_fits = absl::IsResourceExhausted(status) && EngineCore::CanNeverFit(status);  // however long it waits
   const auto reason = [&status, never_fits]() -> absl::string_view {
     switch (status.code()) {
       case absl::StatusCode::kInvalidArgument: return "INVALID_FIELD";
+      case absl::StatusCode::kFailedPrecondition: return "PRECONDITION_FAILED";
       case absl::StatusCode::kAlreadyExists: return "REQUEST_ID_REUSED";
       case absl::StatusCode::kResourceExhausted: return never_fits ? "CANNOT_FIT" : "CAPACITY";
       case absl::StatusCode::kUnavailable: return "NOT_SERVING";
@@ -64,7 +64,7 @@ absl::Status CompleteDetails(absl::Status status) {
   }();
   const bool retry = (absl::IsResourceExhausted(status) && !never_fits) || absl::IsUnavailable(status);
   absl::Status detailed = DetailedError(status.code(), reason, status.message());
-  return retry ? WithRetryAfter(std::move(detailed), absl::Seconds(1)) : detailed;
+  return retry ? WithRetryAfter(std::move(detailed), kCapacityRetryDelay) : detailed;
 }
 
 std::string ErrorReason(const absl::Status& status) { return GetErrorInfo(status).reason(); }

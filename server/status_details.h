@@ -16,6 +16,11 @@ inline constexpr char kErrorInfoUrl[] = "type.googleapis.com/google.rpc.ErrorInf
 inline constexpr char kRetryInfoUrl[] = "type.googleapis.com/google.rpc.RetryInfo";
 inline constexpr char kErrorDomain[] = "bebop";
 
+// When to come back. A full queue moves with every sample that ends, so soon; a server that shuts down is gone for good, and whoever
+// replaces it needs a while to load its weights.
+inline constexpr absl::Duration kCapacityRetryDelay = absl::Seconds(1);
+inline constexpr absl::Duration kDrainingRetryDelay = absl::Seconds(5);
+
 // A status with an ErrorInfo{reason, domain "bebop", metadata}. `reason` is UPPER_SNAKE_CASE and part of the API.
 absl::Status DetailedError(absl::StatusCode code, absl::string_view reason, absl::string_view message,
                            std::initializer_list<std::pair<absl::string_view, std::string>> metadata = {});

@@ -92,7 +92,7 @@ absl::Status NeedsTokenizer(absl::string_view field) {
 
 absl::Status NeedsDraftLayer(absl::string_view field) {
   return DetailedError(absl::StatusCode::kUnimplemented, "NO_DRAFT_LAYER",
-                       absl::StrCat(field, " needs MTP weights, and this server runs without (no mtp.* tensors, or --speculation off)"),
+                       absl::StrCat(field, " needs MTP weights, and the served model has no mtp.* tensors"),
                        {{"field", std::string(field)}});
 }
 

@@ -28,7 +28,7 @@ struct RequestRules {
   bool allow_synthetic_acceptance = false;
   bool allow_unknown_fields = false;
   SpeculationMode default_mode = SpeculationMode::kOff;
-  int32_t default_num_draft_tokens = 0;
+  int32_t default_num_draft_tokens = 0;  // for modes other than OFF, whatever default_mode is
 };
 
 // What a request gets that is not in its message.

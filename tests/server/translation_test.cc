@@ -6,8 +6,11 @@
 #include <cmath>
 #include <limits>
 #include <set>
+#include <utility>
 
 #include "bebop/rpc/status.pb.h"
+#include "engine/base/clock.h"
+#include "engine/schedule/engine_core.h"
 #include "google/protobuf/unknown_field_set.h"
 #include "server/limits.h"
 #include "server/status_details.h"
@@ -378,11 +381,29 @@ TEST(UnknownFields, RefusedUnlessAllowed) {
 
 // ---- status details ----
 
+// What an engine with a pool of one page says to a request for two.
+absl::Status RefusalThatNoRetryCures() {
+  struct IdleExecutor final : Executor {
+    absl::Status Execute(const StepPlan&, StepResult*) override { return absl::OkStatus(); }
+  } executor;
+  const MonotonicClock clock;
+  EngineCoreOptions options;
+  options.scheduler.num_pages = 1;
+  options.scheduler.num_state_slots = 2;
+  EngineCore core(options, &clock, &executor);
+  GenerateRequest request;
+  request.request_id = "large";
+  request.prompt.assign(static_cast<size_t>(options.scheduler.page_tokens), 1);
+  request.stopping.max_new_tokens = options.scheduler.page_tokens;
+  return core.Submit(std::move(request), nullptr);
+}
+
 TEST(StatusDetails, EngineStatusesGetAReason) {
   const std::pair<absl::Status, std::string> expected[] = {{absl::ResourceExhaustedError("queue full"), "CAPACITY"},
                                                            {absl::UnavailableError("draining"), "NOT_SERVING"},
                                                            {absl::AlreadyExistsError("id"), "REQUEST_ID_REUSED"},
                                                            {absl::InvalidArgumentError("bad"), "INVALID_FIELD"},
+                                                           {absl::FailedPreconditionError("no tokenizer"), "PRECONDITION_FAILED"},
                                                            {absl::InternalError("broken"), "ENGINE_FAILED"}};
   for (const auto& [status, reason] : expected) {
     const absl::Status detailed = CompleteDetails(status);
@@ -392,7 +413,8 @@ TEST(StatusDetails, EngineStatusesGetAReason) {
     const bool retry = absl::IsResourceExhausted(status) || absl::IsUnavailable(status);
     EXPECT_EQ(detailed.GetPayload(kRetryInfoUrl).has_value(), retry);
   }
-  const absl::Status never = CompleteDetails(absl::ResourceExhaustedError("request can never fit: it needs 9 pages, the pool has 3"));
+  const absl::Status never = CompleteDetails(RefusalThatNoRetryCures());
+  EXPECT_EQ(never.code(), absl::StatusCode::kResourceExhausted);
   EXPECT_EQ(ErrorReason(never), "CANNOT_FIT");
   EXPECT_FALSE(never.GetPayload(kRetryInfoUrl).has_value());  // trying again would not help
   EXPECT_TRUE(CompleteDetails(absl::OkStatus()).ok());
