@@ -3,10 +3,47 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
 #include <thread>
 
+#include "absl/strings/str_cat.h"
+#include "client/cpp/client.h"
+
 namespace bebop {
+
+namespace {
+
+using google::protobuf::FieldDescriptor;
+using google::protobuf::Message;
+
+// Empties the lists of `merged` that `line` sets, at every depth.
+void ClearListsOf(const Message& line, Message* merged) {
+  const auto* reflection = line.GetReflection();
+  std::vector<const FieldDescriptor*> fields;
+  reflection->ListFields(line, &fields);
+  for (const FieldDescriptor* field : fields) {
+    if (field->is_repeated()) {
+      reflection->ClearField(merged, field);
+    } else if (field->cpp_type() == FieldDescriptor::CPPTYPE_MESSAGE) {
+      ClearListsOf(reflection->GetMessage(line, field), reflection->MutableMessage(merged, field));
+    }
+  }
+}
+
+}  // namespace
+
+void FillUnset(const Message& flags, Message* line) {
+  const std::unique_ptr<Message> merged(flags.New());
+  merged->CopyFrom(flags);
+  ClearListsOf(*line, merged.get());
+  merged->MergeFrom(*line);
+  line->CopyFrom(*merged);
+}
+
+absl::Status MalformedLine(int64_t number, const absl::Status& parsed) {
+  return WithReason(absl::InvalidArgumentError(absl::StrCat("line ", number, ": ", parsed.message())), "MALFORMED_LINE");
+}
 
 void RunOrdered(size_t count, int32_t concurrency, const std::function<void(size_t)>& call, const std::function<void(size_t)>& print) {
   std::mutex mutex;

@@ -8,6 +8,7 @@
 
 #include "client/cli/commands.h"
 #include "client/cli/console.h"
+#include "google/protobuf/message.h"
 
 namespace bebop {
 
@@ -15,11 +16,18 @@ namespace bebop {
 // come in.
 void RunOrdered(size_t count, int32_t concurrency, const std::function<void(size_t)>& call, const std::function<void(size_t)>& print);
 
+// Fills what `line` leaves unset from `flags`, a message of the same type. A list that the line sets stays whole.
+void FillUnset(const google::protobuf::Message& flags, google::protobuf::Message* line);
+
+// INVALID_ARGUMENT with the reason MALFORMED_LINE: line `number` does not parse.
+absl::Status MalformedLine(int64_t number, const absl::Status& parsed);
+
 // The --requests mode of a verb: each line a Request in JSON, each output line the reply (`show`) or an error in its place.
+// `defaults`: what the verb's flags set, for lines that leave it unset.
 // `call`: Request -> absl::StatusOr<Reply>; `show`: Reply -> text of its output line.
 template <typename Request, typename Reply>
-int RunBatch(const BatchFlags& flags, const char* what, const std::function<absl::StatusOr<Reply>(const Request&)>& call,
-             const std::function<std::string(const Reply&)>& show) {
+int RunBatch(const BatchFlags& flags, const char* what, const Request& defaults,
+             const std::function<absl::StatusOr<Reply>(const Request&)>& call, const std::function<std::string(const Reply&)>& show) {
   const absl::StatusOr<std::vector<InputLine>> lines = ReadLines(flags.requests);
   if (!lines.ok()) return ReportUsage("--requests: " + std::string(lines.status().message()));
   std::vector<absl::StatusOr<Reply>> replies(lines->size(), absl::StatusOr<Reply>(absl::UnknownError("not run")));
@@ -30,9 +38,12 @@ int RunBatch(const BatchFlags& flags, const char* what, const std::function<absl
       [&](size_t i) {
         Request request;
         const absl::Status parsed = FromJson((*lines)[i].text, &request);
-        replies[i] = parsed.ok() ? call(request)
-                                 : absl::StatusOr<Reply>(absl::InvalidArgumentError("line " + std::to_string((*lines)[i].number) + ": " +
-                                                                                   std::string(parsed.message())));
+        if (!parsed.ok()) {
+          replies[i] = MalformedLine((*lines)[i].number, parsed);
+          return;
+        }
+        FillUnset(defaults, &request);
+        replies[i] = call(request);
       },
       [&](size_t i) {
         if (replies[i].ok()) {

@@ -16,12 +16,12 @@ namespace bebop {
 // Flags that every verb knows.
 struct GlobalFlags {
   std::string server = "127.0.0.1:50051";
-  std::string admin = "127.0.0.1:50052";
   double timeout_s = 0.0;  // 0: none
   bool json = false;
 };
 
-// Many messages, one a line, with `concurrency` in flight and the replies in order.
+// Many messages, one a line, with `concurrency` in flight and the replies in order. The verb's other flags fill what a line
+// leaves unset.
 struct BatchFlags {
   std::string requests;      // FILE or "-"; empty: one request from flags
   int32_t concurrency = 32;
@@ -33,7 +33,7 @@ struct GenerateFlags {
   std::string token_ids;
   bool parse_special = false;
   bool stream = false;
-  // Everything else of the flags. In a batch it fills what a line leaves unset.
+  // Everything else of the flags.
   v1::GenerateRequest request;
 };
 int RunGenerate(Client* client, const GlobalFlags& global, const GenerateFlags& flags);

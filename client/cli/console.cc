@@ -45,6 +45,12 @@ std::string ToJsonLine(const google::protobuf::Message& message) {
   return status.ok() ? json : "{}";  // fails only for Any and bad UTF-8, which these messages cannot hold
 }
 
+std::string ToJsonLine(const google::protobuf::Message& first, const google::protobuf::Message& second) {
+  auto all = nlohmann::ordered_json::parse(ToJsonLine(first));
+  all.update(nlohmann::ordered_json::parse(ToJsonLine(second)));
+  return all.dump();
+}
+
 absl::Status FromJson(const std::string& json, google::protobuf::Message* message) {
   const auto status = google::protobuf::util::JsonStringToMessage(json, message);
   if (status.ok()) return absl::OkStatus();

@@ -24,6 +24,8 @@ int ReportUsage(const std::string& message);
 
 // protobuf's JSON mapping with proto field names and default-valued fields, on one line.
 std::string ToJsonLine(const google::protobuf::Message& message);
+// The fields of both side by side in one object. REQUIRES: no name in both.
+std::string ToJsonLine(const google::protobuf::Message& first, const google::protobuf::Message& second);
 // The other way; unknown fields are refused. INVALID_ARGUMENT.
 absl::Status FromJson(const std::string& json, google::protobuf::Message* message);
 // {"error":{"code":...,"reason":...,"message":...}}

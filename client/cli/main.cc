@@ -2,8 +2,12 @@
 // bebop: the command line client.
 #include <CLI/CLI.hpp>
 #include <cstdlib>
+#include <limits>
 #include <map>
+#include <utility>
 
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
 #include "client/cli/commands.h"
 #include "client/cli/console.h"
@@ -16,6 +20,21 @@ const std::map<std::string, SpeculationParams::Mode> kModes = {{"off", Speculati
                                                                {"target_only", SpeculationParams::TARGET_ONLY},
                                                                {"rejection", SpeculationParams::REJECTION},
                                                                {"coupled", SpeculationParams::COUPLED}};
+
+// CLI11 wraps negative numbers around and cuts large ones.
+std::string CheckUnsigned(std::string& text) {
+  uint64_t number = 0;
+  const bool is_digits = text.find_first_not_of("0123456789") == std::string::npos;
+  if (!is_digits || !absl::SimpleAtoi(text, &number)) {
+    return absl::StrCat(text, " is not in [0, ", std::numeric_limits<uint64_t>::max(), "]");
+  }
+  text = absl::StrCat(number);
+  return "";
+}
+
+void AddSeed(CLI::App* verb, const std::string& help, std::function<void(uint64_t)> set) {
+  verb->add_option_function<uint64_t>("--seed", std::move(set), help)->transform(CLI::Validator(CheckUnsigned, ""));
+}
 
 void AddBatch(CLI::App* verb, bebop::BatchFlags* flags) {
   verb->add_option("--requests", flags->requests, "One JSON message a line from FILE, or - for stdin");
@@ -43,7 +62,7 @@ CLI::App* AddGenerate(CLI::App* app, bebop::GenerateFlags* flags) {
   verb->add_option_function<float>("--top-p", [request](float x) { request->mutable_sampling()->set_top_p(x); }, "");
   verb->add_option_function<int32_t>("--top-k", [request](int32_t n) { request->mutable_sampling()->set_top_k(n); }, "");
   verb->add_option_function<float>("--min-p", [request](float x) { request->mutable_sampling()->set_min_p(x); }, "");
-  verb->add_option_function<uint64_t>("--seed", [request](uint64_t n) { request->mutable_sampling()->set_seed(n); }, "");
+  AddSeed(verb, "", [request](uint64_t n) { request->mutable_sampling()->set_seed(n); });
   verb->add_option_function<std::vector<std::string>>(
           "--stop",
           [request](const std::vector<std::string>& stops) {
@@ -92,7 +111,7 @@ CLI::App* AddBench(CLI::App* app, bebop::BenchFlags* flags) {
   number("--prompt-len", &flags->prompt_len, 1, "Random prompt ids");
   number("--output-len", &flags->output_len, 1, "Tokens a sample");
   number("--warmup", &flags->warmup, 0, "Requests before the measurement");
-  verb->add_option("--seed", flags->seed, "Of prompts, samples and arrivals")->capture_default_str();
+  AddSeed(verb, "Of prompts, samples and arrivals; default: 1", [flags](uint64_t n) { flags->seed = n; });
   verb->add_option("--temperature", flags->temperature, "")->capture_default_str();
   verb->add_option_function<int32_t>("--num-draft-tokens", [flags](int32_t n) { flags->num_draft_tokens = n; }, "");
   AddMode(verb, [flags](SpeculationParams::Mode mode) { flags->mode = mode; });
@@ -109,7 +128,7 @@ CLI::App* AddVerify(CLI::App* app, bebop::VerifyFlags* flags) {
   verb->add_option("--num-prompts", flags->num_prompts, "")->check(CLI::Range(1, 64))->capture_default_str();
   verb->add_option("--num-samples", flags->num_samples, "Samples a mode and prompt")->check(CLI::Range(1, 1 << 24))->capture_default_str();
   verb->add_option("--greedy-tokens", flags->greedy_tokens, "Tokens of the equality tests")->check(CLI::Range(1, 4096))->capture_default_str();
-  verb->add_option("--seed", flags->seed, "0: a fresh one")->capture_default_str();
+  AddSeed(verb, "Of prompts and samples; default: 0 = a fresh one", [flags](uint64_t n) { flags->seed = n; });
   return verb;
 }
 
@@ -118,12 +137,27 @@ std::string FromEnvironment(const char* name, const std::string& fallback) {
   return value != nullptr && *value != '\0' ? value : fallback;
 }
 
+// What is wrong with a command line without a known verb. `rest`: what was not understood.
+std::string NoVerb(const std::vector<std::string>& rest) {
+  for (const std::string& word : rest) {
+    if (word[0] != '-') return absl::StrCat("unknown verb '", word, "' (see bebop --help)");
+  }
+  return rest.empty() ? "give a verb (see bebop --help)"
+                      : absl::StrCat("unknown flag '", rest.front(), "', and no verb (see bebop --help)");
+}
+
+// Which of the two ports the user named: flags win over the environment, and at each level the rollout port wins.
+bool IsAdminNamed(const CLI::App& app) {
+  if (app.count("--server") + app.count("--admin") > 0) return app.count("--server") == 0;
+  return FromEnvironment("BEBOP_SERVER", "").empty() && !FromEnvironment("BEBOP_ADMIN", "").empty();
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   bebop::GlobalFlags global;
   global.server = FromEnvironment("BEBOP_SERVER", global.server);
-  global.admin = FromEnvironment("BEBOP_ADMIN", global.admin);
+  std::string admin = FromEnvironment("BEBOP_ADMIN", "127.0.0.1:50052");
   bebop::GenerateFlags generate;
   bebop::ScoreFlags score;
   bebop::TokenizeFlags tokenize;
@@ -136,7 +170,8 @@ int main(int argc, char** argv) {
   app.require_subcommand(1);
   app.fallthrough();
   app.add_option("--server", global.server, "Rollout port, HOST:PORT (or BEBOP_SERVER)")->capture_default_str();
-  app.add_option("--admin", global.admin, "Admin port, HOST:PORT (or BEBOP_ADMIN)")->capture_default_str();
+  app.add_option("--admin", admin, "Admin port, HOST:PORT (or BEBOP_ADMIN); named without --server, info, health and loads ask there")
+      ->capture_default_str();
   app.add_option("--timeout", global.timeout_s, "Seconds a call may take; default: no limit")->check(CLI::Range(0.001, 1e9));
   app.add_flag("--json", global.json, "JSON, one object a line");
   CLI::App* generate_verb = AddGenerate(&app, &generate);
@@ -163,13 +198,15 @@ int main(int argc, char** argv) {
     const auto parsed = app.get_subcommands();
     std::fputs((parsed.empty() ? app.help() : parsed.front()->help()).c_str(), stdout);
     return bebop::kExitOk;
+  } catch (const CLI::RequiredError& error) {
+    return bebop::ReportUsage(app.get_subcommands().empty() ? NoVerb(app.remaining()) : error.what());
   } catch (const CLI::ParseError& error) {
     return bebop::ReportUsage(absl::StrReplaceAll(error.what(), {{"\n", " "}}));
   }
 
   bebop::ClientOptions options;
-  options.server = global.server;
-  options.admin = global.admin;
+  const bool is_info = info_verb->parsed() || health_verb->parsed() || loads_verb->parsed();  // what the admin port answers
+  options.server = is_info && IsAdminNamed(app) ? admin : global.server;
   if (global.timeout_s > 0.0) options.timeout = absl::Seconds(global.timeout_s);
   bebop::Client client(options);
   if (generate_verb->parsed()) return bebop::RunGenerate(&client, global, generate);

@@ -50,15 +50,6 @@ absl::StatusOr<std::string> SamplesAsText(Client* client, const v1::GenerateResu
   return text;
 }
 
-// Flags under a line: what the line sets wins; lists are replaced, not joined.
-v1::GenerateRequest Merge(const v1::GenerateRequest& flags, const v1::GenerateRequest& line) {
-  v1::GenerateRequest merged = flags;
-  if (line.stopping().stop_size() > 0) merged.mutable_stopping()->clear_stop();
-  if (line.stopping().stop_token_ids_size() > 0) merged.mutable_stopping()->clear_stop_token_ids();
-  merged.MergeFrom(line);
-  return merged;
-}
-
 // Prints the text of one sample as it grows. Half characters at the end decode to U+FFFD and are held back until they are whole.
 class TextStream {
  public:
@@ -124,10 +115,12 @@ int StreamGenerate(Client* client, const GlobalFlags& global, v1::GenerateReques
 
 int RunGenerate(Client* client, const GlobalFlags& global, const GenerateFlags& flags) {
   if (!flags.batch.requests.empty()) {
-    if (flags.text.has_value() || !flags.token_ids.empty()) return ReportUsage("--requests: the prompts come from its lines; drop TEXT and --token-ids");
+    if (flags.text.has_value() || !flags.token_ids.empty() || flags.parse_special) {
+      return ReportUsage("--requests: the prompts come from its lines; drop TEXT, --token-ids and --parse-special");
+    }
     if (flags.stream) return ReportUsage("--stream: not with --requests");
     return RunBatch<v1::GenerateRequest, v1::GenerateResult>(
-        flags.batch, "generate", [&](const v1::GenerateRequest& line) { return client->Generate(Merge(flags.request, line)); },
+        flags.batch, "generate", flags.request, [client](const v1::GenerateRequest& line) { return client->Generate(line); },
         [&](const v1::GenerateResult& result) {
           if (global.json) return ToJsonLine(result);
           const absl::StatusOr<std::string> text = SamplesAsText(client, result);
@@ -185,8 +178,8 @@ int RunScore(Client* client, const GlobalFlags& global, const ScoreFlags& flags)
   const auto show = [&global](const v1::ScoreResult& result) { return global.json ? ToJsonLine(result) : ScoresAsText(result); };
   if (!flags.batch.requests.empty()) {
     if (!flags.token_ids.empty()) return ReportUsage("--requests: the sequences come from its lines; drop --token-ids");
-    return RunBatch<v1::ScoreRequest, v1::ScoreResult>(flags.batch, "score", [client](const v1::ScoreRequest& line) { return client->Score(line); },
-                                                       show);
+    return RunBatch<v1::ScoreRequest, v1::ScoreResult>(
+        flags.batch, "score", flags.request, [client](const v1::ScoreRequest& line) { return client->Score(line); }, show);
   }
   const absl::StatusOr<std::vector<uint32_t>> ids = ParseTokenIds(flags.token_ids);
   if (!ids.ok()) return ReportUsage("--token-ids: " + std::string(ids.status().message()));
@@ -203,15 +196,15 @@ int RunTokenize(Client* client, const GlobalFlags& global, const TokenizeFlags& 
   const auto show = [&global](const v1::TokenizeResult& result) {
     return global.json ? ToJsonLine(result) : absl::StrJoin(result.token_ids(), " ");
   };
+  v1::TokenizeRequest request;
+  request.set_parse_special(flags.parse_special);
   if (!flags.batch.requests.empty()) {
     if (flags.text.has_value()) return ReportUsage("--requests: the texts come from its lines; drop TEXT");
     return RunBatch<v1::TokenizeRequest, v1::TokenizeResult>(
-        flags.batch, "tokenize", [client](const v1::TokenizeRequest& line) { return client->Tokenize(line); }, show);
+        flags.batch, "tokenize", request, [client](const v1::TokenizeRequest& line) { return client->Tokenize(line); }, show);
   }
   if (!flags.text.has_value()) return ReportUsage("tokenize: give TEXT or --requests");
-  v1::TokenizeRequest request;
   request.set_text(*flags.text);
-  request.set_parse_special(flags.parse_special);
   const absl::StatusOr<v1::TokenizeResult> result = client->Tokenize(request);
   if (!result.ok()) return ReportError(result.status());
   PrintLine(show(*result));
@@ -220,17 +213,17 @@ int RunTokenize(Client* client, const GlobalFlags& global, const TokenizeFlags& 
 
 int RunDetokenize(Client* client, const GlobalFlags& global, const DetokenizeFlags& flags) {
   const auto show = [&global](const v1::DetokenizeResult& result) { return global.json ? ToJsonLine(result) : result.text(); };
+  v1::DetokenizeRequest request;
+  request.set_skip_special(flags.skip_special);
   if (!flags.batch.requests.empty()) {
     if (!flags.ids.empty()) return ReportUsage("--requests: the ids come from its lines; drop IDS");
     return RunBatch<v1::DetokenizeRequest, v1::DetokenizeResult>(
-        flags.batch, "detokenize", [client](const v1::DetokenizeRequest& line) { return client->Detokenize(line); }, show);
+        flags.batch, "detokenize", request, [client](const v1::DetokenizeRequest& line) { return client->Detokenize(line); }, show);
   }
   if (flags.ids.empty()) return ReportUsage("detokenize: give IDS or --requests");
   const absl::StatusOr<std::vector<uint32_t>> ids = ParseTokenIds(absl::StrJoin(flags.ids, " "));
   if (!ids.ok()) return ReportUsage("detokenize: " + std::string(ids.status().message()));
-  v1::DetokenizeRequest request;
   request.mutable_token_ids()->Add(ids->begin(), ids->end());
-  request.set_skip_special(flags.skip_special);
   const absl::StatusOr<v1::DetokenizeResult> result = client->Detokenize(request);
   if (!result.ok()) return ReportError(result.status());
   PrintLine(show(*result));
@@ -243,7 +236,7 @@ int RunInfo(Client* client, const GlobalFlags& global) {
   const absl::StatusOr<v1::ModelInfo> model = client->GetModelInfo();
   if (!model.ok()) return ReportError(model.status());
   if (global.json) {
-    PrintLine(absl::StrCat("{\"server_info\":", ToJsonLine(*server), ",\"model_info\":", ToJsonLine(*model), "}"));
+    PrintLine(ToJsonLine(*server, *model));
   } else {
     PrintLine(absl::StrCat(server->DebugString(), model->DebugString()));
   }

@@ -24,6 +24,10 @@ constexpr double kNormalDeviate = 5.1993;
 constexpr int32_t kRandomPromptLen = 12;
 constexpr int32_t kSampledTokens = 4;
 constexpr int32_t kMaxGroup = 1024;
+// For the log-probability test: so many tokens that all drafts get accepted and rejected somewhere, and samples that take different
+// turns, at the price of one small group a prompt.
+constexpr int32_t kScoredTokens = 24;
+constexpr int32_t kScoredSamples = 4;
 // Tolerance of |log p of the sample - log p of Score|. Both are the same numbers up to the order of sums: the prefill form against the
 // step form. In float32 that is rounding; in bfloat16 activations round at 2^-8.
 constexpr double kLogprobTolerance32 = 1e-3;
@@ -156,8 +160,8 @@ class Verifier {
     double largest = 0.0, sum = 0.0;
     int64_t count = 0;
     for (const std::vector<uint32_t>& prompt : prompts_) {
-      v1::GenerateRequest generate = NewRequest(prompt, mode, num_drafts, 24);
-      generate.set_num_samples(4);
+      v1::GenerateRequest generate = NewRequest(prompt, mode, num_drafts, kScoredTokens);
+      generate.set_num_samples(kScoredSamples);
       generate.mutable_output()->set_raw_logprobs(true);
       const absl::StatusOr<v1::GenerateResult> result = client_->Generate(generate);
       if (!result.ok()) return result.status();

@@ -60,15 +60,23 @@ ErrorDetails GetErrorDetails(const absl::Status& status) {
   return details;
 }
 
+absl::Status WithReason(absl::Status status, const std::string& reason) {
+  rpc::ErrorInfo info;
+  info.set_reason(reason);
+  info.set_domain("bebop");
+  const std::string bytes = info.SerializeAsString();
+  status.SetPayload(kErrorInfoUrl, absl::Cord(absl::string_view(bytes)));  // not Cord(std::string&&): see server/status_details.cc
+  return status;
+}
+
 bool IsConnectionError(const absl::Status& status) { return absl::IsUnavailable(status) && GetErrorDetails(status).reason.empty(); }
 
 struct Client::Impl {
   explicit Impl(const ClientOptions& options)
       : timeout(options.timeout),
-        rollout_channel(Connect(options.server)),
-        rollout(v1::Rollout::NewStub(rollout_channel)),
-        info(v1::Info::NewStub(rollout_channel)),
-        admin_channel(Connect(options.admin)) {}
+        channel(Connect(options.server)),
+        rollout(v1::Rollout::NewStub(channel)),
+        info(v1::Info::NewStub(channel)) {}
 
   void SetDeadline(grpc::ClientContext* context) const {
     if (timeout != absl::InfiniteDuration()) context->set_deadline(std::chrono::system_clock::now() + absl::ToChronoNanoseconds(timeout));
@@ -86,10 +94,9 @@ struct Client::Impl {
   }
 
   const absl::Duration timeout;
-  const std::shared_ptr<grpc::Channel> rollout_channel;
+  const std::shared_ptr<grpc::Channel> channel;
   const std::unique_ptr<v1::Rollout::Stub> rollout;
   const std::unique_ptr<v1::Info::Stub> info;
-  const std::shared_ptr<grpc::Channel> admin_channel;
 };
 
 Client::Client(const ClientOptions& options) : impl_(std::make_unique<Impl>(options)) {}
@@ -143,7 +150,7 @@ absl::StatusOr<v1::DetokenizeResult> Client::Detokenize(const v1::DetokenizeRequ
 
 absl::StatusOr<std::string> Client::Health(const std::string& service) {
   // gRPC ships the health service's implementation without its stub's header.
-  grpc::TemplatedGenericStub<rpc::HealthCheckRequest, rpc::HealthCheckResponse> stub(impl_->rollout_channel);
+  grpc::TemplatedGenericStub<rpc::HealthCheckRequest, rpc::HealthCheckResponse> stub(impl_->channel);
   grpc::ClientContext context;
   impl_->SetDeadline(&context);
   rpc::HealthCheckRequest request;

@@ -16,8 +16,7 @@
 namespace bebop {
 
 struct ClientOptions {
-  std::string server = "127.0.0.1:50051";  // rollout port, host:port
-  std::string admin = "127.0.0.1:50052";   // admin port, host:port
+  std::string server = "127.0.0.1:50051";  // host:port; the admin port answers the Info calls and Health
   absl::Duration timeout = absl::InfiniteDuration();  // of each call
 };
 
@@ -28,12 +27,14 @@ struct ErrorDetails {
   std::optional<absl::Duration> retry_after;
 };
 ErrorDetails GetErrorDetails(const absl::Status& status);
+// `status` with that reason, for what is refused before it is sent.
+absl::Status WithReason(absl::Status status, const std::string& reason);
 
 // True when the call reached no server, as opposed to one that refused it.
 bool IsConnectionError(const absl::Status& status);
 
 // Typed calls to a bebop server. Each blocks until the reply, an error or the timeout; errors are the server's status with
-// its ErrorDetails. Connects on first use. Thread safe: many threads may share one client and its two connections.
+// its ErrorDetails. Connects on first use. Thread safe: many threads may share one client and its connection.
 //
 //   bebop::Client client({.server = "127.0.0.1:50051"});
 //   bebop::v1::GenerateRequest request;

@@ -8,8 +8,10 @@
 #include <limits>
 #include <thread>
 
+#include "bebop/v1/info.pb.h"
 #include "bebop/v1/rollout.pb.h"
 #include "client/cli/batch.h"
+#include "nlohmann/json.hpp"
 
 namespace bebop {
 namespace {
@@ -43,6 +45,47 @@ TEST(Json, ParsesProtoNamesAndRefusesOthers) {
 TEST(Json, ErrorLine) {
   EXPECT_EQ(ErrorToJsonLine(absl::InvalidArgumentError("say \"no\"")),
             R"({"error":{"code":"INVALID_ARGUMENT","reason":"","message":"say \"no\""}})");
+}
+
+TEST(Json, InfoIsOneObject) {
+  v1::ServerInfo server;
+  server.set_api_version("bebop.v1");
+  v1::ModelInfo model;
+  model.set_layer_bytes(1LL << 40);
+  const auto json = nlohmann::json::parse(ToJsonLine(server, model));
+  EXPECT_EQ(json["api_version"], "bebop.v1");
+  EXPECT_EQ(json["layer_bytes"], "1099511627776");
+  EXPECT_EQ(json["vocab_size"], 0);
+  for (int i = 0; i < server.GetDescriptor()->field_count(); ++i) {
+    EXPECT_EQ(model.GetDescriptor()->FindFieldByName(server.GetDescriptor()->field(i)->name()), nullptr) << "a name in both: one would be lost";
+  }
+}
+
+TEST(Batch, LinesThatDoNotParseHaveAReason) {
+  EXPECT_EQ(ErrorToJsonLine(MalformedLine(7, absl::InvalidArgumentError("not a thing"))),
+            R"({"error":{"code":"INVALID_ARGUMENT","reason":"MALFORMED_LINE","message":"line 7: not a thing"}})");
+}
+
+TEST(Batch, FlagsFillWhatALineLeavesUnset) {
+  v1::GenerateRequest flags, line;
+  const char* const flags_json =
+      R"({"num_samples":4,"sampling":{"temperature":0.5,"seed":"3"},"stopping":{"stop":["a","b"],"stop_token_ids":[1]}})";
+  ASSERT_TRUE(FromJson(flags_json, &flags).ok());
+  ASSERT_TRUE(FromJson(R"({"prompt_token_ids":[9],"sampling":{"seed":"0"},"stopping":{"stop":["c"]}})", &line).ok());
+  FillUnset(flags, &line);
+  EXPECT_EQ(line.prompt_token_ids_size(), 1);
+  EXPECT_EQ(line.num_samples(), 4);
+  EXPECT_EQ(line.sampling().temperature(), 0.5f);
+  EXPECT_EQ(line.sampling().seed(), 0u);  // set to 0 is set
+  ASSERT_EQ(line.stopping().stop_size(), 1);
+  EXPECT_EQ(line.stopping().stop(0), "c");
+  EXPECT_EQ(line.stopping().stop_token_ids_size(), 1);
+  v1::TokenizeRequest special, text;
+  special.set_parse_special(true);
+  text.set_text("x");
+  FillUnset(special, &text);
+  EXPECT_TRUE(text.parse_special());
+  EXPECT_EQ(text.text(), "x");
 }
 
 TEST(ExitCodes, FollowTheStatus) {

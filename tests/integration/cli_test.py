@@ -58,8 +58,10 @@ class Server:
         return self.process.returncode, rest
 
 
-def bebop(*arguments, server=None, stdin=None, timeout=120):
+def bebop(*arguments, server=None, admin=None, stdin=None, timeout=120):
     environment = clean_environment()
+    if admin:
+        environment["BEBOP_ADMIN"] = admin
     if server:
         environment["BEBOP_SERVER"] = server
     result = subprocess.run([os.path.join(BIN, "bebop"), *arguments], input=stdin, capture_output=True, text=True, timeout=timeout,
@@ -89,15 +91,21 @@ class WithServer(unittest.TestCase):
 
     def test_info_health_loads(self):
         info = self.json("info")
-        self.assertEqual(info["server_info"]["api_version"], "bebop.v1")
-        self.assertEqual(info["server_info"]["load_format"], "dummy")
-        self.assertTrue(info["server_info"]["synthetic_acceptance_allowed"])
-        self.assertEqual(info["server_info"]["served_model_name"], "dummy-model")
-        self.assertEqual(info["model_info"]["vocab_size"], 256)
-        self.assertEqual(info["model_info"]["num_full_attention_layers"], 1)
+        self.assertEqual(info["api_version"], "bebop.v1")
+        self.assertEqual(info["load_format"], "dummy")
+        self.assertTrue(info["synthetic_acceptance_allowed"])
+        self.assertEqual(info["served_model_name"], "dummy-model")
+        self.assertEqual(info["vocab_size"], 256)
+        self.assertEqual(info["num_full_attention_layers"], 1)
         self.assertEqual(self.json("health"), {"status": "SERVING"})
         self.assertEqual(self.json("health", "--service", "bebop.v1.Rollout"), {"status": "SERVING"})
         self.assertEqual(bebop("health", "--server", self.server.admin)[0], 0)
+        for verb in ("info", "health", "loads"):
+            self.assertEqual(bebop(verb, "--admin", self.server.admin)[0], 0)  # --server would be another port
+            self.assertEqual(self.call(verb, "--admin", "127.0.0.1:1", "--server", self.server.rollout)[0], 0)
+        self.assertEqual(bebop("health", admin=self.server.admin)[0], 0)
+        self.assertEqual(self.call("health", admin="127.0.0.1:1")[0], 0)
+        self.assertEqual(self.call("info", "--admin", "127.0.0.1:1", "--timeout", "20")[0], 3)  # a flag wins over BEBOP_SERVER
         loads = self.json("loads")
         total = sum(int(loads[k]) for k in ("finished", "cancelled", "failed", "running_requests", "waiting_requests"))
         self.assertEqual(int(loads["submitted"]), total)
@@ -153,6 +161,7 @@ class WithServer(unittest.TestCase):
                 self.assertEqual(reply["request_id"], f"batch-{i}")
                 self.assertEqual(len(reply["samples"][0]["token_ids"]), 1 + (20 - i) * 3)  # --ignore-eos fills what the line leaves unset
         self.assertIn("line 5", replies[4]["error"]["message"])
+        self.assertEqual([replies[i]["error"]["reason"] for i in (4, 9)], ["MALFORMED_LINE"] * 2)
         self.assertEqual(replies[7]["error"]["reason"], "INVALID_FIELD")
         self.assertIn("prompt_token_ids[0]", replies[7]["error"]["message"])
         self.assertEqual(self.call("generate", "--requests", "/nowhere/at/all")[0], 2)
@@ -176,6 +185,18 @@ class WithServer(unittest.TestCase):
             self.assertEqual(draft["start"], 4)
             self.assertTrue(all(0 <= x <= 1 + 1e-6 for x in draft["overlap"]))
 
+    def test_score_flags_fill_what_a_line_leaves_unset(self):
+        lines = [{"sequences": [{"token_ids": [1, 2, 3, 4]}]}, {"sequences": [{"token_ids": [1, 2, 3, 4]}], "score_start": 3}]
+        status, out, err = self.call("score", "--requests", "-", "--json", "--score-start", "2", "--top-logprobs", "3", "--entropy",
+                                     "--draft-depth", "1", stdin="\n".join(json.dumps(line) for line in lines))
+        self.assertEqual(status, 0, err)
+        for line, positions in zip(out.splitlines(), (2, 1), strict=True):
+            score = json.loads(line)["scores"][0]
+            self.assertEqual(len(score["logprobs"]), positions)
+            self.assertEqual(len(score["entropy"]), positions)
+            self.assertEqual([len(top["token_ids"]) for top in score["top_logprobs"]], [3] * positions)
+            self.assertEqual(len(score["draft"]), 1)
+
     def test_text_needs_a_tokenizer(self):
         for arguments in (("tokenize", "hello"), ("detokenize", "1", "2"), ("generate", "hello"),
                           ("generate", "--token-ids", "1", "--stop", "x")):
@@ -189,10 +210,15 @@ class WithServer(unittest.TestCase):
         self.assertEqual(status, 1)
         self.assertIn("INVALID_ARGUMENT INVALID_FIELD: sampling.temperature: -1", err)
         for arguments in ((), ("frobnicate",), ("generate",), ("generate", "--token-ids", "x"), ("generate", "--top-k", "many", "--token-ids", "1"),
-                          ("generate", "--mode", "fast", "--token-ids", "1"), ("health", "--no-such-flag"), ("score",), ("--timeout", "0", "info")):
+                          ("generate", "--mode", "fast", "--token-ids", "1"), ("generate", "--token-ids", "1", "--seed", "-1"),
+                          ("bench", "--seed", "18446744073709551616"), ("verify", "--seed", "x"), ("health", "--no-such-flag"), ("score",), ("--timeout", "0", "info")):
             status, out, err = self.call(*arguments)
             self.assertEqual(status, 2, arguments)
             self.assertTrue(err.startswith("error: "), err)
+        self.assertIn("'frobnicate'", self.call("frobnicate")[2])
+        self.assertIn("'--frob'", self.call("--frob")[2])
+        for value in ("-1", "18446744073709551616"):
+            self.assertRegex(self.call("generate", "--token-ids", "1", "--seed", value)[2], f"--seed.*{value}")
         self.assertEqual(bebop("info", "--server", "127.0.0.1:1", "--timeout", "20")[0], 3)
         self.assertEqual(self.call("--timeout", "0.05", "generate", "--token-ids", "1", "-n", "1000", "--ignore-eos")[0], 4)
         self.assertEqual(self.call("info", "--timeout", "20")[0], 0)  # global flags after the verb, too
@@ -257,7 +283,9 @@ class ServerProcess(unittest.TestCase):
             with open(os.path.join(directory, "config.json"), "w") as file:
                 json.dump(CONFIG, file)
             error = self.start_fails("--model", directory, "--load-format", "dummy", "--kv-cache-bytes", "65536")
-            self.assertIn("65536", error)
+            self.assertIn("--kv-cache-bytes: 65536", error)
+            error = self.start_fails("--model", directory, "--load-format", "dummy", "--max-model-len", "100000")
+            self.assertIn("--max-model-len: 100000", error)
 
     def test_check_config_and_version(self):
         result = subprocess.run([os.path.join(BIN, "bebop-server"), "--model", "m", "--check-config"], capture_output=True, text=True, timeout=30,
@@ -296,9 +324,9 @@ class ServerProcess(unittest.TestCase):
         time.sleep(0.5)
         self.assertIsNone(server.process.poll())  # still draining
         started = time.time()
-        status, _ = server.stop(signal.SIGTERM)
+        status, _ = server.stop(signal.SIGINT)
         self.assertLess(time.time() - started, 5)
-        self.assertEqual(status, 128 + signal.SIGTERM)
+        self.assertEqual(status, 128 + signal.SIGINT)  # the second signal's number
         client.communicate(timeout=30)
         self.assertNotEqual(client.returncode, 0)
 

@@ -48,7 +48,7 @@ class ServerTest : public ::testing::Test {
     server_ = *std::move(server);
   }
   std::unique_ptr<Client> Connect(absl::Duration timeout = absl::Seconds(30)) {
-    return std::make_unique<Client>(ClientOptions{server_->rollout_address(), server_->admin_address(), timeout});
+    return std::make_unique<Client>(ClientOptions{server_->rollout_address(), timeout});
   }
   std::future<absl::StatusOr<v1::GenerateResult>> GenerateAsync(Client* client, const v1::GenerateRequest& request) {
     return std::async(std::launch::async, [client, request] { return client->Generate(request); });
@@ -505,6 +505,34 @@ TEST_F(ServerTest, TooLargeMessagesAreRefusedByTheTransport) {
   v1::TokenizeRequest request;
   request.set_text(std::string(limits::kAdminReceiveBytes + 1024, 'x'));
   EXPECT_EQ(admin.Tokenize(request).status().code(), absl::StatusCode::kResourceExhausted);
+}
+
+TEST_F(ServerTest, DraftsAreTheServersWhenARequestSetsAModeOnly) {
+  ListenOptions options;
+  options.default_mode = SpeculationMode::kOff;
+  options.default_num_draft_tokens = 3;
+  Start(options);
+  const auto client = Connect();
+  v1::GenerateRequest request = MakeRequest("drafts");
+  request.mutable_speculation()->set_mode(v1::SpeculationParams::REJECTION);
+  auto drafts = GenerateAsync(client.get(), request);
+  auto plain = GenerateAsync(client.get(), MakeRequest("plain"));
+  for (const char* id : {"drafts", "plain"}) ASSERT_EQ(engine_.WaitForObservers(id).size(), 1u);
+  EXPECT_EQ(engine_.RequestOf("drafts").speculation.mode, SpeculationMode::kRejection);
+  EXPECT_EQ(engine_.RequestOf("drafts").speculation.num_draft_tokens, 3);
+  EXPECT_EQ(engine_.RequestOf("plain").speculation.mode, SpeculationMode::kOff);
+  EXPECT_EQ(engine_.RequestOf("plain").speculation.num_draft_tokens, 0);
+  for (const char* id : {"drafts", "plain"}) engine_.Done(id, absl::OkStatus());
+  EXPECT_TRUE(drafts.get().ok());
+  EXPECT_TRUE(plain.get().ok());
+}
+
+TEST_F(ServerTest, UnknownHostIsAnError) {
+  ListenOptions options;
+  options.host = "nonsense.invalid";
+  const auto server = Server::Start(&engine_, options);
+  EXPECT_EQ(server.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_TRUE(absl::StrContains(std::string(server.status().message()), "--host/--port: cannot listen on nonsense.invalid")) << server.status();
 }
 
 TEST_F(ServerTest, TakenPortIsAnError) {
