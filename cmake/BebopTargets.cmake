@@ -93,6 +93,7 @@ function(bebop_fuzz_target)
     target_link_libraries(${ARG_NAME} PRIVATE ${ARG_DEPS} bebop_options)
     set_target_properties(${ARG_NAME} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/fuzz)
     add_dependencies(bebop_fuzz_targets ${ARG_NAME})
+    file(WRITE ${PROJECT_BINARY_DIR}/fuzz/${ARG_NAME}.corpus "${ARG_CORPUS}\n")  # for tests/run.sh
   elseif(BEBOP_BUILD_TESTS)
     add_executable(${ARG_NAME} ${ARG_SRCS} ${PROJECT_SOURCE_DIR}/tests/support/fuzz_replay_main.cc)
     target_link_libraries(${ARG_NAME} PRIVATE ${ARG_DEPS} bebop_options)

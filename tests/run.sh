@@ -75,8 +75,7 @@ run_stage() {
       for target in build/cpu-fuzz/fuzz/*_fuzz; do
         local name corpus
         name=$(basename "$target")
-        corpus=$(find tests -type d -name "${name}_corpus" | head -1)
-        [[ -n $corpus ]] || { echo "error: no corpus for $name" >&2; exit 1; }
+        corpus=$(cat "$target.corpus")
         mkdir -p "build/cpu-fuzz/found/$name"
         "$target" -max_total_time="$fuzz_seconds" -timeout=5 -rss_limit_mb=1024 -print_final_stats=1 \
           -artifact_prefix="build/cpu-fuzz/found/$name/" "build/cpu-fuzz/found/$name" "$corpus" \

@@ -5,10 +5,7 @@
 // the business of tests/oracle.
 #include "engine/model/model.h"
 
-#include <atomic>
 #include <cmath>
-#include <cstdlib>
-#include <new>
 #include <random>
 #include <string>
 #include <tuple>
@@ -16,27 +13,7 @@
 #include "engine/weights/dummy_weights.h"
 #include "gtest/gtest.h"
 #include "tests/engine/model/model_harness.h"
-
-namespace {
-std::atomic<int64_t> num_allocations{0};
-
-void* CountedAllocate(std::size_t bytes, std::size_t alignment) {
-  ++num_allocations;
-  void* const memory = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
-  if (memory == nullptr) std::abort();
-  return memory;
-}
-}  // namespace
-
-// Counts every allocation of the program, for PassesDoNotAllocate.
-void* operator new(std::size_t bytes) { return CountedAllocate(bytes, __STDCPP_DEFAULT_NEW_ALIGNMENT__); }
-void* operator new(std::size_t bytes, std::align_val_t alignment) {
-  return CountedAllocate(bytes, static_cast<std::size_t>(alignment));
-}
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
+#include "tests/support/allocation_counter.h"
 
 namespace bebop {
 namespace {
@@ -362,12 +339,12 @@ TEST_P(ModelTest, PassesDoNotAllocate) {
   const SequenceRows next{.num_rows = 31, .num_known_rows = 31, .first_position = 1};
   const RaggedBatch batch{.num_sequences = 1, .num_rows = 32, .sequences = &sequence, .page_ids = page_ids};
   const RaggedBatch mtp_batch{.num_sequences = 1, .num_rows = 31, .sequences = &next, .page_ids = page_ids};
-  const int64_t before = num_allocations;
+  const int64_t before = test::NumAllocations();
   model.ForwardTarget(tokens.data(), batch, storage->state(), hidden.view());
   model.ForwardMtp(tokens.data() + 1, mtp_batch, hidden.view().Rows(0, 31), storage->state(), nullptr,
                    mtp_hidden.view().Rows(0, 31));
   model.Logits(hidden.view(), logits.view());
-  EXPECT_EQ(num_allocations - before, 0);
+  EXPECT_EQ(test::NumAllocations() - before, 0);
 }
 
 INSTANTIATE_TEST_SUITE_P(Networks, ModelTest,

@@ -2,28 +2,14 @@
 #include "engine/schedule/engine_core.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
-#include <new>
 #include <string>
 #include <vector>
 
 #include "gtest/gtest.h"
 #include "tests/sim/fake_executor.h"
 #include "tests/sim/fake_model.h"
-
-namespace {
-int64_t num_allocations = 0;
-}  // namespace
-
-// Counted for the test that a steady step allocates nothing.
-__attribute__((noinline)) void* operator new(size_t size) {
-  ++num_allocations;
-  if (void* memory = std::malloc(size)) return memory;
-  std::abort();
-}
-__attribute__((noinline)) void operator delete(void* memory) noexcept { std::free(memory); }
-__attribute__((noinline)) void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+#include "tests/support/allocation_counter.h"
 
 namespace bebop {
 namespace {
@@ -622,9 +608,9 @@ TEST_F(EngineCoreTest, SteadyStepAllocatesNothing) {
   request.stopping.stop_strings = {"abcabc"};
   ASSERT_EQ(core.Submit(request, recorder), absl::OkStatus());
   for (int i = 0; i < 6; ++i) ASSERT_TRUE(core.Step().ok());
-  const int64_t before = num_allocations;
+  const int64_t before = test::NumAllocations();
   for (int i = 0; i < 60; ++i) ASSERT_TRUE(core.Step().ok());
-  EXPECT_EQ(num_allocations, before);
+  EXPECT_EQ(test::NumAllocations(), before);
   EXPECT_EQ(core.Loads().running_sequences, 4);
 }
 

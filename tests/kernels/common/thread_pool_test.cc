@@ -4,9 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstdlib>
 #include <mutex>
-#include <new>
 #include <set>
 #include <string>
 #include <thread>
@@ -15,21 +13,7 @@
 
 #include "gtest/gtest.h"
 #include "kernels/common/cpu_features.h"
-
-// Counts every allocation of this program; the sanitizers bring their own operators.
-#if !defined(BEBOP_SANITIZED)
-namespace {
-std::atomic<int64_t> num_allocations{0};
-}  // namespace
-
-void* operator new(std::size_t bytes) {
-  num_allocations.fetch_add(1, std::memory_order_relaxed);
-  if (void* memory = std::malloc(bytes)) return memory;
-  std::abort();
-}
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
-#endif
+#include "tests/support/allocation_counter.h"
 
 namespace bebop {
 namespace {
@@ -141,18 +125,16 @@ TEST(ThreadPoolTest, WaitsForTheSlowestRange) {
   }
 }
 
-#if !defined(BEBOP_SANITIZED)
 TEST(ThreadPoolTest, CallsAllocateNothing) {
   ThreadPool pool(3);
   std::atomic<int64_t> sum{0};
   const auto run = [&] { pool.ParallelFor(9, 1, [&](int64_t begin, int64_t end) { sum += end - begin; }); };
   run();
-  const int64_t before = num_allocations;
+  const int64_t before = test::NumAllocations();
   for (int i = 0; i < 100; ++i) run();
-  EXPECT_EQ(num_allocations, before);
+  EXPECT_EQ(test::NumAllocations(), before);
   EXPECT_EQ(sum, 909);
 }
-#endif
 
 // Far more threads than processors: a pool whose waiters spin without bound would take seconds for this.
 TEST(ThreadPoolTest, OversubscriptionStaysUsable) {
