@@ -138,8 +138,7 @@ class FlagParser {
       // CLI11 wraps negative numbers around and cuts large ones.
       option->transform(CLI::Validator([](std::string& text) {
         uint64_t number = 0;
-        const bool is_digits = text.find_first_not_of("0123456789") == std::string::npos;
-        if (!is_digits || !absl::SimpleAtoi(text, &number)) {
+        if (!absl::SimpleAtoi(text, &number)) {
           return absl::StrCat(text, " is not in [0, ", std::numeric_limits<uint64_t>::max(), "]");
         }
         text = absl::StrCat(number);
