@@ -32,10 +32,11 @@ make_venv() {
   if [[ -x $python ]] && "$python" -c 'import torch, transformers, tokenizers, safetensors, numpy, scipy' 2>/dev/null; then
     return
   fi
-  python3 -m venv build/venv
-  "$python" -m pip install -q --disable-pip-version-check 'torch==2.13.0' 2>/dev/null ||
-    "$python" -m pip install -q --disable-pip-version-check 'torch==2.13.0+cpu'
-  "$python" -m pip install -q --disable-pip-version-check -r tests/requirements.txt
+  {
+    python3 -m venv build/venv &&
+      "$python" -m pip install --disable-pip-version-check 'torch==2.13.0' &&
+      "$python" -m pip install --disable-pip-version-check -r tests/requirements.txt
+  } >build/venv.log 2>&1 || { tail -20 build/venv.log; exit 1; }
 }
 
 configure_and_build() {  # preset, targets...
