@@ -26,6 +26,13 @@ say() { printf '[%4ds] %s\n' "$((SECONDS - started))" "$*"; }
 say "installing what the build needs (apt)"
 deploy/install_deps.sh build
 
+# A build tree made at another place (a moved or mounted clone) cannot be reused.
+cache=build/cpu-release/CMakeCache.txt
+if [[ -f $cache ]] && ! grep -qxF "CMAKE_HOME_DIRECTORY:INTERNAL=$PWD" "$cache"; then
+  say "build/cpu-release was made for another place: building anew"
+  rm -rf build/cpu-release
+fi
+
 say "building bebop-server and bebop (the first time takes some minutes)"
 mkdir -p build
 log=build/quickstart-build.log
@@ -61,7 +68,7 @@ cat <<'NEXT'
 
 What to try next
   build/cpu-release/bin/bebop-server --model tests/models/bebop-tiny          a server on 127.0.0.1:50051
-  build/cpu-release/bin/bebop generate $'<|im_start|>user\nCompute 27+35.<|im_end|>\n<|im_start|>assistant\n'
+  build/cpu-release/bin/bebop generate --parse-special $'<|im_start|>user\nCompute 27+35.<|im_end|>\n<|im_start|>assistant\n'
                                                                               one prompt from the shell
   build/cpu-release/bin/bebop verify                                          that drafting changes no distribution
   build/cpu-release/bin/bebop bench --concurrency 8 --num-requests 64         load, with latencies and acceptance

@@ -42,6 +42,9 @@ make_venv() {
 configure_and_build() {  # preset, targets...
   local preset=$1
   shift
+  # A build tree made at another place cannot be reused.
+  local cache=build/$preset/CMakeCache.txt
+  if [[ -f $cache ]] && ! grep -qxF "CMAKE_HOME_DIRECTORY:INTERNAL=$PWD" "$cache"; then rm -rf "build/$preset"; fi
   cmake --preset "$preset" "${cmake_args[@]}" >"build/$preset-configure.log" 2>&1 || { cat "build/$preset-configure.log"; exit 1; }
   cmake --build --preset "$preset" -j "$jobs" ${@+--target "$@"} >"build/$preset-build.log" 2>&1 ||
     { tail -60 "build/$preset-build.log"; exit 1; }
