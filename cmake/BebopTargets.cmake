@@ -7,13 +7,15 @@ find_package(absl REQUIRED)
 # Flags shared by all our targets (never leak to packaged libraries).
 add_library(bebop_options INTERFACE)
 target_include_directories(bebop_options INTERFACE ${PROJECT_SOURCE_DIR})
-target_compile_options(bebop_options INTERFACE
+set(host_options
   -Wall -Wextra -Werror -Wnon-virtual-dtor -Woverloaded-virtual
   # g++ 12 reports overlapping copies inside std::string that do not exist (GCC bug 105329).
   $<$<CXX_COMPILER_ID:GNU>:-Wno-restrict>
   -fno-omit-frame-pointer -fstack-protector-strong -ffp-contract=off
   $<$<CXX_COMPILER_ID:Clang>:-Wthread-safety>
   $<$<AND:$<CONFIG:Release>,$<STREQUAL:${BEBOP_SANITIZE},>>:-U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2>)
+# Not for nvcc, whose flags are in BebopCuda.cmake.
+target_compile_options(bebop_options INTERFACE "$<$<COMPILE_LANGUAGE:CXX>:${host_options}>")
 target_compile_definitions(bebop_options INTERFACE $<$<CXX_COMPILER_ID:GNU>:_GLIBCXX_ASSERTIONS>)
 target_link_options(bebop_options INTERFACE -Wl,-z,relro,-z,now)
 if(BEBOP_SANITIZE)
@@ -28,15 +30,28 @@ if(BEBOP_BUILD_FUZZ)
   add_custom_target(bebop_fuzz_targets)
 endif()
 
-# bebop_library(NAME foo SRCS a.cc DEPS bebop::bar): a library `bebop_foo` with the alias `bebop::foo`.
-# A library without sources is header only.
+# bebop_library(NAME foo SRCS a.cc DEPS bebop::bar [CUDA_SRCS a_cuda.cu b_cuda.cc] [CUDA_DEPS bebop::cublaslt]): a library `bebop_foo` with
+# the alias `bebop::foo`. A library without sources is header only. CUDA_SRCS belong to the CUDA builds alone: .cu files are device code,
+# .cc files host code that sees CUDA's headers.
 function(bebop_library)
-  cmake_parse_arguments(ARG "" "NAME" "SRCS;DEPS" ${ARGN})
+  cmake_parse_arguments(ARG "" "NAME" "SRCS;DEPS;CUDA_SRCS;CUDA_DEPS" ${ARGN})
   set(target bebop_${ARG_NAME})
-  if(ARG_SRCS)
+  set(cuda_kernels)
+  if(BEBOP_HAS_CUDA AND ARG_CUDA_SRCS)
+    set(cuda_kernels ${ARG_CUDA_SRCS})
+    list(FILTER cuda_kernels INCLUDE REGEX "\\.cu$")
+    set(cuda_hosts ${ARG_CUDA_SRCS})
+    list(FILTER cuda_hosts EXCLUDE REGEX "\\.cu$")
+    list(APPEND ARG_SRCS ${cuda_hosts})
+    list(APPEND ARG_DEPS ${ARG_CUDA_DEPS} bebop::cuda_runtime)
+  endif()
+  if(ARG_SRCS OR cuda_kernels)
     add_library(${target} STATIC ${ARG_SRCS})
     target_link_libraries(${target} PUBLIC ${ARG_DEPS} PRIVATE bebop_options)
     target_include_directories(${target} PUBLIC ${PROJECT_SOURCE_DIR})
+    if(cuda_kernels)
+      bebop_cuda_sources(${target} ${cuda_kernels})
+    endif()
   else()
     add_library(${target} INTERFACE)
     target_link_libraries(${target} INTERFACE ${ARG_DEPS})

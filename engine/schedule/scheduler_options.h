@@ -14,6 +14,8 @@ struct SchedulerOptions {
   int32_t max_step_tokens = 512;         // known rows + drafts of one step (prefill budget); >= max_num_seqs * (γ+1)
   int32_t num_pages = 0;                 // KV pages in the pool
   int32_t page_tokens = 16;
+  // Positions that page tables reach beyond what the next step can write: a device runs one iteration ahead of the host.
+  int32_t lookahead_tokens = 0;
   int32_t num_state_slots = 0;           // recurrent-state slots in the pool (>= 2)
   int32_t max_queued_requests = 1024;    // waiting requests; more are RESOURCE_EXHAUSTED with a retry hint
   int64_t max_queued_bytes = 256 << 20;  // budget "queued requests": host bytes of waiting requests

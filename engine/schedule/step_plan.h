@@ -21,6 +21,7 @@ namespace bebop {
 //   decode: known_tokens = the last emitted token; num_drafts drafts (held by the executor in `slot`) are verified after it.
 struct SequencePlan {
   int32_t slot = -1;               // executor slot of this sequence (drafts and their distributions live there), 0..max_num_seqs-1
+  uint64_t residency = 0;          // unique for each stay of a sequence in a slot, never 0
   std::span<const uint32_t> known_tokens;  // committed by this pass, first one at position num_computed
   int32_t num_computed = 0;
   int32_t num_replay = 0;          // drafts accepted in this sequence's previous pass (recurrent window of state_src)

@@ -5,6 +5,7 @@
 
 #include "kernels/common/cpu_features.h"
 #include "kernels/common/ragged_batch.h"
+#include "kernels/common/stream.h"
 #include "kernels/common/tensor_view.h"
 #include "kernels/common/thread_pool.h"
 
@@ -44,4 +45,11 @@ void Attention(const AttentionArgs& args, ThreadPool& pool);
 // The same with a chosen instruction set (tests). REQUIRES: the processor has it.
 void AttentionWith(InstructionSet set, const AttentionArgs& args, ThreadPool& pool);
 }  // namespace cpu
+
+namespace cuda {
+// Enqueues the same on the device: bf16 (q, q_gate, pages, out; head_dim a multiple of 16) on tensor cores, float32 in plain float32.
+// Keys are split over blocks and merged in a fixed order, so the sums round differently from the CPU's. Shapes come from the batch's
+// max_sequence_rows and max_positions.
+void Attention(const AttentionArgs& args, Stream& stream);
+}  // namespace cuda
 }  // namespace bebop

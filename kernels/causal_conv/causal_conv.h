@@ -3,6 +3,7 @@
 
 #include "kernels/common/cpu_features.h"
 #include "kernels/common/ragged_batch.h"
+#include "kernels/common/stream.h"
 #include "kernels/common/tensor_view.h"
 #include "kernels/common/thread_pool.h"
 
@@ -31,4 +32,9 @@ void CausalConv(const CausalConvArgs& args, ThreadPool& pool);
 // The same with a chosen instruction set (tests). REQUIRES: the processor has it.
 void CausalConvWith(InstructionSet set, const CausalConvArgs& args, ThreadPool& pool);
 }  // namespace cpu
+
+namespace cuda {
+// Enqueues the same on the device. x, y and state.conv_inputs have one dtype, float32 or bf16 (sums in float32).
+void CausalConv(const CausalConvArgs& args, Stream& stream);
+}  // namespace cuda
 }  // namespace bebop

@@ -15,7 +15,7 @@ namespace bebop {
 // and written once per pass ("lazy commit").
 struct SequenceRows {
   int32_t first_row = 0;         // index of the first row in the batch
-  int32_t num_rows = 0;          // known + draft rows, >= 1
+  int32_t num_rows = 0;          // known + draft rows, >= 1; on a device 0 marks a padded sequence, which touches nothing
   int32_t num_known_rows = 0;    // 0 <= num_known_rows <= num_rows
   int32_t num_replay_rows = 0;   // accepted rows of the window left in slot `state_src` by the previous pass
   int32_t first_position = 0;    // absolute position of the first row; row i has position first_position + i
@@ -24,15 +24,22 @@ struct SequenceRows {
   int32_t first_page = 0;        // where this sequence's page table starts in RaggedBatch::page_ids
 };
 
-// All sequences of a pass, in order. A sequence may read pages written by an earlier sequence of the same pass.
+// All sequences of a pass, in order. On the CPU a sequence may read pages and slots written by an earlier sequence of the same pass; on a
+// device sequences run at the same time, so no sequence may touch what another one of the pass writes.
+//
+// On a device the arrays are device memory and may say less than the counts here, which are the capacity a launch is shaped by:
+// sequences with num_rows 0 and rows with row_sequence -1 are padding.
 struct RaggedBatch {
   int32_t num_sequences = 0;
   int32_t num_rows = 0;                          // T
   const SequenceRows* sequences = nullptr;       // [num_sequences]
   const int32_t* page_ids = nullptr;             // concatenated page tables; entry j covers positions [j*page_tokens, ...)
-  // Optional row maps, both [T] or null: sequence index and absolute position of each row.
+  // Optional row maps, both [T] or null: sequence index and absolute position of each row. A device needs them.
   const int32_t* row_sequence = nullptr;
   const int32_t* row_position = nullptr;
+  // Bounds that shape a device's launches; the CPU does not look at them.
+  int32_t max_sequence_rows = 0;  // most rows of one sequence
+  int32_t max_positions = 0;      // most positions (cached and new) that a row attends to
 };
 
 // KV pages of one full-attention layer. k and v: [num_pages, num_kv_heads, page_tokens, head_dim] of `dtype`.
@@ -46,19 +53,21 @@ struct KvPagesView {
   int32_t head_dim = 0;
 };
 
-// Recurrent state of one linear-attention layer, for all slots (float32).
+// Recurrent state of one linear-attention layer, for all slots: the matrix in float32, the inputs in `input_dtype` (kFloat32 on the CPU;
+// a device that computes in bf16 has them in bf16 anyway).
 //   matrix:       [num_slots, Hv, dk, dv]        S after the last committed row
 //   conv_inputs:  [num_slots, K-1+window, C]     raw conv inputs: the last K-1 committed rows, then the window's draft rows
 //   window_k:     [num_slots, window, Hk*dk]     k of the draft rows after conv and SiLU, before normalisation
 //   window_v:     [num_slots, window, Hv*dv]     v of the draft rows after conv and SiLU
-//   window_gate:  [num_slots, window, Hv, 2]     per head: g (log decay) and beta
+//   window_gate:  [num_slots, window, Hv, 2]     per head: g (log decay) and beta, float32
 // C = 2*Hk*dk + Hv*dv, K = convolution width, window = most draft rows per pass.
 struct LinearStateView {
   float* matrix = nullptr;
-  float* conv_inputs = nullptr;
-  float* window_k = nullptr;
-  float* window_v = nullptr;
+  void* conv_inputs = nullptr;
+  void* window_k = nullptr;
+  void* window_v = nullptr;
   float* window_gate = nullptr;
+  DType input_dtype = DType::kFloat32;
   int32_t num_slots = 0;
   int32_t window = 0;
   int32_t num_key_heads = 0;    // Hk

@@ -8,7 +8,8 @@
 namespace bebop {
 
 // A borrowed row-major matrix [rows, cols] whose rows lie `row_stride` elements apart (>= cols).
-// Owns nothing; the memory must outlive every use. On the CPU activations are kFloat32; a device backend may use kBFloat16.
+// Owns nothing; the memory must outlive every use. On the CPU activations are kFloat32; a device keeps the
+// residual stream in kFloat32 and the rest in the model's dtype.
 struct TensorView {
   void* data = nullptr;
   DType dtype = DType::kFloat32;

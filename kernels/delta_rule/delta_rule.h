@@ -3,6 +3,7 @@
 
 #include "kernels/common/cpu_features.h"
 #include "kernels/common/ragged_batch.h"
+#include "kernels/common/stream.h"
 #include "kernels/common/tensor_view.h"
 #include "kernels/common/thread_pool.h"
 
@@ -43,4 +44,11 @@ void DeltaRule(const DeltaRuleArgs& args, ThreadPool& pool);
 // The same with a chosen instruction set (tests). REQUIRES: the processor has it.
 void DeltaRuleWith(InstructionSet set, const DeltaRuleArgs& args, ThreadPool& pool);
 }  // namespace cpu
+
+namespace cuda {
+// Enqueues the same on the device. qkv, a, b, out and the windows have one dtype, float32 or bf16; state and sums are float32. Draft
+// rows, and known rows of sequences with few of them, take the step form; in bf16 long known runs (prompt chunks) take the chunked form,
+// with chunks cut at absolute multiples of 64 (model.md section 5).
+void DeltaRule(const DeltaRuleArgs& args, Stream& stream);
+}  // namespace cuda
 }  // namespace bebop

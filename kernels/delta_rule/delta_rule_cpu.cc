@@ -51,10 +51,10 @@ struct Layout {
     return state.matrix + (slot * state.num_value_heads + head) * key_dim * value_dim;
   }
   float* WindowK(int64_t slot, int64_t row, int64_t key_head) const {
-    return state.window_k + (slot * state.window + row) * key_width + key_head * key_dim;
+    return static_cast<float*>(state.window_k) + (slot * state.window + row) * key_width + key_head * key_dim;
   }
   float* WindowV(int64_t slot, int64_t row, int64_t head) const {
-    return state.window_v + (slot * state.window + row) * value_width + head * value_dim;
+    return static_cast<float*>(state.window_v) + (slot * state.window + row) * value_width + head * value_dim;
   }
   float* WindowGate(int64_t slot, int64_t row, int64_t head) const {
     return state.window_gate + ((slot * state.window + row) * state.num_value_heads + head) * 2;

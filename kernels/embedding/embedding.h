@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "kernels/common/stream.h"
 #include "kernels/common/tensor_view.h"
 #include "kernels/common/thread_pool.h"
 #include "kernels/linear/packed_matrix.h"
@@ -22,4 +23,9 @@ struct EmbeddingArgs {
 namespace cpu {
 void Embedding(const EmbeddingArgs& args, ThreadPool& pool);
 }  // namespace cpu
+
+namespace cuda {
+// Enqueues the same on the device: table in rows (MatrixLayout::kRows), out float32 or bf16. Ids out of range give zeros.
+void Embedding(const EmbeddingArgs& args, Stream& stream);
+}  // namespace cuda
 }  // namespace bebop

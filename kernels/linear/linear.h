@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstdint>
+#include <memory>
+
 #include "kernels/common/cpu_features.h"
+#include "kernels/common/stream.h"
 #include "kernels/common/tensor_view.h"
 #include "kernels/common/thread_pool.h"
 #include "kernels/linear/packed_matrix.h"
@@ -53,4 +57,29 @@ void Linear(const LinearArgs& args, LinearScratch& scratch, ThreadPool& pool);
 void LinearWith(InstructionSet set, const LinearArgs& args, LinearScratch& scratch, ThreadPool& pool);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// Chooses and caches how to run a product on the device: our small-row kernel (few rows: the weights are read once at memory speed) or a
+// cuBLASLt plan. Plans are made at the first use of a shape (N, K, padded T, dtypes), which allocates: warm up before a graph is captured
+// or a steady step begins. With the stream's batch_invariant, every T takes our own kernel with tiles and a K order that depend on N
+// and K alone, so a row's bits do not depend on T.
+class LinearPlans {
+ public:
+  explicit LinearPlans(Stream* stream);  // must outlive the plans
+  ~LinearPlans();
+  LinearPlans(const LinearPlans&) = delete;
+  LinearPlans& operator=(const LinearPlans&) = delete;
+
+ private:
+  friend void Linear(const LinearArgs& args, LinearPlans& plans, Stream& stream);
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+// Enqueues y = x Wᵀ; w in rows (MatrixLayout::kRows). bf16 weights: x bf16, y bf16 or float32. float32 weights: x and y float32, plain
+// float32 products. K a multiple of 8; x.row_stride too.
+void Linear(const LinearArgs& args, LinearPlans& plans, Stream& stream);
+
+}  // namespace cuda
 }  // namespace bebop

@@ -8,7 +8,14 @@
 
 namespace bebop {
 
-// A weight matrix W [rows, cols] in the CPU's packed layout, borrowed. 16 rows make a panel; panels follow each other, each from its
+// How a weight matrix lies in memory: the CPU's panels, or plain rows in device memory.
+enum class MatrixLayout : uint8_t { kPanels, kRows };
+
+// A weight matrix W [rows, cols], borrowed.
+//
+// kRows (devices): row-major without gaps, cols as they are; 256-byte aligned. Rows that pad a fused matrix are zero.
+//
+// kPanels (CPU): 16 rows make a panel; panels follow each other, each from its
 // first column to its last, and every 64 bytes hold one group of columns for the 16 rows: a pair of bf16 columns (so that 16 rows x
 // 32 columns are 1 KiB), or one float32 column. Rows and columns are padded with zeros to multiples of 16 and 32: with C padded
 // columns, element (n, k) is number (n / 16 * C + k / 2 * 2) * 16 + n % 16 * 2 + k % 2 in bf16 and (n / 16 * C + k) * 16 + n % 16 in
@@ -18,6 +25,7 @@ struct PackedMatrix {
   DType dtype = DType::kFloat32;
   int64_t rows = 0;  // N, output features
   int64_t cols = 0;  // K, input features
+  MatrixLayout layout = MatrixLayout::kPanels;
 };
 
 // Rows of a packed panel: fused matrices start each segment at a multiple of this.

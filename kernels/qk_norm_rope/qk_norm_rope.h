@@ -5,6 +5,7 @@
 
 #include "kernels/common/cpu_features.h"
 #include "kernels/common/ragged_batch.h"
+#include "kernels/common/stream.h"
 #include "kernels/common/tensor_view.h"
 #include "kernels/common/thread_pool.h"
 
@@ -47,4 +48,9 @@ void QkNormRope(const QkNormRopeArgs& args, ThreadPool& pool);
 // The same with a chosen instruction set (tests). The bits are those of any other set. REQUIRES: the processor has it.
 void QkNormRopeWith(InstructionSet set, const QkNormRopeArgs& args, ThreadPool& pool);
 }  // namespace cpu
+
+namespace cuda {
+// Enqueues the same on the device: q_gate, k, v, q_out and pages have one dtype, float32 or bf16. Rows of padding write no page.
+void QkNormRope(const QkNormRopeArgs& args, Stream& stream);
+}  // namespace cuda
 }  // namespace bebop

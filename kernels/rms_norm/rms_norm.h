@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/common/cpu_features.h"
+#include "kernels/common/stream.h"
 #include "kernels/common/tensor_view.h"
 #include "kernels/common/thread_pool.h"
 
@@ -39,4 +40,10 @@ void GatedRmsNorm(const GatedRmsNormArgs& args, ThreadPool& pool);
 void RmsNormWith(InstructionSet set, const RmsNormArgs& args, ThreadPool& pool);
 void GatedRmsNormWith(InstructionSet set, const GatedRmsNormArgs& args, ThreadPool& pool);
 }  // namespace cpu
+
+namespace cuda {
+// Enqueues the same on the device: each of x, residual and out is float32 or bf16 (the stream is float32); sums of squares in float32.
+void RmsNorm(const RmsNormArgs& args, Stream& stream);
+void GatedRmsNorm(const GatedRmsNormArgs& args, Stream& stream);
+}  // namespace cuda
 }  // namespace bebop

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/common/cpu_features.h"
+#include "kernels/common/stream.h"
 #include "kernels/common/tensor_view.h"
 #include "kernels/common/thread_pool.h"
 
@@ -20,4 +21,9 @@ void SwiGlu(const SwiGluArgs& args, ThreadPool& pool);
 // The same with a chosen instruction set (tests). REQUIRES: the processor has it.
 void SwiGluWith(InstructionSet set, const SwiGluArgs& args, ThreadPool& pool);
 }  // namespace cpu
+
+namespace cuda {
+// Enqueues the same on the device: gate, up and out have one dtype, float32 or bf16.
+void SwiGlu(const SwiGluArgs& args, Stream& stream);
+}  // namespace cuda
 }  // namespace bebop

@@ -106,7 +106,13 @@ constexpr int32_t kSlots = 40;  // more state than the caches hold, as the layer
 
 struct LinearState {
   LinearState() {
-    view = {nullptr, nullptr, nullptr, nullptr, nullptr, kSlots, kWindow, kHeads, kHeads, kLinearDim, kLinearDim, kConvWidth};
+    view.num_slots = kSlots;
+    view.window = kWindow;
+    view.num_key_heads = kHeads;
+    view.num_value_heads = kHeads;
+    view.key_head_dim = kLinearDim;
+    view.value_head_dim = kLinearDim;
+    view.conv_width = kConvWidth;
     matrix.resize(size_t{kSlots} * kHeads * kLinearDim * kLinearDim);
     conv.resize(size_t{kSlots} * (kConvWidth - 1 + kWindow) * static_cast<size_t>(view.conv_channels()));
     window_k = Values(int64_t{kSlots} * kWindow * kHeads * kLinearDim);

@@ -122,8 +122,13 @@ struct OwnedBatch {
 struct OwnedLinearState {
   OwnedLinearState(int32_t num_slots, int32_t window, int32_t key_heads, int32_t value_heads, int32_t key_dim, int32_t value_dim,
                    int32_t conv_width) {
-    view = {nullptr, nullptr,   nullptr,     nullptr, nullptr,   num_slots,
-            window,  key_heads, value_heads, key_dim, value_dim, conv_width};
+    view.num_slots = num_slots;
+    view.window = window;
+    view.num_key_heads = key_heads;
+    view.num_value_heads = value_heads;
+    view.key_head_dim = key_dim;
+    view.value_head_dim = value_dim;
+    view.conv_width = conv_width;
     matrix.assign(static_cast<size_t>(int64_t{num_slots} * MatrixSize()), kNan);
     conv_inputs.assign(static_cast<size_t>(int64_t{num_slots} * ConvSize()), kNan);
     window_k.assign(static_cast<size_t>(int64_t{num_slots} * window * key_heads * key_dim), kNan);

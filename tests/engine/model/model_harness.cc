@@ -29,9 +29,9 @@ void PoisonState(const ModelState& state) {
   for (const LinearStateView& view : state.linear) {
     const int64_t slots = view.num_slots, rows = slots * view.window;
     FillWithNan(view.matrix, slots * view.num_value_heads * view.key_head_dim * view.value_head_dim);
-    FillWithNan(view.conv_inputs, slots * (view.conv_width - 1 + view.window) * view.conv_channels());
-    FillWithNan(view.window_k, rows * view.num_key_heads * view.key_head_dim);
-    FillWithNan(view.window_v, rows * view.num_value_heads * view.value_head_dim);
+    FillWithNan(static_cast<float*>(view.conv_inputs), slots * (view.conv_width - 1 + view.window) * view.conv_channels());
+    FillWithNan(static_cast<float*>(view.window_k), rows * view.num_key_heads * view.key_head_dim);
+    FillWithNan(static_cast<float*>(view.window_v), rows * view.num_value_heads * view.value_head_dim);
     FillWithNan(view.window_gate, rows * view.num_value_heads * 2);
   }
 }
