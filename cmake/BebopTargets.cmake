@@ -85,6 +85,19 @@ function(bebop_test)
   set_tests_properties(${ARG_NAME} PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS "${ARG_LABELS}")
 endfunction()
 
+# bebop_cuda_test(NAME attention_cuda_test SRCS ... DEPS ...): a test of the CUDA backend, labelled `cuda`, in builds that have one. It skips
+# where no device is.
+function(bebop_cuda_test)
+  if(NOT BEBOP_HAS_CUDA)
+    return()
+  endif()
+  cmake_parse_arguments(ARG "" "NAME;TIMEOUT" "SRCS;DEPS;LABELS" ${ARGN})
+  if(NOT ARG_TIMEOUT)
+    set(ARG_TIMEOUT 300)
+  endif()
+  bebop_test(NAME ${ARG_NAME} SRCS ${ARG_SRCS} DEPS ${ARG_DEPS} bebop::cuda_runtime LABELS cuda ${ARG_LABELS} TIMEOUT ${ARG_TIMEOUT})
+endfunction()
+
 # bebop_benchmark(NAME linear_bench SRCS ... DEPS ...): a Google Benchmark program; never a ctest entry.
 function(bebop_benchmark)
   cmake_parse_arguments(ARG "" "NAME" "SRCS;DEPS" ${ARGN})
