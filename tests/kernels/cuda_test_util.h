@@ -41,13 +41,15 @@ class DeviceArray {
   int64_t bytes() const { return count_ * static_cast<int64_t>(sizeof(T)); }
   void Upload(const std::vector<T>& values) {
     ASSERT_EQ(static_cast<int64_t>(values.size()), count_);
-    if (count_ > 0) ASSERT_EQ(cudaMemcpy(data(), values.data(), static_cast<size_t>(bytes()), cudaMemcpyHostToDevice), cudaSuccess);
+    if (count_ == 0) return;
+    ASSERT_EQ(cudaMemcpy(data(), values.data(), static_cast<size_t>(bytes()), cudaMemcpyHostToDevice), cudaSuccess);
   }
   // Waits for the device.
   std::vector<T> Download() const {
     std::vector<T> values(static_cast<size_t>(count_));
     EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
-    if (count_ > 0) EXPECT_EQ(cudaMemcpy(values.data(), data(), static_cast<size_t>(bytes()), cudaMemcpyDeviceToHost), cudaSuccess);
+    if (count_ == 0) return values;
+    EXPECT_EQ(cudaMemcpy(values.data(), data(), static_cast<size_t>(bytes()), cudaMemcpyDeviceToHost), cudaSuccess);
     return values;
   }
   bool GuardsUntouched() const {
