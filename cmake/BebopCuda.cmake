@@ -5,7 +5,9 @@
 #                       (preset cuda-emulated; tests only, see tests/support/cuda_emulation/README.md).
 # BEBOP_HAS_CUDA is true in both. Targets:
 #   bebop::cuda_runtime   headers, and what a program with device code links
-#   bebop::cublaslt       cublasLt.h, and its library or the emulated one
+#   bebop::cublaslt       cublasLt.h, and what loads its library at run time (kernels/common/cublaslt_loader.cc) or the emulated one
+#   bebop_cuda_tests      builds every test labelled `cuda`
+#   bebop_cuda_benches    builds every benchmark `*_cuda_bench`
 option(BEBOP_ENABLE_CUDA "Build the CUDA backend with nvcc" OFF)
 option(BEBOP_EMULATE_CUDA "Build the CUDA backend for the emulated device of the tests" OFF)
 if(BEBOP_ENABLE_CUDA AND BEBOP_EMULATE_CUDA)
@@ -16,6 +18,30 @@ if(NOT BEBOP_ENABLE_CUDA AND NOT BEBOP_EMULATE_CUDA)
   return()
 endif()
 set(BEBOP_HAS_CUDA ON)
+
+# Parts that a toolkit may lack (cuBLAS, or all of it) can come from NVIDIA's wheels, in the site-packages of BEBOP_PYTHON:
+# `deploy/install_deps.sh cuda` puts what is missing into build/venv.
+set(BEBOP_CUDA_WHEELS)
+set(wheel_python ${BEBOP_PYTHON})
+if(NOT wheel_python)
+  set(wheel_python python3)
+endif()
+execute_process(COMMAND ${wheel_python} -c "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+                OUTPUT_VARIABLE site_packages OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+if(site_packages AND IS_DIRECTORY ${site_packages}/nvidia/cu13)
+  set(BEBOP_CUDA_WHEELS ${site_packages}/nvidia/cu13)
+endif()
+# The toolkit: CUDACXX or CMAKE_CUDA_COMPILER, what is on PATH, /usr/local/cuda, the wheels.
+if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+  find_program(BEBOP_NVCC nvcc HINTS /usr/local/cuda/bin ${BEBOP_CUDA_WHEELS}/bin)
+  mark_as_advanced(BEBOP_NVCC)
+  if(BEBOP_NVCC)
+    set(CMAKE_CUDA_COMPILER ${BEBOP_NVCC})
+    if(BEBOP_CUDA_WHEELS AND BEBOP_NVCC STREQUAL "${BEBOP_CUDA_WHEELS}/bin/nvcc")
+      set(CUDAToolkit_ROOT ${BEBOP_CUDA_WHEELS})
+    endif()
+  endif()
+endif()
 
 if(BEBOP_ENABLE_CUDA)
   # sm_90a first; sm_80 is the oldest device with the instructions that the kernels use.
@@ -29,23 +55,36 @@ if(BEBOP_ENABLE_CUDA)
   enable_language(CUDA)
 endif()
 find_package(CUDAToolkit REQUIRED)
+if(CUDAToolkit_VERSION VERSION_LESS 13.0)
+  message(FATAL_ERROR "CUDA ${CUDAToolkit_VERSION} at ${CUDAToolkit_BIN_DIR}: bebop needs 13.0 or later (deploy/install_deps.sh cuda)")
+endif()
 find_package(CublasLt REQUIRED)
 
 add_library(bebop_cuda_runtime INTERFACE)
 add_library(bebop::cuda_runtime ALIAS bebop_cuda_runtime)
 target_include_directories(bebop_cuda_runtime SYSTEM INTERFACE ${CUDAToolkit_INCLUDE_DIRS})
-add_library(bebop_cublaslt INTERFACE)
-add_library(bebop::cublaslt ALIAS bebop_cublaslt)
-target_include_directories(bebop_cublaslt SYSTEM INTERFACE ${CublasLt_INCLUDE_DIR})
-target_link_libraries(bebop_cublaslt INTERFACE bebop_cuda_runtime)
 if(BEBOP_ENABLE_CUDA)
   target_link_libraries(bebop_cuda_runtime INTERFACE CUDA::cudart_static)
-  target_link_libraries(bebop_cublaslt INTERFACE ${CublasLt_LIBRARY})
+  add_library(bebop_cublaslt STATIC ${PROJECT_SOURCE_DIR}/kernels/common/cublaslt_loader.cc)
+  set(library_of_build ${CublasLt_LIBRARY})
+  if(NOT library_of_build)
+    set(library_of_build "")
+  endif()
+  target_compile_definitions(bebop_cublaslt PRIVATE BEBOP_CUBLASLT_OF_BUILD="${library_of_build}")
+  target_include_directories(bebop_cublaslt SYSTEM PUBLIC ${CublasLt_INCLUDE_DIR})
+  target_link_libraries(bebop_cublaslt PUBLIC bebop_cuda_runtime PRIVATE bebop_options ${CMAKE_DL_LIBS})
 else()
   target_compile_definitions(bebop_cuda_runtime INTERFACE BEBOP_CUDA_EMULATION=1)
   target_include_directories(bebop_cuda_runtime INTERFACE ${PROJECT_SOURCE_DIR}/tests/support/cuda_emulation)
   target_link_libraries(bebop_cuda_runtime INTERFACE bebop_cuda_emulation)
+  add_library(bebop_cublaslt INTERFACE)
+  target_include_directories(bebop_cublaslt SYSTEM INTERFACE ${CublasLt_INCLUDE_DIR})
+  target_link_libraries(bebop_cublaslt INTERFACE bebop_cuda_runtime)
 endif()
+add_library(bebop::cublaslt ALIAS bebop_cublaslt)
+
+add_custom_target(bebop_cuda_tests)
+add_custom_target(bebop_cuda_benches)
 
 # bebop_cuda_sources(<target> a_cuda.cu ...): adds device code to a library of ours.
 function(bebop_cuda_sources target)
@@ -58,8 +97,10 @@ function(bebop_cuda_sources target)
   endif()
 endfunction()
 
-# -Xptxas -v: registers, shared memory and spills of every kernel, for docs/kernels.md.
-set(BEBOP_CUDA_FLAGS --expt-relaxed-constexpr -Werror=all-warnings -Xptxas=-v -lineinfo)
+# Warnings are errors in device code (nvcc, ptxas) and in the host code of .cu files. -lineinfo costs nothing at run time and gives
+# compute-sanitizer and the profilers their source lines.
+set(BEBOP_CUDA_FLAGS --expt-relaxed-constexpr -Werror=all-warnings -lineinfo
+  -Xcompiler=-Wall,-Wextra,-Werror,-fno-omit-frame-pointer,-fstack-protector-strong,-ffp-contract=off)
 # Kernels read bf16 pairs through uint4 and such. Instrumented like a program under ThreadSanitizer, but linked with our own hooks,
 # which check every access to device and shared memory.
 set(BEBOP_EMULATED_KERNEL_FLAGS -x c++ -fno-strict-aliasing)

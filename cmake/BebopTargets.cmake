@@ -68,7 +68,8 @@ function(bebop_program)
 endfunction()
 
 # bebop_test(NAME linear_test SRCS ... DEPS ... [LABELS slow] [TIMEOUT 60]): one gtest program, one ctest entry.
-# Labels: none = fast and part of every configuration; `statistics` and `oracle` run in cpu-release alone.
+# Labels: none = fast and part of every configuration; `statistics` and `oracle` run in cpu-release alone; `cuda` = needs the CUDA backend
+# (target bebop_cuda_tests builds them all).
 function(bebop_test)
   cmake_parse_arguments(ARG "" "NAME;TIMEOUT" "SRCS;DEPS;LABELS" ${ARGN})
   if(NOT BEBOP_BUILD_TESTS)
@@ -83,6 +84,9 @@ function(bebop_test)
     set(ARG_TIMEOUT 120)
   endif()
   set_tests_properties(${ARG_NAME} PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS "${ARG_LABELS}")
+  if(BEBOP_HAS_CUDA AND "cuda" IN_LIST ARG_LABELS)
+    add_dependencies(bebop_cuda_tests ${ARG_NAME})
+  endif()
 endfunction()
 
 # bebop_cuda_test(NAME attention_cuda_test SRCS ... DEPS ...): a test of the CUDA backend, labelled `cuda`, in builds that have one. It skips
@@ -108,6 +112,9 @@ function(bebop_benchmark)
   add_executable(${ARG_NAME} ${ARG_SRCS})
   target_link_libraries(${ARG_NAME} PRIVATE ${ARG_DEPS} benchmark::benchmark bebop_options)
   set_target_properties(${ARG_NAME} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/bench)
+  if(BEBOP_HAS_CUDA AND ARG_NAME MATCHES "_cuda_bench$")
+    add_dependencies(bebop_cuda_benches ${ARG_NAME})
+  endif()
 endfunction()
 
 # bebop_fuzz_target(NAME safetensors_fuzz SRCS ... DEPS ... CORPUS dir): with BEBOP_BUILD_FUZZ a libFuzzer program in
