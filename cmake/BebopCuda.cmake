@@ -33,7 +33,7 @@ if(site_packages AND IS_DIRECTORY ${site_packages}/nvidia/cu13)
 endif()
 # The toolkit: CUDACXX or CMAKE_CUDA_COMPILER, what is on PATH, /usr/local/cuda, the wheels.
 if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
-  find_program(BEBOP_NVCC nvcc HINTS /usr/local/cuda/bin ${BEBOP_CUDA_WHEELS}/bin)
+  find_program(BEBOP_NVCC nvcc PATHS /usr/local/cuda/bin ${BEBOP_CUDA_WHEELS}/bin)
   mark_as_advanced(BEBOP_NVCC)
   if(BEBOP_NVCC)
     set(CMAKE_CUDA_COMPILER ${BEBOP_NVCC})
@@ -48,9 +48,6 @@ if(BEBOP_ENABLE_CUDA)
   if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
     set(CMAKE_CUDA_ARCHITECTURES 90a-real 80-real)
   endif()
-  set(CMAKE_CUDA_STANDARD 20)
-  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-  set(CMAKE_CUDA_EXTENSIONS OFF)
   set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
   enable_language(CUDA)
 endif()
@@ -98,8 +95,8 @@ function(bebop_cuda_sources target)
 endfunction()
 
 # Warnings are errors in device code (nvcc, ptxas) and in the host code of .cu files. -lineinfo costs nothing at run time and gives
-# compute-sanitizer and the profilers their source lines.
-set(BEBOP_CUDA_FLAGS --expt-relaxed-constexpr -Werror=all-warnings -lineinfo
+# compute-sanitizer and the profilers their source lines. The standard is a flag because CMake 3.25 knows no C++20 for nvcc.
+set(BEBOP_CUDA_FLAGS -std=c++20 --expt-relaxed-constexpr -Werror=all-warnings -lineinfo
   -Xcompiler=-Wall,-Wextra,-Werror,-fno-omit-frame-pointer,-fstack-protector-strong,-ffp-contract=off)
 # Kernels read bf16 pairs through uint4 and such. Instrumented like a program under ThreadSanitizer, but linked with our own hooks,
 # which check every access to device and shared memory.
