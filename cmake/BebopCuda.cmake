@@ -50,6 +50,12 @@ if(BEBOP_ENABLE_CUDA)
   endif()
   set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
   enable_language(CUDA)
+  if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25 does not know that nvcc has C++20
+    set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+  endif()
+  set(CMAKE_CUDA_STANDARD 20)
+  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+  set(CMAKE_CUDA_EXTENSIONS OFF)
 endif()
 find_package(CUDAToolkit REQUIRED)
 if(CUDAToolkit_VERSION VERSION_LESS 13.0)
@@ -95,8 +101,8 @@ function(bebop_cuda_sources target)
 endfunction()
 
 # Warnings are errors in device code (nvcc, ptxas) and in the host code of .cu files. -lineinfo costs nothing at run time and gives
-# compute-sanitizer and the profilers their source lines. The standard is a flag because CMake 3.25 knows no C++20 for nvcc.
-set(BEBOP_CUDA_FLAGS -std=c++20 --expt-relaxed-constexpr -Werror=all-warnings -lineinfo
+# compute-sanitizer and the profilers their source lines.
+set(BEBOP_CUDA_FLAGS --expt-relaxed-constexpr -Werror=all-warnings -lineinfo
   -Xcompiler=-Wall,-Wextra,-Werror,-fno-omit-frame-pointer,-fstack-protector-strong,-ffp-contract=off)
 # Kernels read bf16 pairs through uint4 and such. Instrumented like a program under ThreadSanitizer, but linked with our own hooks,
 # which check every access to device and shared memory.
