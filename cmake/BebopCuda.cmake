@@ -106,4 +106,4 @@ set(BEBOP_CUDA_FLAGS --expt-relaxed-constexpr -Werror=all-warnings -lineinfo
   -Xcompiler=-Wall,-Wextra,-Werror,-fno-omit-frame-pointer,-fstack-protector-strong,-ffp-contract=off)
 # Kernels read bf16 pairs through uint4 and such. Instrumented like a program under ThreadSanitizer, but linked with our own hooks,
 # which check every access to device and shared memory.
-set(BEBOP_EMULATED_KERNEL_FLAGS -x c++ -fno-strict-aliasing)
+set(BEBOP_EMULATED_KERNEL_FLAGS -x c++ -fno-strict-aliasing -Wno-unknown-pragmas)
