@@ -1,19 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "engine/memory/model_state.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <cstring>
+#include <string>
 
-#include "absl/status/status.h"
-#include "absl/strings/str_cat.h"
+#include "engine/base/status_macros.h"
+#include "engine/formats/strings.h"
 #include "kernels/common/check.h"
 
 namespace bebop {
 namespace {
 
-constexpr int64_t kAlignment = 64;  // of every array: a cache line, and what aligned vector loads want
+constexpr int64_t kAlignment = 256;  // of every array: what DeviceMemory gives
 
 int64_t Aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -24,18 +22,20 @@ int64_t PageElements(const ModelConfig& config, const ModelStateOptions& options
 
 int32_t NumPagedLayers(const ModelConfig& config) { return config.num_full_attention_layers() + config.num_mtp_layers; }
 
-// Floats that one slot takes in each array of a LinearStateView.
-struct SlotFloats {
+// Bytes that one slot takes in each array of a LinearStateView.
+struct SlotArrayBytes {
   int64_t matrix = 0, conv_inputs = 0, window_k = 0, window_v = 0, window_gate = 0;
   int64_t total() const { return matrix + conv_inputs + window_k + window_v + window_gate; }
 };
 
-SlotFloats FloatsPerSlot(const ModelConfig& config, int64_t window) {
-  return {.matrix = static_cast<int64_t>(config.linear_num_value_heads) * config.linear_key_head_dim * config.linear_value_head_dim,
-          .conv_inputs = (config.linear_conv_kernel_dim - 1 + window) * config.conv_channels(),
-          .window_k = window * config.linear_key_width(),
-          .window_v = window * config.linear_value_width(),
-          .window_gate = window * config.linear_num_value_heads * 2};
+SlotArrayBytes BytesPerSlot(const ModelConfig& config, const ModelStateOptions& options) {
+  const int64_t window = options.window;
+  const int64_t input = ElementBytes(options.input_dtype), wide = ElementBytes(DType::kFloat32);
+  return {.matrix = wide * config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim,
+          .conv_inputs = input * (config.linear_conv_kernel_dim - 1 + window) * config.conv_channels(),
+          .window_k = input * window * config.linear_key_width(),
+          .window_v = input * window * config.linear_value_width(),
+          .window_gate = wide * window * config.linear_num_value_heads * 2};
 }
 
 // Hands out aligned arrays one after the other. Without memory (base null) it only counts, so one layout serves both uses.
@@ -47,7 +47,6 @@ class Carver {
     used_ += Aligned(bytes);
     return array;
   }
-  float* TakeFloats(int64_t count) { return reinterpret_cast<float*>(Take(count * static_cast<int64_t>(sizeof(float)))); }
   int64_t used() const { return used_; }
 
  private:
@@ -69,14 +68,15 @@ KvPagesView CarveKvPages(const ModelConfig& config, const ModelStateOptions& opt
 }
 
 LinearStateView CarveLinearState(const ModelConfig& config, const ModelStateOptions& options, Carver& carver) {
-  const SlotFloats slot = FloatsPerSlot(config, options.window);
+  const SlotArrayBytes slot = BytesPerSlot(config, options);
   const int64_t num_slots = options.num_slots;
   LinearStateView view;
-  view.matrix = carver.TakeFloats(num_slots * slot.matrix);
-  view.conv_inputs = carver.TakeFloats(num_slots * slot.conv_inputs);
-  view.window_k = carver.TakeFloats(num_slots * slot.window_k);
-  view.window_v = carver.TakeFloats(num_slots * slot.window_v);
-  view.window_gate = carver.TakeFloats(num_slots * slot.window_gate);
+  view.matrix = reinterpret_cast<float*>(carver.Take(num_slots * slot.matrix));
+  view.conv_inputs = carver.Take(num_slots * slot.conv_inputs);
+  view.window_k = carver.Take(num_slots * slot.window_k);
+  view.window_v = carver.Take(num_slots * slot.window_v);
+  view.window_gate = reinterpret_cast<float*>(carver.Take(num_slots * slot.window_gate));
+  view.input_dtype = options.input_dtype;
   view.num_slots = options.num_slots;
   view.window = options.window;
   view.num_key_heads = config.linear_num_key_heads;
@@ -100,13 +100,13 @@ ModelState CarveState(const ModelConfig& config, const ModelStateOptions& option
   return state;
 }
 
-void CopyPageOf(const KvPagesView& pages, int32_t source, int32_t destination) {
+void CopyPageOf(const KvPagesView& pages, int32_t source, int32_t destination, DeviceMemory& memory) {
   BEBOP_CHECK(0 <= source && source < pages.num_pages && 0 <= destination && destination < pages.num_pages);
   const int64_t page_bytes =
       static_cast<int64_t>(pages.num_kv_heads) * pages.page_tokens * pages.head_dim * ElementBytes(pages.dtype);
   for (void* array : {pages.k, pages.v}) {
     char* const base = static_cast<char*>(array);
-    std::memcpy(base + destination * page_bytes, base + source * page_bytes, page_bytes);
+    memory.Copy(base + destination * page_bytes, base + source * page_bytes, page_bytes);
   }
 }
 
@@ -117,35 +117,27 @@ int64_t PageBytes(const ModelConfig& config, const ModelStateOptions& options) {
 }
 
 int64_t SlotBytes(const ModelConfig& config, const ModelStateOptions& options) {
-  return config.num_linear_attention_layers() * FloatsPerSlot(config, options.window).total() *
-         static_cast<int64_t>(sizeof(float));
+  return config.num_linear_attention_layers() * BytesPerSlot(config, options).total();
 }
 
-absl::StatusOr<std::unique_ptr<ModelStateStorage>> ModelStateStorage::Create(const ModelConfig& config,
-                                                                             const ModelStateOptions& options) {
+absl::StatusOr<std::unique_ptr<ModelStateStorage>> ModelStateStorage::Create(const ModelConfig& config, const ModelStateOptions& options,
+                                                                             DeviceMemory* memory) {
   BEBOP_CHECK(options.num_pages >= 0 && options.page_tokens > 0 && options.num_slots >= 0 && options.window >= 0);
   Carver counter(nullptr);
   CarveState(config, options, counter);
-  // Anonymous memory comes zeroed and is backed page by page at first use, so unused KV pages cost address space only.
-  const size_t bytes = static_cast<size_t>(std::max(counter.used(), kAlignment));
-  void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) {
-    return absl::ResourceExhaustedError(absl::StrCat("cannot get ", bytes, " bytes for KV pages and recurrent states (",
-                                                     options.num_pages, " pages of ", PageBytes(config, options), " bytes, ",
-                                                     options.num_slots, " slots of ", SlotBytes(config, options), " bytes)"));
-  }
   std::unique_ptr<ModelStateStorage> storage(new ModelStateStorage());
-  storage->bytes_ = {static_cast<char*>(memory), Unmap{bytes}};
-  Carver carver(storage->bytes_.get());
+  storage->memory_ = memory;
+  const std::string what = StrCat("KV pages and recurrent states (", options.num_pages, " pages of ", PageBytes(config, options), " bytes, ",
+                                  options.num_slots, " slots of ", SlotBytes(config, options), " bytes)");
+  BEBOP_ASSIGN_OR_RETURN(storage->bytes_, memory->Allocate(std::max(counter.used(), kAlignment), what));
+  Carver carver(static_cast<char*>(storage->bytes_.get()));
   storage->state_ = CarveState(config, options, carver);
   return storage;
 }
 
-void ModelStateStorage::Unmap::operator()(char* memory) const { munmap(memory, bytes); }
-
 void ModelStateStorage::CopyPage(int32_t source, int32_t destination) {
-  for (const KvPagesView& pages : state_.kv) CopyPageOf(pages, source, destination);
-  if (state_.mtp_kv.num_pages > 0) CopyPageOf(state_.mtp_kv, source, destination);
+  for (const KvPagesView& pages : state_.kv) CopyPageOf(pages, source, destination, *memory_);
+  if (state_.mtp_kv.num_pages > 0) CopyPageOf(state_.mtp_kv, source, destination, *memory_);
 }
 
 }  // namespace bebop

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "engine/config/model_config.h"
+#include "engine/memory/device_memory.h"
 #include "kernels/common/ragged_batch.h"
 
 namespace bebop {
@@ -25,6 +25,7 @@ struct ModelStateOptions {
   int32_t page_tokens = 16;
   int32_t num_slots = 0;     // recurrent-state slots
   int32_t window = 0;        // most draft rows per pass (γ)
+  DType input_dtype = DType::kFloat32;  // of conv inputs and windows: the activations' dtype
 };
 
 // Bytes that one page (all attention layers and the MTP layer) and one state slot (all linear layers) take.
@@ -35,21 +36,19 @@ int64_t SlotBytes(const ModelConfig& config, const ModelStateOptions& options);
 // (engine/memory/page_pool.h); this class only holds the bytes. Not thread safe: the engine thread.
 class ModelStateStorage {
  public:
-  // RESOURCE_EXHAUSTED, naming the bytes asked for, when the memory cannot be had.
-  static absl::StatusOr<std::unique_ptr<ModelStateStorage>> Create(const ModelConfig& config, const ModelStateOptions& options);
+  // In `memory`, which must outlive the storage. RESOURCE_EXHAUSTED, naming the bytes asked for, when the memory cannot be had.
+  static absl::StatusOr<std::unique_ptr<ModelStateStorage>> Create(const ModelConfig& config, const ModelStateOptions& options,
+                                                                   DeviceMemory* memory);
   const ModelState& state() const { return state_; }
-  // Copies all layers of page `source` to page `destination` (copy on write of a shared, partly filled page).
+  // Copies all layers of page `source` to page `destination` (copy on write of a shared, partly filled page). On a device the copies
+  // are enqueued.
   void CopyPage(int32_t source, int32_t destination);
 
  private:
-  struct Unmap {
-    size_t bytes;
-    void operator()(char* memory) const;
-  };
-
   ModelStateStorage() = default;
+  DeviceMemory* memory_ = nullptr;
   ModelState state_;
-  std::unique_ptr<char, Unmap> bytes_;
+  std::shared_ptr<void> bytes_;
 };
 
 }  // namespace bebop

@@ -1,30 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "engine/model/decoder_layer.h"
 
-#include "kernels/attention/attention.h"
-#include "kernels/causal_conv/causal_conv.h"
 #include "kernels/common/check.h"
-#include "kernels/delta_rule/delta_rule.h"
-#include "kernels/linear/linear.h"
-#include "kernels/qk_norm_rope/qk_norm_rope.h"
-#include "kernels/rms_norm/rms_norm.h"
-#include "kernels/swiglu/swiglu.h"
 
 namespace bebop {
 namespace {
 
 void MatMul(const Pass& pass, const TensorView& x, const PackedMatrix& w, const TensorView& y) {
-  cpu::Linear({.x = x, .w = w, .y = y}, pass.linear_scratch, pass.pool);
+  pass.ops.Linear({.x = x, .w = w, .y = y});
 }
 
 // h += update; act.normed = norm(h).
 void AddAndNorm(const Pass& pass, const TensorView& update, const float* weight) {
-  cpu::RmsNorm({.x = pass.act.stream,
-                .residual = update,
-                .weight = weight,
-                .eps = pass.config.rms_norm_eps,
-                .out = pass.act.normed},
-               pass.pool);
+  pass.ops.RmsNorm({.x = pass.act.stream, .residual = update, .weight = weight, .eps = pass.config.rms_norm_eps, .out = pass.act.normed});
 }
 
 // act.update = o_proj(attention(q, k, v) · sigmoid(gate)) of act.normed.
@@ -39,34 +27,32 @@ void GatedAttention(const Pass& pass, const FullAttentionWeights& weights, const
   const MtpChain* const chain = cache.chain;
 
   MatMul(pass, pass.act.normed, weights.qkv, projected);
-  cpu::QkNormRope({.batch = pass.batch,
-                   .q_gate = q_gate,
-                   .k = projected.Columns(segments.k, kv_width),
-                   .v = projected.Columns(segments.v, kv_width),
-                   .q_norm = weights.q_norm,
-                   .k_norm = weights.k_norm,
-                   .eps = config.rms_norm_eps,
-                   .num_q_heads = config.num_attention_heads,
-                   .num_kv_heads = config.num_key_value_heads,
-                   .head_dim = config.head_dim,
-                   .rotary_dim = config.rotary_dim,
-                   .rope_theta = config.rope_theta,
-                   .q_out = pass.act.query,
-                   .pages = cache.pages,
-                   .dense_k = chain != nullptr ? chain->k[chain->num_entries - 1] : TensorView{},
-                   .dense_v = chain != nullptr ? chain->v[chain->num_entries - 1] : TensorView{}},
-                  pass.pool);
-  cpu::Attention({.batch = pass.batch,
-                  .q = pass.act.query,
-                  .q_gate = q_gate,
-                  .pages = cache.pages,
-                  .num_q_heads = config.num_attention_heads,
-                  .first_index = cache.first_index,
-                  .num_chain = chain != nullptr ? chain->num_entries : 0,
-                  .chain_k = chain != nullptr ? chain->k : nullptr,
-                  .chain_v = chain != nullptr ? chain->v : nullptr,
-                  .out = out},
-                 pass.pool);
+  pass.ops.QkNormRope({.batch = pass.batch,
+                       .q_gate = q_gate,
+                       .k = projected.Columns(segments.k, kv_width),
+                       .v = projected.Columns(segments.v, kv_width),
+                       .q_norm = weights.q_norm,
+                       .k_norm = weights.k_norm,
+                       .eps = config.rms_norm_eps,
+                       .num_q_heads = config.num_attention_heads,
+                       .num_kv_heads = config.num_key_value_heads,
+                       .head_dim = config.head_dim,
+                       .rotary_dim = config.rotary_dim,
+                       .rope_theta = config.rope_theta,
+                       .q_out = pass.act.query,
+                       .pages = cache.pages,
+                       .dense_k = chain != nullptr ? chain->k[chain->num_entries - 1] : TensorView{},
+                       .dense_v = chain != nullptr ? chain->v[chain->num_entries - 1] : TensorView{}});
+  pass.ops.Attention({.batch = pass.batch,
+                      .q = pass.act.query,
+                      .q_gate = q_gate,
+                      .pages = cache.pages,
+                      .num_q_heads = config.num_attention_heads,
+                      .first_index = cache.first_index,
+                      .num_chain = chain != nullptr ? chain->num_entries : 0,
+                      .chain_k = chain != nullptr ? chain->k : nullptr,
+                      .chain_v = chain != nullptr ? chain->v : nullptr,
+                      .out = out});
   MatMul(pass, out, weights.out, pass.act.update);
 }
 
@@ -78,28 +64,25 @@ void GatedDeltaNet(const Pass& pass, const LinearAttentionWeights& weights, cons
   const TensorView out = pass.act.mixed.Columns(0, config.linear_value_width());
 
   MatMul(pass, pass.act.normed, weights.in, projected);
-  cpu::CausalConv({.batch = pass.batch,
-                   .x = projected.Columns(segments.qkv, config.conv_channels()),
-                   .weight = weights.conv,
-                   .state = state,
-                   .y = pass.act.conv},
-                  pass.pool);
-  cpu::DeltaRule({.batch = pass.batch,
-                  .qkv = pass.act.conv,
-                  .a = projected.Columns(segments.a, config.linear_num_value_heads),
-                  .b = projected.Columns(segments.b, config.linear_num_value_heads),
-                  .a_log = weights.a_log,
-                  .dt_bias = weights.dt_bias,
-                  .state = state,
-                  .out = out},
-                 pass.pool);
-  cpu::GatedRmsNorm({.x = out,
-                     .gate = projected.Columns(segments.z, config.linear_value_width()),
-                     .weight = weights.norm,
-                     .head_dim = config.linear_value_head_dim,
-                     .eps = config.rms_norm_eps,
-                     .out = out},
-                    pass.pool);
+  pass.ops.CausalConv({.batch = pass.batch,
+                       .x = projected.Columns(segments.qkv, config.conv_channels()),
+                       .weight = weights.conv,
+                       .state = state,
+                       .y = pass.act.conv});
+  pass.ops.DeltaRule({.batch = pass.batch,
+                      .qkv = pass.act.conv,
+                      .a = projected.Columns(segments.a, config.linear_num_value_heads),
+                      .b = projected.Columns(segments.b, config.linear_num_value_heads),
+                      .a_log = weights.a_log,
+                      .dt_bias = weights.dt_bias,
+                      .state = state,
+                      .out = out});
+  pass.ops.GatedRmsNorm({.x = out,
+                         .gate = projected.Columns(segments.z, config.linear_value_width()),
+                         .weight = weights.norm,
+                         .head_dim = config.linear_value_head_dim,
+                         .eps = config.rms_norm_eps,
+                         .out = out});
   MatMul(pass, out, weights.out, pass.act.update);
 }
 
@@ -111,7 +94,7 @@ void Mlp(const Pass& pass, const MlpWeights& weights) {
   const TensorView up = projected.Columns(segments.up, pass.config.intermediate_size);
 
   MatMul(pass, pass.act.normed, weights.gate_up, projected);
-  cpu::SwiGlu({.gate = gate, .up = up, .out = gate}, pass.pool);
+  pass.ops.SwiGlu({.gate = gate, .up = up, .out = gate});
   MatMul(pass, gate, weights.down, pass.act.update);
 }
 

@@ -6,10 +6,10 @@
 #include "engine/config/model_config.h"
 #include "engine/model/activations.h"
 #include "engine/model/model.h"
+#include "engine/model/ops.h"
 #include "engine/weights/model_weights.h"
 #include "kernels/common/ragged_batch.h"
 #include "kernels/common/tensor_view.h"
-#include "kernels/common/thread_pool.h"
 
 namespace bebop {
 
@@ -18,8 +18,7 @@ struct Pass {
   const ModelConfig& config;
   const RaggedBatch& batch;  // with row maps
   const Activations& act;
-  cpu::LinearScratch& linear_scratch;
-  ThreadPool& pool;
+  Ops& ops;
 };
 
 // Where a full-attention layer keeps its keys and values. The MTP layer's entries start at index 1, and its teacher-forced

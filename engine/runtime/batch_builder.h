@@ -45,12 +45,17 @@ class BatchBuilder {
   }
   // The sequence added last, to set what is not rows.
   SequenceRows& last_sequence() { return sequences_.back(); }
+  int64_t num_page_entries() const { return static_cast<int64_t>(page_ids_.size()); }
   int32_t num_rows() const { return static_cast<int32_t>(tokens_.size()); }
   const uint32_t* tokens() const { return tokens_.data(); }
   // Valid until the next change.
   RaggedBatch View() const {
-    return {static_cast<int32_t>(sequences_.size()), num_rows(), sequences_.data(), page_ids_.data(), row_sequence_.data(),
-            row_position_.data()};
+    return {.num_sequences = static_cast<int32_t>(sequences_.size()),
+            .num_rows = num_rows(),
+            .sequences = sequences_.data(),
+            .page_ids = page_ids_.data(),
+            .row_sequence = row_sequence_.data(),
+            .row_position = row_position_.data()};
   }
 
  private:

@@ -70,6 +70,8 @@ struct Engine::Impl {
   std::unique_ptr<Tokenizer> tokenizer;
   std::unique_ptr<ModelWeights> weights;
   std::unique_ptr<ThreadPool> pool;
+  std::unique_ptr<DeviceMemory> memory;
+  std::unique_ptr<Ops> ops;
   std::unique_ptr<ModelStateStorage> storage;
   std::unique_ptr<Model> model;
   std::unique_ptr<Executor> executor;
@@ -153,8 +155,10 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   BEBOP_ASSIGN_OR_RETURN(ModelConfig config, LoadModelConfig(options.model_path));
   impl->pool = std::make_unique<ThreadPool>(options.num_threads > 0 ? options.num_threads
                                                                     : std::max(1u, std::thread::hardware_concurrency()));
+  impl->memory = MakeHostMemory();
+  impl->ops = MakeCpuOps(impl->pool.get());
   // Options and sizes before weights: what cannot fit is said before gigabytes are read.
-  BEBOP_RETURN_IF_ERROR(ResolveSizes(options, config, AvailableMemoryBytes()).status());
+  BEBOP_RETURN_IF_ERROR(ResolveSizes(options, config, impl->memory->available_bytes()).status());
 
   const std::string tokenizer_path = options.model_path + "/tokenizer.json";
   if (FileExists(tokenizer_path)) {
@@ -165,19 +169,19 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
       return absl::FailedPreconditionError(absl::StrCat(options.model_path, ": expected an MTP layer for speculation, got "
                                                         "mtp_num_hidden_layers 0: start with --speculation off"));
     }
-    BEBOP_ASSIGN_OR_RETURN(impl->weights, MakeDummyWeights(config, options.dtype, options.dummy_seed, *impl->pool));
+    BEBOP_ASSIGN_OR_RETURN(impl->weights, MakeDummyWeights(config, options.dtype, options.dummy_seed, *impl->pool, impl->memory.get()));
   } else {
     LoadOptions load;
     load.path = options.model_path;
     load.mtp_path = options.mtp_path;
     load.dtype = options.dtype;
     load.needs_mtp = options.needs_mtp;
-    BEBOP_ASSIGN_OR_RETURN(impl->weights, LoadModelWeights(config, load, *impl->pool));
+    BEBOP_ASSIGN_OR_RETURN(impl->weights, LoadModelWeights(config, load, *impl->pool, impl->memory.get()));
   }
   if (!impl->weights->mtp.has_value()) config.num_mtp_layers = 0;
-  BEBOP_ASSIGN_OR_RETURN(const EngineSizes sizes, ResolveSizes(options, config, AvailableMemoryBytes()));
-  BEBOP_ASSIGN_OR_RETURN(impl->storage, ModelStateStorage::Create(config, sizes.state));
-  impl->model = std::make_unique<Model>(config, sizes.scheduler.max_step_tokens, impl->pool.get());
+  BEBOP_ASSIGN_OR_RETURN(const EngineSizes sizes, ResolveSizes(options, config, impl->memory->available_bytes()));
+  BEBOP_ASSIGN_OR_RETURN(impl->storage, ModelStateStorage::Create(config, sizes.state, impl->memory.get()));
+  BEBOP_ASSIGN_OR_RETURN(impl->model, Model::Create(config, sizes.scheduler.max_step_tokens, DType::kFloat32, impl->ops.get(), impl->memory.get()));
   impl->model->SetWeights(impl->weights.get());
   ModelExecutorOptions executor_options;
   executor_options.max_num_seqs = sizes.scheduler.max_num_seqs;
@@ -185,7 +189,7 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   executor_options.page_table_entries = sizes.page_table_entries;
   executor_options.max_draft_tokens = sizes.max_draft_tokens;
   impl->executor =
-      std::make_unique<ModelExecutor>(config, executor_options, impl->model.get(), impl->storage.get(), impl->pool.get());
+      std::make_unique<ModelExecutor>(config, executor_options, impl->model.get(), impl->storage.get(), impl->memory.get(), impl->pool.get());
   if (wrap != nullptr) impl->executor = wrap(std::move(impl->executor));
 
   EngineInfo& info = impl->info;

@@ -2,12 +2,9 @@
 #include "engine/runtime/engine_memory.h"
 
 #include <algorithm>
-#include <fstream>
 #include <limits>
-#include <string>
 
 #include "absl/status/status.h"
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "engine/base/status_macros.h"
 #include "engine/runtime/model_executor.h"
@@ -32,28 +29,7 @@ absl::Status CheckRange(const char* name, int64_t value, int64_t low, int64_t hi
   return absl::InvalidArgumentError(absl::StrCat(name, ": ", value, " is outside [", low, ", ", high, "]"));
 }
 
-int64_t ReadBytes(const char* path) {
-  std::ifstream file(path);
-  std::string text;
-  int64_t value = 0;
-  if (!std::getline(file, text) || !absl::SimpleAtoi(text, &value)) return std::numeric_limits<int64_t>::max();
-  return value;
-}
-
 }  // namespace
-
-int64_t AvailableMemoryBytes() {
-  int64_t available = std::numeric_limits<int64_t>::max();
-  std::ifstream meminfo("/proc/meminfo");
-  for (std::string key; meminfo >> key;) {
-    int64_t kib = 0;
-    if (key == "MemAvailable:" && meminfo >> kib) available = kib * 1024;
-  }
-  const int64_t limit = ReadBytes("/sys/fs/cgroup/memory.max");
-  if (limit == std::numeric_limits<int64_t>::max()) return available;
-  const int64_t used = ReadBytes("/sys/fs/cgroup/memory.current");
-  return std::min(available, std::max<int64_t>(0, limit - (used == std::numeric_limits<int64_t>::max() ? 0 : used)));
-}
 
 absl::StatusOr<EngineSizes> ResolveSizes(const EngineOptions& options, const ModelConfig& config, int64_t available_bytes) {
   EngineSizes sizes;

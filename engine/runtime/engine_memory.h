@@ -24,7 +24,4 @@ struct EngineSizes {
 // values; RESOURCE_EXHAUSTED lists the parts in bytes and what to lower.
 absl::StatusOr<EngineSizes> ResolveSizes(const EngineOptions& options, const ModelConfig& config, int64_t available_bytes);
 
-// MemAvailable of this machine, or the cgroup's limit if that is lower.
-int64_t AvailableMemoryBytes();
-
 }  // namespace bebop

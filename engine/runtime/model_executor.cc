@@ -19,14 +19,14 @@ RandomKey KeyAt(const SequencePlan& sequence, uint32_t position) { return {seque
 }  // namespace
 
 ModelExecutor::ModelExecutor(const ModelConfig& config, const ModelExecutorOptions& options, Model* model,
-                             ModelStateStorage* storage, ThreadPool* pool)
+                             ModelStateStorage* storage, DeviceMemory* memory, ThreadPool* pool)
     : config_(config),
       options_(options),
       model_(model),
       storage_(storage),
       pool_(pool),
       logit_rows_(std::clamp(options.max_num_seqs * (options.max_draft_tokens + 1), options.max_draft_tokens + 1, kMaxLogitRows)),
-      scorer_(config, options.max_step_tokens, model, &storage->state(), pool),
+      scorer_(config, options.max_step_tokens, options.page_table_entries, model, &storage->state(), memory, pool),
       hidden_(static_cast<size_t>(options.max_step_tokens) * config.hidden_size),
       gathered_(static_cast<size_t>(logit_rows_) * config.hidden_size),
       logits_(static_cast<size_t>(logit_rows_) * config.vocab_size),

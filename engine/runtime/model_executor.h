@@ -35,9 +35,9 @@ struct ModelExecutorOptions {
 // Not thread safe: the engine thread.
 class ModelExecutor final : public Executor {
  public:
-  // All pointers must outlive the executor. REQUIRES: storage's window >= options.max_draft_tokens.
+  // All pointers must outlive the executor; `memory` is host memory. REQUIRES: storage's window >= options.max_draft_tokens.
   ModelExecutor(const ModelConfig& config, const ModelExecutorOptions& options, Model* model, ModelStateStorage* storage,
-                ThreadPool* pool);
+                DeviceMemory* memory, ThreadPool* pool);
 
   absl::Status Execute(const StepPlan& plan, StepResult* result) override;
 

@@ -285,13 +285,13 @@ class BlockReader {
   Scratch& scratch_;
 };
 
-absl::Status FillBlock(const RowBlock& block, const Source& source, Scratch& scratch) {
+absl::Status FillBlock(const RowBlock& block, const Source& source, Scratch& scratch, BlockWriter& writer) {
   const TensorSlot& slot = *block.slot;
   if (slot.values != nullptr) {
     const int64_t count = SlotElements(slot);
     BlockReader reader(source, 0, count, scratch);
     BEBOP_ASSIGN_OR_RETURN(const float* floats, reader.Floats(DType::kFloat32));
-    std::copy(floats, floats + count, slot.values);
+    writer.WriteValues(slot, floats);
     return absl::OkStatus();
   }
   const int64_t cols = slot.matrix.cols;
@@ -305,7 +305,7 @@ absl::Status FillBlock(const RowBlock& block, const Source& source, Scratch& scr
     BEBOP_ASSIGN_OR_RETURN(const float* floats, reader.Floats(slot.matrix.dtype));
     rows.data = const_cast<float*>(floats);
   }
-  PackBlock(block, rows);
+  writer.WriteRows(block, rows);
   return absl::OkStatus();
 }
 
@@ -327,9 +327,11 @@ absl::StatusOr<Matched> MatchCheckpoint(const ModelConfig& config, const LoadOpt
 
 absl::Status CheckCheckpoint(const ModelConfig& config, const LoadOptions& options) { return MatchCheckpoint(config, options).status(); }
 
-absl::StatusOr<std::unique_ptr<ModelWeights>> LoadModelWeights(const ModelConfig& config, const LoadOptions& options, ThreadPool& pool) {
+absl::StatusOr<std::unique_ptr<ModelWeights>> LoadModelWeights(const ModelConfig& config, const LoadOptions& options, ThreadPool& pool,
+                                                               DeviceMemory* memory) {
   BEBOP_ASSIGN_OR_RETURN(const Matched matched, MatchCheckpoint(config, options));
-  BEBOP_ASSIGN_OR_RETURN(WeightLayout layout, AllocateWeights(config, options.dtype, matched.with_mtp));
+  BEBOP_ASSIGN_OR_RETURN(WeightLayout layout, AllocateWeights(config, options.dtype, matched.with_mtp, memory));
+  BlockWriter writer(memory);
 
   // The error of the first bad block, so that the message does not depend on the threads.
   Mutex mutex;
@@ -337,7 +339,7 @@ absl::StatusOr<std::unique_ptr<ModelWeights>> LoadModelWeights(const ModelConfig
   absl::Status status;
   ForEachBlock(layout.slots, pool, [&](const RowBlock& block, size_t block_idx) {
     thread_local Scratch scratch;
-    const absl::Status filled = FillBlock(block, matched.sources[static_cast<size_t>(block.slot - layout.slots.data())], scratch);
+    const absl::Status filled = FillBlock(block, matched.sources[static_cast<size_t>(block.slot - layout.slots.data())], scratch, writer);
     if (filled.ok()) return;
     MutexLock lock(&mutex);
     if (block_idx < first_bad) {
@@ -346,6 +348,7 @@ absl::StatusOr<std::unique_ptr<ModelWeights>> LoadModelWeights(const ModelConfig
     }
   });
   if (!status.ok()) return status;
+  BEBOP_RETURN_IF_ERROR(memory->status());
 
   const auto head = matched.checkpoint.tensors.find(kLmHead);
   if (config.tie_word_embeddings && head != matched.checkpoint.tensors.end()) {

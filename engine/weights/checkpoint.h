@@ -7,6 +7,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "engine/config/model_config.h"
+#include "engine/memory/device_memory.h"
 #include "engine/weights/model_weights.h"
 #include "kernels/common/dtype.h"
 #include "kernels/common/thread_pool.h"
@@ -21,7 +22,8 @@ struct LoadOptions {
   bool needs_mtp = true;           // false: a checkpoint without MTP tensors is fine (and has no `mtp`)
 };
 
-// Reads a Hugging Face checkpoint of `config` (model.md section 1) into the layout the kernels read, on all threads of `pool`.
+// Reads a Hugging Face checkpoint of `config` (model.md section 1) into `memory`, in the layout that its kernels read, on all threads of
+// `pool`. Beside the weights themselves it takes a few MiB of host memory a thread.
 //
 // Every tensor of the network must be there once, with its shape, as BF16, F16 or F32 (converted to `dtype` with round to nearest
 // even), and every value finite, also after conversion. The only tensors skipped are `model.visual.*`, and mtp.* where a file at
@@ -30,8 +32,10 @@ struct LoadOptions {
 // warning; here it is an error. model.safetensors wins over an index, as in transformers.
 //
 // Errors, one line, naming file, tensor and both values: NOT_FOUND (file, tensor), DATA_LOSS (file shorter than its header says),
-// FAILED_PRECONDITION (no MTP tensors but needs_mtp; names both remedies), RESOURCE_EXHAUSTED (memory), INVALID_ARGUMENT (all else).
-absl::StatusOr<std::unique_ptr<ModelWeights>> LoadModelWeights(const ModelConfig& config, const LoadOptions& options, ThreadPool& pool);
+// FAILED_PRECONDITION (no MTP tensors but needs_mtp; names both remedies), RESOURCE_EXHAUSTED (memory), INTERNAL (the device failed),
+// INVALID_ARGUMENT (all else).
+absl::StatusOr<std::unique_ptr<ModelWeights>> LoadModelWeights(const ModelConfig& config, const LoadOptions& options, ThreadPool& pool,
+                                                               DeviceMemory* memory);
 
 // The part of LoadModelWeights that headers and sizes show, without reading a value: fast for any size.
 absl::Status CheckCheckpoint(const ModelConfig& config, const LoadOptions& options);

@@ -81,48 +81,55 @@ float Spread(const TensorSlot& slot, const ModelConfig& config) {
   return 0.0f;
 }
 
-void FillValues(const TensorSlot& slot, const ModelConfig& config, uint64_t seed) {
+// The values of a float vector.
+void MakeValues(const TensorSlot& slot, const ModelConfig& config, uint64_t seed, float* out) {
   const int64_t count = SlotElements(slot);
   if (slot.role == TensorRole::kDecayRate || slot.role == TensorRole::kDecayBias) {
     // Both vectors of a layer come from one key: the name up to their common block.
     const uint64_t key = Mix(seed ^ HashName(std::string_view(slot.name).substr(0, slot.name.rfind('.'))));
     for (int64_t head = 0; head < count; ++head) {
       const HeadDecay decay = DecayOfHead(key, head, count);
-      slot.values[head] = static_cast<float>(slot.role == TensorRole::kDecayRate ? std::log(decay.rate) : decay.bias);
+      out[head] = static_cast<float>(slot.role == TensorRole::kDecayRate ? std::log(decay.rate) : decay.bias);
     }
     return;
   }
   const uint64_t key = Mix(seed ^ HashName(slot.name));
   const float spread = Spread(slot, config);
   const float centre = slot.role == TensorRole::kPlainNorm ? 1.0f : 0.0f;
-  for (int64_t i = 0; i < count; ++i) slot.values[i] = centre + spread * Normal(key, static_cast<uint64_t>(i));
+  for (int64_t i = 0; i < count; ++i) out[i] = centre + spread * Normal(key, static_cast<uint64_t>(i));
 }
 
-void FillRows(const RowBlock& block, const ModelConfig& config, uint64_t seed, std::vector<float>& scratch) {
+// The rows of a block, [num_rows, cols].
+void MakeRows(const RowBlock& block, const ModelConfig& config, uint64_t seed, float* out) {
   const TensorSlot& slot = *block.slot;
-  const int64_t cols = slot.matrix.cols;
   const uint64_t key = Mix(seed ^ HashName(slot.name));
   const float spread = Spread(slot, config);
-  const uint64_t first = static_cast<uint64_t>(block.first_row * cols);
-  const int64_t count = block.num_rows * cols;
-  scratch.resize(std::max<size_t>(scratch.size(), static_cast<size_t>(count)));
-  for (int64_t i = 0; i < count; ++i) scratch[static_cast<size_t>(i)] = spread * Normal(key, first + static_cast<uint64_t>(i));
-  PackBlock(block, FloatMatrix(scratch.data(), block.num_rows, cols));
+  const uint64_t first = static_cast<uint64_t>(block.first_row * slot.matrix.cols);
+  const int64_t count = block.num_rows * slot.matrix.cols;
+  for (int64_t i = 0; i < count; ++i) out[i] = spread * Normal(key, first + static_cast<uint64_t>(i));
 }
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<ModelWeights>> MakeDummyWeights(const ModelConfig& config, DType dtype, uint64_t seed, ThreadPool& pool) {
-  BEBOP_ASSIGN_OR_RETURN(WeightLayout layout, AllocateWeights(config, dtype, config.num_mtp_layers > 0));
+absl::StatusOr<std::unique_ptr<ModelWeights>> MakeDummyWeights(const ModelConfig& config, DType dtype, uint64_t seed, ThreadPool& pool,
+                                                               DeviceMemory* memory) {
+  BEBOP_ASSIGN_OR_RETURN(WeightLayout layout, AllocateWeights(config, dtype, config.num_mtp_layers > 0, memory));
+  BlockWriter writer(memory);
   const uint64_t key = Mix(seed + 0x9E3779B97F4A7C15u);  // so that small seeds differ in all bits
   ForEachBlock(layout.slots, pool, [&](const RowBlock& block, size_t) {
-    thread_local std::vector<float> scratch;
-    if (block.slot->values != nullptr) {
-      FillValues(*block.slot, config, key);
+    thread_local std::vector<float> values;
+    const bool is_matrix = block.slot->values == nullptr;
+    const int64_t count = is_matrix ? block.num_rows * block.slot->matrix.cols : SlotElements(*block.slot);
+    values.resize(std::max(values.size(), static_cast<size_t>(count)));
+    if (is_matrix) {
+      MakeRows(block, config, key, values.data());
+      writer.WriteRows(block, FloatMatrix(values.data(), block.num_rows, block.slot->matrix.cols));
     } else {
-      FillRows(block, config, key, scratch);
+      MakeValues(*block.slot, config, key, values.data());
+      writer.WriteValues(*block.slot, values.data());
     }
   });
+  BEBOP_RETURN_IF_ERROR(memory->status());
   return std::move(layout.weights);
 }
 

@@ -67,7 +67,7 @@ struct MtpWeights {
   const float* norm = nullptr;                   // [H]
 };
 
-// All weights of one version in the layout that the kernels read: views into `storage`, which they share a lifetime with.
+// All weights of one version in the memory and layout that the kernels read: views into `storage`, which they share a lifetime with.
 // Immutable after loading; safe to read from any thread.
 struct ModelWeights {
   PackedMatrix embedding;  // [V, H]

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "kernels/common/check.h"
 #include "kernels/linear/packed_matrix.h"
 
 namespace bebop {
@@ -36,10 +37,36 @@ void ForEachBlock(const std::vector<TensorSlot>& slots, ThreadPool& pool, const 
   });
 }
 
-void PackBlock(const RowBlock& block, const TensorView& rows) {
-  const TensorSlot& slot = *block.slot;
-  cpu::PackRows(rows, slot.matrix.dtype, slot.matrix.rows, slot.matrix.cols, slot.first_row + block.first_row,
-                const_cast<void*>(slot.matrix.data));
+void BlockWriter::WriteRows(const RowBlock& block, const TensorView& rows) {
+  const PackedMatrix& matrix = block.slot->matrix;
+  const int64_t first_row = block.slot->first_row + block.first_row;
+  if (matrix.layout == MatrixLayout::kPanels) {
+    cpu::PackRows(rows, matrix.dtype, matrix.rows, matrix.cols, first_row, const_cast<void*>(matrix.data));
+    return;
+  }
+  BEBOP_CHECK(rows.cols == matrix.cols && rows.row_stride == matrix.cols && first_row + rows.rows <= matrix.rows);
+  const int64_t count = rows.rows * rows.cols;
+  thread_local std::vector<BFloat16> narrow;
+  thread_local std::vector<float> wide;
+  const void* source = rows.data;
+  if (rows.dtype == DType::kFloat32 && matrix.dtype == DType::kBFloat16) {
+    narrow.resize(static_cast<size_t>(count));
+    std::transform(rows.Row<float>(0), rows.Row<float>(0) + count, narrow.begin(), ToBFloat16);
+    source = narrow.data();
+  } else if (rows.dtype == DType::kBFloat16 && matrix.dtype == DType::kFloat32) {
+    wide.resize(static_cast<size_t>(count));
+    std::transform(rows.Row<BFloat16>(0), rows.Row<BFloat16>(0) + count, wide.begin(), [](BFloat16 value) { return ToFloat(value); });
+    source = wide.data();
+  }
+  const int64_t row_bytes = matrix.cols * ElementBytes(matrix.dtype);
+  char* const destination = static_cast<char*>(const_cast<void*>(matrix.data)) + first_row * row_bytes;
+  MutexLock lock(&mutex_);
+  memory_->CopyIn(destination, source, rows.rows * row_bytes);
+}
+
+void BlockWriter::WriteValues(const TensorSlot& slot, const float* values) {
+  MutexLock lock(&mutex_);
+  memory_->CopyIn(slot.values, values, SlotElements(slot) * ElementBytes(DType::kFloat32));
 }
 
 }  // namespace bebop

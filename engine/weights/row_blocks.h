@@ -6,6 +6,8 @@
 #include <functional>
 #include <vector>
 
+#include "engine/base/mutex.h"
+#include "engine/memory/device_memory.h"
 #include "engine/weights/weight_layout.h"
 #include "kernels/common/tensor_view.h"
 #include "kernels/common/thread_pool.h"
@@ -26,7 +28,19 @@ int64_t SlotElements(const TensorSlot& slot);
 // are numbered in slot order. Threads take the next block when free: tensors differ in size by a factor of 10^5.
 void ForEachBlock(const std::vector<TensorSlot>& slots, ThreadPool& pool, const std::function<void(const RowBlock&, size_t)>& fill);
 
-// Writes the block's rows ([num_rows, cols], float32 or bf16) into the packed matrix. REQUIRES: block.slot->values is null.
-void PackBlock(const RowBlock& block, const TensorView& rows);
+// Puts values where their slots say, whatever memory and layout that is. Device memory is filled block by block from the caller's own
+// buffers, so a model of any size loads with little host memory. Thread safe: blocks are distinct, and copies to a device take turns.
+class BlockWriter {
+ public:
+  explicit BlockWriter(DeviceMemory* memory) : memory_(memory) {}  // must outlive the writer
+  // The block's rows ([num_rows, cols], float32 or bf16, without gaps), converted to the matrix's dtype with round to nearest even.
+  void WriteRows(const RowBlock& block, const TensorView& rows);
+  // All values of a float vector.
+  void WriteValues(const TensorSlot& slot, const float* values);
+
+ private:
+  DeviceMemory* const memory_;
+  Mutex mutex_;  // of the copies to a device
+};
 
 }  // namespace bebop

@@ -1,26 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "engine/weights/weight_layout.h"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <utility>
 
-#include "absl/status/status.h"
+#include "engine/base/status_macros.h"
 #include "engine/formats/strings.h"
 #include "kernels/common/check.h"
 
 namespace bebop {
 namespace {
 
-constexpr int64_t kAlignment = 64;
+constexpr int64_t kAlignment = 256;  // what kRows asks for, and a multiple of what panels want
 
 // Lays the model out in an arena that begins at address `base`. With base 0 it only measures and lists: the pointers are offsets.
 class LayoutBuilder {
  public:
-  LayoutBuilder(const ModelConfig& config, DType dtype, uintptr_t base) : config_(config), dtype_(dtype), base_(base) {
-    weights_ = std::make_unique<ModelWeights>();
-  }
+  LayoutBuilder(const ModelConfig& config, DType dtype, MatrixLayout matrix_layout, uintptr_t base)
+      : config_(config), dtype_(dtype), matrix_layout_(matrix_layout), base_(base), weights_(std::make_unique<ModelWeights>()) {}
 
   void Build(bool with_mtp) {
     const int64_t width = config_.hidden_size;
@@ -35,7 +31,7 @@ class LayoutBuilder {
     weights_->final_norm = Values(text("norm.weight"), {width}, TensorRole::kZeroCentredNorm);
     weights_->layer_bytes = bytes_ - layers_begin;
     weights_->lm_head = weights_->embedding;
-    weights_->lm_head_bytes = PackedBytes(dtype_, config_.vocab_size, width);
+    weights_->lm_head_bytes = MatrixBytes(config_.vocab_size, width);
     if (!config_.tie_word_embeddings) {
       weights_->lm_head = Matrix("lm_head.weight", config_.vocab_size, width, TensorRole::kLmHead);
     }
@@ -54,8 +50,12 @@ class LayoutBuilder {
     return address;
   }
 
+  int64_t MatrixBytes(int64_t rows, int64_t cols) const {
+    return matrix_layout_ == MatrixLayout::kPanels ? PackedBytes(dtype_, rows, cols) : rows * cols * ElementBytes(dtype_);
+  }
+
   PackedMatrix NewMatrix(int64_t rows, int64_t cols) {
-    return {reinterpret_cast<const void*>(Take(PackedBytes(dtype_, rows, cols))), dtype_, rows, cols};
+    return {reinterpret_cast<const void*>(Take(MatrixBytes(rows, cols))), dtype_, rows, cols, matrix_layout_};
   }
 
   void AddRows(std::string name, const PackedMatrix& matrix, int64_t first_row, int64_t rows, TensorRole role) {
@@ -142,6 +142,7 @@ class LayoutBuilder {
 
   const ModelConfig& config_;
   const DType dtype_;
+  const MatrixLayout matrix_layout_;
   const uintptr_t base_;
   int64_t bytes_ = 0;
   bool in_mtp_ = false;
@@ -152,7 +153,7 @@ class LayoutBuilder {
 }  // namespace
 
 std::vector<TensorSlot> ListTensors(const ModelConfig& config, bool with_mtp) {
-  LayoutBuilder builder(config, DType::kFloat32, 0);
+  LayoutBuilder builder(config, DType::kFloat32, MatrixLayout::kPanels, 0);
   builder.Build(with_mtp);
   std::vector<TensorSlot> slots = builder.TakeSlots();
   for (TensorSlot& slot : slots) {
@@ -162,31 +163,24 @@ std::vector<TensorSlot> ListTensors(const ModelConfig& config, bool with_mtp) {
   return slots;
 }
 
-absl::StatusOr<WeightLayout> AllocateWeights(const ModelConfig& config, DType dtype, bool with_mtp) {
-  LayoutBuilder measure(config, dtype, 0);
-  measure.Build(with_mtp);
-  const int64_t bytes = measure.bytes();
+int64_t WeightBytes(const ModelConfig& config, DType dtype, bool with_mtp, MatrixLayout matrix_layout) {
+  LayoutBuilder builder(config, dtype, matrix_layout, 0);
+  builder.Build(with_mtp);
+  return builder.bytes();
+}
 
-  // Memory is overcommitted: without this check the process would be killed while it fills the arena, not told now.
-  const int64_t physical_bytes = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE);
-  const auto exhausted = [&] {
-    return absl::ResourceExhaustedError(
-        StrCat("weights: expected ", bytes, " bytes of memory for ", DTypeName(dtype), " weights, the machine has ", physical_bytes));
-  };
-  if (bytes > physical_bytes) return exhausted();
-  void* arena = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (arena == MAP_FAILED) return exhausted();
-  // Streaming gigabytes through 4 KiB pages costs a TLB miss a page. A hint: without huge pages all still works.
-  madvise(arena, static_cast<size_t>(bytes), MADV_HUGEPAGE);
+absl::StatusOr<WeightLayout> AllocateWeights(const ModelConfig& config, DType dtype, bool with_mtp, DeviceMemory* memory) {
+  const MatrixLayout matrix_layout = memory->is_host() ? MatrixLayout::kPanels : MatrixLayout::kRows;
+  const int64_t bytes = WeightBytes(config, dtype, with_mtp, matrix_layout);
+  BEBOP_ASSIGN_OR_RETURN(std::shared_ptr<void> arena, memory->Allocate(bytes, StrCat(DTypeName(dtype), " weights")));
 
-  LayoutBuilder builder(config, dtype, reinterpret_cast<uintptr_t>(arena));
+  LayoutBuilder builder(config, dtype, matrix_layout, reinterpret_cast<uintptr_t>(arena.get()));
   builder.Build(with_mtp);
   BEBOP_CHECK(builder.bytes() == bytes);
   WeightLayout layout;
   layout.slots = builder.TakeSlots();
   layout.weights = builder.TakeWeights();
-  layout.weights->storage = std::shared_ptr<const void>(
-      arena, [bytes](const void* address) { munmap(const_cast<void*>(address), static_cast<size_t>(bytes)); });
+  layout.weights->storage = std::move(arena);
   return layout;
 }
 

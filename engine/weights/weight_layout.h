@@ -8,6 +8,7 @@
 
 #include "absl/status/statusor.h"
 #include "engine/config/model_config.h"
+#include "engine/memory/device_memory.h"
 #include "engine/weights/model_weights.h"
 #include "kernels/common/dtype.h"
 
@@ -27,14 +28,15 @@ enum class TensorRole : uint8_t {
   kDecayBias,       // dt_bias
 };
 
-// One tensor of a checkpoint and where it goes. Exactly one of `matrix.data` and `values` is set (see WeightLayout::bound).
+// One tensor of a checkpoint and where it goes. Exactly one of `matrix.data` and `values` is set; both may be device memory
+// (BlockWriter in row_blocks.h fills them).
 struct TensorSlot {
   // Name in the checkpoint; tensors of the text model begin with `kTextPrefix`, which stands for the checkpoint's own prefix.
   std::string name;
   std::vector<int64_t> shape;  // as the checkpoint must have it
   TensorRole role = TensorRole::kInProjection;
   bool mtp = false;            // belongs to the MTP layer; `name` then begins with "mtp."
-  PackedMatrix matrix = {};    // the packed matrix that holds it as rows [first_row, first_row + shape[0])
+  PackedMatrix matrix = {};    // the matrix that holds it as rows [first_row, first_row + shape[0])
   int64_t first_row = 0;
   float* values = nullptr;     // dense float32 destination
 };
@@ -50,8 +52,11 @@ struct WeightLayout {
 // The tensors of `config` (with the MTP layer when `with_mtp`), without memory: names, shapes and roles only. Fast for any config.
 std::vector<TensorSlot> ListTensors(const ModelConfig& config, bool with_mtp);
 
-// The same, with one zeroed arena (64-byte aligned tensors, transparent huge pages) that `weights->storage` owns.
-// RESOURCE_EXHAUSTED, naming both byte counts, when the machine does not have the memory.
-absl::StatusOr<WeightLayout> AllocateWeights(const ModelConfig& config, DType dtype, bool with_mtp);
+// The same, with one zeroed arena in `memory` (256-byte aligned tensors) that `weights->storage` owns. Matrices are in panels in host
+// memory and in rows on a device. RESOURCE_EXHAUSTED, naming the bytes, when the memory cannot be had.
+absl::StatusOr<WeightLayout> AllocateWeights(const ModelConfig& config, DType dtype, bool with_mtp, DeviceMemory* memory);
+
+// Bytes that AllocateWeights takes.
+int64_t WeightBytes(const ModelConfig& config, DType dtype, bool with_mtp, MatrixLayout matrix_layout);
 
 }  // namespace bebop

@@ -181,7 +181,8 @@ int Main(int argc, char** argv) {
   }
   ThreadPool pool(2);
   absl::StatusOr<std::unique_ptr<ModelWeights>> weights =
-      LoadModelWeights(*config, {.path = argv[1], .mtp_path = "", .dtype = dtype, .needs_mtp = config->num_mtp_layers > 0}, pool);
+      LoadModelWeights(*config, {.path = argv[1], .mtp_path = "", .dtype = dtype, .needs_mtp = config->num_mtp_layers > 0}, pool,
+                       MakeHostMemory().get());
   if (!weights.ok()) {
     std::fprintf(stderr, "%s\n", weights.status().ToString().c_str());
     return 1;

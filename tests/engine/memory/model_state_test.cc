@@ -67,7 +67,8 @@ TEST(ModelStateTest, BytesPerPageAndSlotAreThoseOfTheShapes) {
 }
 
 TEST(ModelStateTest, ArraysAreZeroAlignedAndApart) {
-  const auto storage = *ModelStateStorage::Create(Config(), Options());
+  const auto memory = MakeHostMemory();
+  const auto storage = *ModelStateStorage::Create(Config(), Options(), memory.get());
   const ModelState& state = storage->state();
   ASSERT_EQ(state.kv.size(), 2u);
   ASSERT_EQ(state.linear.size(), 3u);
@@ -94,13 +95,15 @@ TEST(ModelStateTest, ArraysAreZeroAlignedAndApart) {
 TEST(ModelStateTest, WithoutMtpThereAreNoMtpPages) {
   ModelConfig config = Config();
   config.num_mtp_layers = 0;
-  const auto storage = *ModelStateStorage::Create(config, Options());
+  const auto memory = MakeHostMemory();
+  const auto storage = *ModelStateStorage::Create(config, Options(), memory.get());
   EXPECT_EQ(storage->state().mtp_kv.num_pages, 0);
   storage->CopyPage(0, 1);
 }
 
 TEST(ModelStateTest, CopyPageCopiesThatPageOfEveryLayerAndNothingElse) {
-  const auto storage = *ModelStateStorage::Create(Config(), Options());
+  const auto memory = MakeHostMemory();
+  const auto storage = *ModelStateStorage::Create(Config(), Options(), memory.get());
   const ModelState& state = storage->state();
   std::vector<KvPagesView> layers = state.kv;
   layers.push_back(state.mtp_kv);
@@ -132,7 +135,8 @@ TEST(ModelStateTest, TooMuchMemoryIsResourceExhaustedAndNamesTheBytes) {
   ModelConfig config = Config();
   config.linear_num_value_heads = 64;
   config.linear_key_head_dim = config.linear_value_head_dim = 128;
-  const auto storage = ModelStateStorage::Create(config, options);
+  const auto memory = MakeHostMemory();
+  const auto storage = ModelStateStorage::Create(config, options, memory.get());
   ASSERT_EQ(storage.status().code(), absl::StatusCode::kResourceExhausted);
   EXPECT_NE(storage.status().message().find(std::to_string(SlotBytes(config, options))), std::string_view::npos);
 }

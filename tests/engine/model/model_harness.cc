@@ -62,17 +62,19 @@ ModelHarness::ModelHarness(const ModelConfig& config, const ModelWeights* weight
     : config_(config),
       options_(options),
       pool_(options.num_threads),
-      model_(config, options.max_rows, &pool_),
+      memory_(MakeHostMemory()),
+      ops_(MakeCpuOps(&pool_)),
+      model_(*Model::Create(config, options.max_rows, DType::kFloat32, ops_.get(), memory_.get())),
       storage_(*ModelStateStorage::Create(config, {.kv_dtype = options.kv_dtype,
                                                    .num_pages = options.num_pages,
                                                    .page_tokens = options.page_tokens,
                                                    .num_slots = options.num_slots,
-                                                   .window = options.window})),
+                                                   .window = options.window}, memory_.get())),
       free_pages_(options.num_pages),
       page_uses_(options.num_pages),
       free_slots_(options.num_slots),
       slot_uses_(options.num_slots) {
-  model_.SetWeights(weights);
+  model_->SetWeights(weights);
   PoisonState(storage_->state());
   std::mt19937 random(options.seed);
   std::iota(free_pages_.begin(), free_pages_.end(), 0);
@@ -126,7 +128,7 @@ Matrix ModelHarness::Target(const std::vector<TargetRows>& rows) {
                           .sequences = sequences.data(),
                           .page_ids = page_ids.data()};
   Matrix hidden(batch.num_rows, config_.hidden_size);
-  model_.ForwardTarget(tokens.data(), batch, storage_->state(), hidden.view());
+  model_->ForwardTarget(tokens.data(), batch, storage_->state(), hidden.view());
   for (int32_t slot : old_slots) {
     if (slot >= 0 && --slot_uses_[slot] == 0) free_slots_.push_back(slot);
   }
@@ -160,7 +162,7 @@ Matrix ModelHarness::RunMtp(const std::vector<MtpRows>& rows, Matrix previous, c
                           .page_ids = page_ids.data()};
   BEBOP_CHECK(previous.rows == batch.num_rows);
   Matrix hidden(batch.num_rows, config_.hidden_size);
-  model_.ForwardMtp(tokens.data(), batch, previous.view(), storage_->state(), chain, hidden.view());
+  model_->ForwardMtp(tokens.data(), batch, previous.view(), storage_->state(), chain, hidden.view());
   return hidden;
 }
 
@@ -210,7 +212,7 @@ Matrix ModelHarness::Logits(Matrix hidden) {
   Matrix logits(hidden.rows, config_.vocab_size);
   for (int64_t row = 0; row < hidden.rows; row += options_.max_rows) {
     const int64_t count = std::min<int64_t>(options_.max_rows, hidden.rows - row);
-    model_.Logits(hidden.view().Rows(row, count), logits.view().Rows(row, count));
+    model_->Logits(hidden.view().Rows(row, count), logits.view().Rows(row, count));
   }
   return logits;
 }

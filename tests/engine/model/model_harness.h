@@ -99,7 +99,7 @@ class ModelHarness {
   Matrix Logits(Matrix hidden);
   const ModelConfig& config() const { return config_; }
   const ModelState& state() const { return storage_->state(); }
-  Model& model() { return model_; }
+  Model& model() { return *model_; }
 
  private:
   friend class Chain;
@@ -110,7 +110,9 @@ class ModelHarness {
   const ModelConfig config_;
   const HarnessOptions options_;
   ThreadPool pool_;
-  Model model_;
+  const std::unique_ptr<DeviceMemory> memory_;
+  const std::unique_ptr<Ops> ops_;
+  const std::unique_ptr<Model> model_;
   std::unique_ptr<ModelStateStorage> storage_;
   std::vector<int32_t> free_pages_, page_uses_, free_slots_, slot_uses_;
 };

@@ -53,7 +53,7 @@ class ModelTest : public testing::TestWithParam<std::tuple<std::string, DType>> 
  protected:
   ModelTest() : config_(TinyConfig(std::get<0>(GetParam()))), random_(20240601) {
     ThreadPool pool(1);
-    weights_ = *MakeDummyWeights(config_, dtype(), 7, pool);
+    weights_ = *MakeDummyWeights(config_, dtype(), 7, pool, MakeHostMemory().get());
   }
 
   DType dtype() const { return std::get<1>(GetParam()); }
@@ -328,10 +328,13 @@ TEST_P(ModelTest, MtpChainEqualsRecurrentDrafting) {
 
 TEST_P(ModelTest, PassesDoNotAllocate) {
   ThreadPool pool(2);
-  Model model(config_, 32, &pool);
+  const auto memory = MakeHostMemory();
+  const auto ops = MakeCpuOps(&pool);
+  const auto owner = *Model::Create(config_, 32, DType::kFloat32, ops.get(), memory.get());
+  Model& model = *owner;
   model.SetWeights(weights_.get());
   const auto storage = *ModelStateStorage::Create(
-      config_, {.kv_dtype = dtype(), .num_pages = 4, .page_tokens = 16, .num_slots = 2, .window = 5});
+      config_, {.kv_dtype = dtype(), .num_pages = 4, .page_tokens = 16, .num_slots = 2, .window = 5}, memory.get());
   const Tokens tokens = RandomTokens(32);
   Matrix hidden(32, config_.hidden_size), mtp_hidden(32, config_.hidden_size), logits(32, config_.vocab_size);
   const int32_t page_ids[] = {2, 0, 3};

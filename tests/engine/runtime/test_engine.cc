@@ -41,7 +41,9 @@ std::string WriteSmallConfigFolder() {
 
 SteppedEngine::SteppedEngine(const Options& options) : config_(SmallConfig()) {
   pool_ = std::make_unique<ThreadPool>(options.num_threads);
-  auto weights = MakeDummyWeights(config_, options.dtype, options.weight_seed, *pool_);
+  memory_ = MakeHostMemory();
+  ops_ = MakeCpuOps(pool_.get());
+  auto weights = MakeDummyWeights(config_, options.dtype, options.weight_seed, *pool_, memory_.get());
   BEBOP_CHECK(weights.ok());
   weights_ = *std::move(weights);
   ModelStateOptions state;
@@ -50,17 +52,19 @@ SteppedEngine::SteppedEngine(const Options& options) : config_(SmallConfig()) {
   state.page_tokens = options.page_tokens;
   state.num_slots = options.max_num_seqs + 2;
   state.window = options.max_draft_tokens;
-  auto storage = ModelStateStorage::Create(config_, state);
+  auto storage = ModelStateStorage::Create(config_, state, memory_.get());
   BEBOP_CHECK(storage.ok());
   storage_ = *std::move(storage);
-  model_ = std::make_unique<Model>(config_, options.max_step_tokens, pool_.get());
+  auto model = Model::Create(config_, options.max_step_tokens, DType::kFloat32, ops_.get(), memory_.get());
+  BEBOP_CHECK(model.ok());
+  model_ = *std::move(model);
   model_->SetWeights(weights_.get());
   ModelExecutorOptions executor;
   executor.max_num_seqs = options.max_num_seqs;
   executor.max_step_tokens = options.max_step_tokens;
   executor.page_table_entries = 4 * options.num_pages;
   executor.max_draft_tokens = options.max_draft_tokens;
-  executor_ = std::make_unique<ModelExecutor>(config_, executor, model_.get(), storage_.get(), pool_.get());
+  executor_ = std::make_unique<ModelExecutor>(config_, executor, model_.get(), storage_.get(), memory_.get(), pool_.get());
   EngineCoreOptions core;
   core.scheduler.max_num_seqs = options.max_num_seqs;
   core.scheduler.max_model_len = 256;

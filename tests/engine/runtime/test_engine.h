@@ -81,6 +81,8 @@ class SteppedEngine {
   const ModelConfig config_;
   ManualClock clock_;
   std::unique_ptr<ThreadPool> pool_;
+  std::unique_ptr<DeviceMemory> memory_;
+  std::unique_ptr<Ops> ops_;
   std::unique_ptr<ModelWeights> weights_;
   std::unique_ptr<ModelStateStorage> storage_;
   std::unique_ptr<Model> model_;

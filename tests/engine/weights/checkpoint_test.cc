@@ -54,7 +54,7 @@ struct Fixture {
   }
   absl::StatusOr<std::unique_ptr<ModelWeights>> Load() {
     ThreadPool pool(2);
-    return LoadModelWeights(config, options, pool);
+    return LoadModelWeights(config, options, pool, MakeHostMemory().get());
   }
 
   TempDir directory;
@@ -508,7 +508,7 @@ TEST(CheckpointTest, FirstBadTensorIsNamedWhateverTheThreads) {
   fixture.Write();
   for (const int num_threads : {1, 2, 7}) {
     ThreadPool pool(num_threads);
-    const absl::Status status = LoadModelWeights(fixture.config, fixture.options, pool).status();
+    const absl::Status status = LoadModelWeights(fixture.config, fixture.options, pool, MakeHostMemory().get()).status();
     EXPECT_NE(status.message().find("layers.0.mlp.gate_proj"), absl::string_view::npos) << status;
   }
 }

@@ -17,7 +17,7 @@ ModelConfig SmallConfig() { return ParseModelConfig(SmallConfigJson(/*tied=*/fal
 
 std::unique_ptr<ModelWeights> Make(const ModelConfig& config, DType dtype, uint64_t seed, int num_threads) {
   ThreadPool pool(num_threads);
-  return MakeDummyWeights(config, dtype, seed, pool).value();
+  return MakeDummyWeights(config, dtype, seed, pool, MakeHostMemory().get()).value();
 }
 
 bool SameBytes(const ModelWeights& a, const ModelWeights& b) {
@@ -119,7 +119,7 @@ TEST(DummyWeightsTest, ImpossibleSizesAreResourceExhausted) {
   config.vocab_size = 1 << 24;
   config.hidden_size = 1 << 20;
   ThreadPool pool(1);
-  const absl::Status status = MakeDummyWeights(config, DType::kBFloat16, 0, pool).status();
+  const absl::Status status = MakeDummyWeights(config, DType::kBFloat16, 0, pool, MakeHostMemory().get()).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
   EXPECT_NE(status.message().find("bytes"), absl::string_view::npos);
 }
