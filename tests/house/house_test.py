@@ -22,7 +22,18 @@ OP_MAY_INCLUDE = {"kernels/embedding": {"kernels/linear"}}
 CLIENT_MAY_INCLUDE = {"client", "engine/formats", "proto"}
 # Files that catch what a library throws (CLI11, yaml-cpp) and turn it into a status; nobody throws.
 MAY_CATCH = {"server/server_options.cc", "client/cli/main.cc"}
+# The one file with inline PTX: everything else builds for the emulated device too.
+MAY_ASM = {"kernels/common/gpu_nvcc.h"}
+CUDA_HEADER = re.compile(r"(cuda|cublas|cub/|cooperative_groups|curand|device_|driver_types|mma\.h|nccl|nv/|nvtx|sm_\d|thrust/|vector_(types|functions))")
+# What kernels/common/gpu.h rules out in kernel files, and why.
+NOT_IN_KERNELS = {
+    r"__activemask": "names whichever lanes happen to be there; write the mask",
+    r"__CUDA_ARCH__": "one source for every device",
+    r"extern\s+__shared__": "use BEBOP_DYNAMIC_SHARED",
+    r"\b(cooperative_groups|cub|thrust)::": "does not build for the emulated device",
+}
 SOURCE = {".cc", ".h", ".cu", ".cuh"}
+KERNEL_FILE = {".cu", ".cuh"}
 NEEDS_SPDX = SOURCE | {".py", ".sh", ".cmake", ".proto"}
 INCLUDE = re.compile(r'^\s*#\s*include\s+(["<])([^">]+)[">]')
 
@@ -55,7 +66,10 @@ def check_include(path, kind, name):
     outside_rpc = name.startswith(("grpc", "google/protobuf")) or name.endswith(".pb.h")
     if outside_rpc and room not in ("server", "client"):
         return f"{path}: {name}: protobuf and gRPC stay in server and client"
-    if re.match(r"(cuda|cublas|nccl)", name) and not (room.startswith("kernels/") or room in ("engine/memory", "engine/runtime")):
+    outside_cuda = kind == "<" and CUDA_HEADER.match(name)
+    if outside_cuda and pathlib.PurePosixPath(path).suffix in KERNEL_FILE:
+        return f"{path}: {name}: kernel files see CUDA through kernels/common/gpu.h"
+    if outside_cuda and not (room is not None and room.startswith("kernels/") or room in ("engine/memory", "engine/runtime")):
         return f"{path}: {name}: CUDA headers stay in kernels, engine/memory and engine/runtime"
     if kind == "<" or target is None:
         return None
@@ -93,6 +107,16 @@ def check_text(path, text):
             offences.append(f"{path}: absl locks are not instrumented for TSan; use engine/base/mutex.h")
         if re.search(r"\b(throw|catch)\b\s*[(\w]", code) and path not in MAY_CATCH:
             offences.append(f"{path}: exceptions; return a status")
+        if re.search(r"\basm\b", code) and path not in MAY_ASM:
+            offences.append(f"{path}: inline assembly; PTX stays in kernels/common/gpu_nvcc.h")
+    if suffix in SOURCE and "<<<" in code:
+        offences.append(f"{path}: <<<>>>; launch through gpu::Launch")
+    if suffix in KERNEL_FILE:
+        if '#include "kernels/common/gpu.h"' not in text:
+            offences.append(f"{path}: a kernel file includes kernels/common/gpu.h")
+        for pattern, why in NOT_IN_KERNELS.items():
+            if re.search(pattern, code):
+                offences.append(f"{path}: {pattern}: {why}")
     if suffix in SOURCE and re.search(r"\bTODO\b(?!\(#\d+\))", text):
         offences.append(f"{path}: TODO without an issue")
     if suffix in SOURCE:
@@ -108,6 +132,7 @@ def check_text(path, text):
 def self_test():
     """Each check must catch its broken sample."""
     spdx = "// SPDX-License-Identifier: Apache-2.0\n"
+    gpu = spdx + '#include "kernels/common/gpu.h"\n'
     broken = [
         ("kernels/linear/a.cc", spdx + '#include "engine/base/clock.h"\n'),
         ("kernels/attention/a.cc", spdx + '#include "kernels/linear/linear.h"\n'),
@@ -116,6 +141,20 @@ def self_test():
         ("client/cpp/a.cc", spdx + '#include "engine/schedule/request.h"\n'),
         ("server/a.cc", spdx + '#include "client/cpp/client.h"\n'),
         ("engine/config/a.cc", spdx + "#include <cuda_runtime.h>\n"),
+        ("engine/model/b.cc", spdx + "#include <cublasLt.h>\n"),
+        ("server/b.cc", spdx + "#include <cuda_runtime_api.h>\n"),
+        ("client/cli/b.cc", spdx + "#include <cuda_runtime_api.h>\n"),
+        ("kernels/attention/b_cuda.cu", gpu + "#include <cuda_bf16.h>\n"),
+        ("kernels/attention/c_cuda.cu", gpu + "#include <mma.h>\n"),
+        ("kernels/attention/d_cuda.cu", spdx),
+        ("kernels/attention/e_cuda.cu", gpu + 'void f() { asm volatile("bar.sync 0;"); }\n'),
+        ("kernels/attention/f_cuda.cu", gpu + "void f() { g<<<1, 2>>>(); }\n"),
+        ("tests/kernels/attention/f_test.cc", spdx + "void f() { g<<<1, 2>>>(); }\n"),
+        ("kernels/attention/g_cuda.cu", gpu + "unsigned f() { return __activemask(); }\n"),
+        ("kernels/attention/h_cuda.cu", gpu + "#if __CUDA_ARCH__ >= 900\n#endif\n"),
+        ("kernels/attention/i_cuda.cu", gpu + "extern __shared__ float x[];\n"),
+        ("kernels/attention/j_cuda.cu", gpu + "void f() { cub::Sum(); }\n"),
+        ("engine/runtime/b.cc", spdx + 'void f() { asm("nop"); }\n'),
         ("engine/base/a.h", spdx),
         ("engine/base/a.cc", "int x;\n"),
         ("engine/base/b.cc", spdx + "void f() { assert(1); }\n"),
@@ -124,6 +163,10 @@ def self_test():
     ]
     blind = [path for path, text in broken if not check_text(path, text)]
     good = check_text("engine/model/a.cc", spdx + '#include "kernels/linear/linear.h"\n#include "absl/status/status.h"\n')
+    good += check_text("engine/memory/a.cc", spdx + "#include <cuda_runtime_api.h>\n")
+    good += check_text("kernels/linear/a.cc", spdx + "#include <cublasLt.h>\n")
+    good += check_text("kernels/linear/a_cuda.cu", gpu + '#include "kernels/common/cuda_stream.h"\n// no <<<>>>, no asm\n')
+    good += check_text("kernels/common/gpu_nvcc.h", spdx + '#pragma once\n#include <cuda_runtime.h>\nvoid f() { asm("x;"); }\n')
     if blind or good:
         sys.exit(f"the checks themselves are broken: blind to {blind}, false alarm {good}")
 
