@@ -242,7 +242,7 @@ void Scheduler::GrowRunning() {
   for (Sequence* sequence : running_) {
     if (sequence->state != Sequence::State::kRunning || sequence->group()->paused) continue;
     const int32_t missing =
-        PagesFor(sequence->NextPass(kWholeSequence).num_positions) - static_cast<int32_t>(sequence->pages.size());
+        PagesFor(sequence->NumPositions(options_.lookahead_tokens)) - static_cast<int32_t>(sequence->pages.size());
     if (missing <= 0) continue;
     const Requester requester{.rank = sequence->rank(), .running = true};
     if (MakeRoom(requester, Need{.pages = missing})) {
@@ -324,13 +324,14 @@ bool Scheduler::NothingRuns() const {
 void Scheduler::Run(Sequence* sequence) {
   sequence->slot = slots_.Allocate();
   BEBOP_CHECK(sequence->slot >= 0);
+  sequence->residency = ++last_residency_;
   sequence->state = Sequence::State::kRunning;
   running_.push_back(sequence);
 }
 
 Scheduler::StartResult Scheduler::StartSample(Sequence* sample) {
   const Requester requester{.rank = sample->rank()};
-  const int32_t pages = PagesFor(sample->NextPass(kWholeSequence).num_positions);
+  const int32_t pages = PagesFor(sample->NumPositions(options_.lookahead_tokens));
   if (!MakeRoom(requester, Need{.pages = pages + Headroom(requester), .state_slots = 1, .slots = 1})) {
     return slots_.num_free() == 0 ? StartResult::kNoSlot : StartResult::kNoMemory;
   }
@@ -345,7 +346,7 @@ Scheduler::StartResult Scheduler::StartPrefix(Group* group) {
   Sequence* const prefix = &group->prefix;
   // It is for the group's first waiting sample that it starts; its own rank is only for whoever takes from it.
   const Requester requester{.rank = prefix->rank()};
-  const int32_t pages = PagesFor(prefix->NextPass(kWholeSequence).num_positions);
+  const int32_t pages = PagesFor(prefix->NumPositions(options_.lookahead_tokens));
   if (!MakeRoom(requester, Need{.pages = pages + Headroom(requester), .state_slots = 1, .slots = 1})) {
     return slots_.num_free() == 0 ? StartResult::kNoSlot : StartResult::kNoMemory;
   }
@@ -364,7 +365,7 @@ Scheduler::StartResult Scheduler::ForkSample(Sequence* sample) {
   const int32_t num_full_pages = num_shared_tokens / options_.page_tokens;
   const Requester requester{.rank = sample->rank(), .keep = prefix};
   sample->StartFrom(num_shared_tokens);
-  const int32_t num_pages = PagesFor(sample->NextPass(kWholeSequence).num_positions);
+  const int32_t num_pages = PagesFor(sample->NumPositions(options_.lookahead_tokens));
 
   // In place of the prefix, with its pages and its slot. Not while a sibling has yet to read that slot.
   const auto take_over = [&] {
@@ -480,6 +481,7 @@ void Scheduler::PlanOne(Sequence* sequence, int32_t max_known, StepPlan* plan) {
 
   SequencePlan& out = plan->sequences.emplace_back();
   out.slot = sequence->slot;
+  out.residency = sequence->residency;
   out.known_tokens = {tokens, static_cast<size_t>(pass.num_known)};
   out.num_computed = sequence->num_computed();
   out.num_replay = sequence->num_replay();

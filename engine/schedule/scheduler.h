@@ -128,6 +128,7 @@ class Scheduler {
   int64_t running_score_bytes_ = 0;
   int32_t score_steps_without_rows_ = 0;
   int64_t num_preemptions_ = 0;
+  uint64_t last_residency_ = 0;
   SpecCounts spec_;
 
   // The step under way, parallel to StepPlan::sequences and StepPlan::scores.

@@ -2,6 +2,7 @@
 #include "engine/schedule/sequence.h"
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "kernels/common/check.h"
@@ -51,6 +52,14 @@ Pass Sequence::NextPass(int32_t max_known) const {
   const int32_t num_mtp = std::max(pass.num_drafts_next, group_->num_draft_tokens > 0 ? 1 : 0);
   pass.num_positions = num_computed_ + pass.num_rows() + num_mtp;
   return pass;
+}
+
+int32_t Sequence::NumPositions(int32_t lookahead) const {
+  const int32_t needed = NextPass(std::numeric_limits<int32_t>::max()).num_positions;
+  if (is_prefix()) return needed;  // it never decodes
+  const int32_t most = static_cast<int32_t>(group_->request.prompt.size()) + group_->request.stopping.max_new_tokens +
+                       group_->num_draft_tokens;
+  return std::max(needed, std::min(needed + lookahead, most));
 }
 
 FinishReason Sequence::Apply(const Pass& pass, const SequenceOutcome& outcome, SpecCounts* totals) {

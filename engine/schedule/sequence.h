@@ -74,6 +74,9 @@ class Sequence {
 
   // The next pass, with at most max_known (>= 1) known tokens.
   Pass NextPass(int32_t max_known) const;
+  // Positions to have pages for: those of the next pass with all known tokens and, since a device runs ahead of the host, `lookahead` more, yet
+  // never more than the sequence can come to (the prompt, the longest output and the drafts behind it).
+  int32_t NumPositions(int32_t lookahead) const;
 
   // Applies the outcome of `pass`: trims once, at the first stop or length end, and only then appends per-token values; adds this step's
   // counts (taken before trimming) to the result and to *totals. Returns why the sample ended, or kNone.
@@ -87,6 +90,7 @@ class Sequence {
   // Held resources and place in the schedule; the scheduler's to change.
   State state = State::kWaiting;
   int32_t slot = -1;
+  uint64_t residency = 0;      // of its present or last stay in an executor slot; 0: it never had one
   int32_t state_slot = -1;
   bool fork_pending = false;   // the first pass after a fork reads the prefix's state slot
   std::vector<int32_t> pages;

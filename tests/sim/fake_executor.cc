@@ -13,7 +13,8 @@ FakeExecutor::FakeExecutor(const SchedulerOptions& options)
       target_(static_cast<size_t>(options.num_pages) * options.page_tokens),
       mtp_(target_.size()),
       states_(static_cast<size_t>(options.num_state_slots)),
-      drafts_(static_cast<size_t>(options.max_num_seqs)) {}
+      drafts_(static_cast<size_t>(options.max_num_seqs)),
+      stays_(static_cast<size_t>(options.max_num_seqs)) {}
 
 bool FakeExecutor::Fail(const std::string& what) {
   if (violation_.empty()) violation_ = what;
@@ -62,6 +63,7 @@ bool FakeExecutor::CheckTogether(const StepPlan& plan) {
     if (!check_tables(sequence.pages, sequence.state_src, sequence.state_dst, "sequence")) return false;
     if (sequence.slot < 0 || sequence.slot >= options_.max_num_seqs) return Fail(absl::StrCat("slot ", sequence.slot));
     if (!slots.insert(sequence.slot).second) return Fail(absl::StrCat("executor slot ", sequence.slot, " twice in a step"));
+    if (!CheckResidency(sequence) || !CheckLookahead(sequence)) return false;
     num_rows += static_cast<int32_t>(sequence.known_tokens.size()) + sequence.num_drafts;
     const bool decode = sequence.sample && sequence.num_output > 0 && sequence.known_tokens.size() == 1;
     if (!decode && decodes) return Fail("a prefill chunk comes after a decode");
@@ -94,6 +96,34 @@ bool FakeExecutor::CheckTogether(const StepPlan& plan) {
     if (!check_written(sequence.pages, sequence.num_computed, end)) return false;
   }
   return true;
+}
+
+// A device knows by the residency alone whom it has in a slot: one value a stay, never used again, and the sequence goes on where it was.
+bool FakeExecutor::CheckResidency(const SequencePlan& plan) {
+  Stay& stay = stays_[plan.slot];
+  if (plan.residency == 0) return Fail("residency 0");
+  if (plan.residency == stay.residency) {
+    if (stay.request != plan.request || stay.sample_index != plan.sample_index || plan.num_computed <= stay.num_computed) {
+      return Fail(absl::StrCat("residency ", plan.residency, " of slot ", plan.slot, " is another sequence's or an earlier stay's"));
+    }
+  } else if (plan.residency <= last_residency_) {
+    return Fail(absl::StrCat("residency ", plan.residency, " of slot ", plan.slot, " is not new"));
+  }
+  last_residency_ = std::max(last_residency_, plan.residency);
+  stay = {.residency = plan.residency, .request = plan.request, .sample_index = plan.sample_index, .num_computed = plan.num_computed};
+  return true;
+}
+
+// The iteration that a device runs before the host has seen this pass's results: with enough lookahead it never lacks a page.
+bool FakeExecutor::CheckLookahead(const SequencePlan& plan) {
+  const GenerateRequest& request = *plan.request;
+  const int32_t drafts = plan.keep_mtp ? request.speculation.num_draft_tokens : 0;
+  if (options_.lookahead_tokens < 2 * (drafts + 1) || (!plan.sample && plan.num_drafts_next == 0)) return true;
+  const int32_t most = static_cast<int32_t>(request.prompt.size()) + request.stopping.max_new_tokens + drafts;
+  const int32_t computed = plan.num_computed + static_cast<int32_t>(plan.known_tokens.size()) + plan.num_drafts;
+  const int32_t needed = std::min(most, computed + 1 + drafts + std::max(drafts, plan.keep_mtp ? 1 : 0));
+  return static_cast<int32_t>(plan.pages.size()) * options_.page_tokens >= needed ||
+         Fail(absl::StrCat("page table of ", plan.pages.size(), " misses position ", needed - 1, " of the iteration after this one"));
 }
 
 // Attention reads positions [0, num_tokens): each must hold the prefix that its predecessors say.

@@ -68,6 +68,8 @@ class FakeExecutor final : public Executor {
   bool Fail(const std::string& what);
   Entry* At(std::vector<Entry>* entries, std::span<const int32_t> pages, int32_t position);
   bool CheckTogether(const StepPlan& plan);
+  bool CheckResidency(const SequencePlan& plan);
+  bool CheckLookahead(const SequencePlan& plan);
   bool ReadPrefix(std::span<const int32_t> pages, int32_t num_tokens, bool mtp, uint64_t* prefix);
   bool RunSequence(const SequencePlan& plan, SequenceOutcome* out);
   bool RunScore(const ScorePlan& plan, StepResult* result);
@@ -76,6 +78,14 @@ class FakeExecutor final : public Executor {
   std::vector<Entry> target_, mtp_;  // [num_pages * page_tokens]
   std::vector<State> states_;
   std::vector<Drafts> drafts_;       // by executor slot
+  struct Stay {
+    uint64_t residency = 0;
+    const GenerateRequest* request = nullptr;
+    uint32_t sample_index = 0;
+    int32_t num_computed = 0;  // of the latest plan
+  };
+  std::vector<Stay> stays_;          // by executor slot, the latest
+  uint64_t last_residency_ = 0;
   std::map<uint64_t, int32_t> score_rows_;
   std::map<uint64_t, int32_t> score_bases_;
   std::string violation_;

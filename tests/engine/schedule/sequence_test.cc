@@ -74,6 +74,23 @@ TEST(Sequence, PrefillChunksThenDecodesWithDrafts) {
   EXPECT_EQ(totals.num_draft_tokens, 3);
 }
 
+// A device that runs ahead needs pages beyond the next pass, but nobody needs more than the whole sequence can take.
+TEST(Sequence, LookaheadEndsWhereTheSequenceMust) {
+  const auto group = MakeGroup(10, 6, 3);
+  Sequence& sample = group->samples[0];
+  SpecCounts totals;
+  EXPECT_EQ(sample.NumPositions(0), 13);  // prompt and drafts
+  EXPECT_EQ(sample.NumPositions(4), 17);
+  EXPECT_EQ(sample.NumPositions(8), 19);  // prompt, output and drafts
+  sample.Apply(sample.NextPass(kWhole), Outcome({1}, 0, 0, 3), &totals);
+  EXPECT_EQ(sample.NumPositions(0), 17);
+  EXPECT_EQ(sample.NumPositions(8), 19);
+  sample.Apply(sample.NextPass(kWhole), Outcome({2, 3, 4, 5}, 3, 3, 0), &totals);
+  EXPECT_EQ(sample.num_remaining(), 1);
+  EXPECT_EQ(sample.NumPositions(8), 19);
+  EXPECT_EQ(group->prefix.NumPositions(8), group->prefix.NumPositions(0));  // never decodes
+}
+
 TEST(Sequence, WithoutSpeculationNothingIsKeptForTheMtpLayer) {
   const auto group = MakeGroup(10, 20, 0);
   ExpectPass(group->samples[0].NextPass(kWhole), 10, 0, true, 0, 10);
