@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Client of the bebop rollout server.
+
+    import bebop
+
+    with bebop.Client("127.0.0.1:50051") as client:
+        group = client.generate([17, 4, 99], n=8, sampling=dict(temperature=1.0), max_new_tokens=64, logprobs=True)
+        for sample in group.samples:
+            print(sample.token_ids, sample.logprobs, sample.finish.reason)
+
+`AsyncClient` has the same methods as coroutines. Every failure is a `BebopError`. Token ids and per-token values are numpy arrays.
+"""
+
+from bebop.aio import AsyncClient
+from bebop.client import Client
+from bebop.errors import (AbortedError, AlreadyExistsError, BebopError, CancelledError, DataLossError, DeadlineExceededError,
+                          FailedPreconditionError, InternalError, InvalidArgumentError, NotFoundError, PermissionDeniedError,
+                          ResourceExhaustedError, UnauthenticatedError, UnavailableError, UnimplementedError)
+from bebop.results import (Admitted, DraftScore, Finish, GroupResult, SampleResult, SequenceScore, SpecStats, Timing, TokenChunk, Usage,
+                           WeightSpan)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AbortedError", "Admitted", "AlreadyExistsError", "AsyncClient", "BebopError", "CancelledError", "Client", "DataLossError",
+    "DeadlineExceededError", "DraftScore", "FailedPreconditionError", "Finish", "GroupResult", "InternalError", "InvalidArgumentError",
+    "NotFoundError", "PermissionDeniedError", "ResourceExhaustedError", "SampleResult", "SequenceScore", "SpecStats", "Timing", "TokenChunk",
+    "UnauthenticatedError", "UnavailableError", "UnimplementedError", "Usage", "WeightSpan",
+]

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The asyncio client: the methods of Client as coroutines."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import grpc
+
+from bebop import requests
+from bebop.client import HEALTH_METHOD, Event, stream_event
+from bebop.errors import from_rpc_error
+from bebop.results import GroupResult, SampleResult, SequenceScore
+from bebop.rpc import health_pb2
+from bebop.transport import CHANNEL_OPTIONS, Deadline, Endpoint, RetryPolicy, Tls, read_token
+from bebop.v1 import info_pb2, info_pb2_grpc, rollout_pb2, rollout_pb2_grpc
+
+
+def connect(endpoint: Endpoint) -> grpc.aio.Channel:
+    if endpoint.tls is not None:
+        return grpc.aio.secure_channel(endpoint.address, endpoint.tls.credentials(), CHANNEL_OPTIONS)
+    return grpc.aio.insecure_channel(endpoint.address, CHANNEL_OPTIONS)
+
+
+class AsyncClient:
+    """Typed calls to one server for asyncio. Arguments and errors as Client's.
+
+    Connects at the first call and belongs to the event loop of that call; a pickled or copied client connects anew. Cancelling the task
+    of a call cancels the request.
+    """
+
+    def __init__(self, server: str = "127.0.0.1:50051", admin: str | None = None, *, tls: Tls | None = None, token: str | None = None,
+                 token_file: str | None = None, timeout: float | None = None, retry: RetryPolicy | None = RetryPolicy()):
+        token = read_token(token, token_file)
+        self._setup(Endpoint(server, tls, token), Endpoint(admin, tls, token) if admin else None, timeout, retry)
+
+    def _setup(self, server: Endpoint, admin: Endpoint | None, timeout: float | None, retry: RetryPolicy | None) -> None:
+        self._state = (server, admin, timeout, retry)
+        self._server, self._admin, self._timeout, self._retry = self._state
+        self._channel: grpc.aio.Channel | None = None
+        self._admin_channel: grpc.aio.Channel | None = None
+
+    def _connect(self) -> None:
+        # Not in the constructor: a channel of grpc.aio binds to the running loop.
+        if self._channel is not None:
+            return
+        self._channel = connect(self._server)
+        self._admin_channel = connect(self._admin) if self._admin else self._channel
+        self._rollout = rollout_pb2_grpc.RolloutStub(self._channel)
+        self._info = info_pb2_grpc.InfoStub(self._admin_channel)
+        self._health = self._admin_channel.unary_unary(HEALTH_METHOD, request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+                                                       response_deserializer=health_pb2.HealthCheckResponse.FromString)
+
+    def __getstate__(self):
+        return self._state
+
+    def __setstate__(self, state):
+        self._setup(*state)
+
+    def __repr__(self) -> str:
+        return f"bebop.AsyncClient({self._server.address!r})"
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *exc) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Cancels calls in flight and disconnects."""
+        if self._channel is not None:
+            await self._channel.close()
+            if self._admin_channel is not self._channel:
+                await self._admin_channel.close()
+            self._channel = self._admin_channel = None
+
+    async def _call(self, stub: str, name: str, request, timeout: float | None, endpoint: Endpoint | None = None):
+        self._connect()
+        method = getattr(self, stub) if not name else getattr(getattr(self, stub), name)
+        deadline = Deadline(self._timeout if timeout is None else timeout)
+        metadata = (endpoint or self._server).metadata()
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                return await method(request, timeout=deadline.remaining(), metadata=metadata)
+            except grpc.RpcError as rpc_error:
+                error = from_rpc_error(rpc_error)
+                delay = self._retry.delay(error, attempt) if self._retry else None
+                if delay is None or not deadline.allows(delay):
+                    raise error from None
+                await asyncio.sleep(delay)
+
+    async def generate(self, prompt_token_ids: requests.TokenIds, *, n: int = 1, timeout: float | None = None, **params: Any) -> GroupResult:
+        """As Client.generate."""
+        request = requests.generate_request(prompt_token_ids, n=n, **params)
+        return GroupResult.from_proto(await self._call("_rollout", "Generate", request, timeout), request.output)
+
+    async def generate_stream(self, prompt_token_ids: requests.TokenIds, *, n: int = 1, timeout: float | None = None, events: bool = False,
+                              **params: Any) -> AsyncIterator[Event]:
+        """As Client.generate_stream: `async for sample in client.generate_stream(...)`."""
+        request = requests.generate_request(prompt_token_ids, n=n, **params)
+        self._connect()
+        deadline = Deadline(self._timeout if timeout is None else timeout)
+        call = self._rollout.GenerateStream(request, timeout=deadline.remaining(), metadata=self._server.metadata())
+        try:
+            async for message in call:
+                event = stream_event(message, request.output)
+                if event is not None and (events or isinstance(event, SampleResult)):
+                    yield event
+        except grpc.RpcError as rpc_error:
+            raise from_rpc_error(rpc_error) from None
+        finally:
+            call.cancel()
+
+    async def score(self, sequences: Sequence[requests.TokenIds], *, timeout: float | None = None, **params: Any) -> list[SequenceScore]:
+        """As Client.score."""
+        result = await self._call("_rollout", "Score", requests.score_request(sequences, **params), timeout)
+        return [SequenceScore.from_proto(score) for score in result.scores]
+
+    async def abort(self, request_ids: str | Sequence[str], *, timeout: float | None = None) -> list[str]:
+        """As Client.abort."""
+        ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+        return list((await self._call("_rollout", "Abort", rollout_pb2.AbortRequest(request_ids=ids), timeout)).aborted_request_ids)
+
+    async def tokenize(self, text: str, *, parse_special: bool = False, timeout: float | None = None) -> list[int]:
+        """As Client.tokenize."""
+        request = info_pb2.TokenizeRequest(text=text, parse_special=parse_special)
+        return list((await self._call("_info", "Tokenize", request, timeout, self._admin)).token_ids)
+
+    async def detokenize(self, token_ids: requests.TokenIds, *, skip_special: bool = False, timeout: float | None = None) -> str:
+        """As Client.detokenize."""
+        request = info_pb2.DetokenizeRequest(token_ids=[int(token) for token in token_ids], skip_special=skip_special)
+        return (await self._call("_info", "Detokenize", request, timeout, self._admin)).text
+
+    async def server_info(self, *, timeout: float | None = None) -> info_pb2.ServerInfo:
+        return await self._call("_info", "GetServerInfo", info_pb2.GetServerInfoRequest(), timeout, self._admin)
+
+    async def model_info(self, *, timeout: float | None = None) -> info_pb2.ModelInfo:
+        return await self._call("_info", "GetModelInfo", info_pb2.GetModelInfoRequest(), timeout, self._admin)
+
+    async def loads(self, *, timeout: float | None = None) -> info_pb2.Loads:
+        """As Client.loads."""
+        return await self._call("_info", "GetLoads", info_pb2.GetLoadsRequest(), timeout, self._admin)
+
+    async def health(self, service: str = "", *, timeout: float | None = None) -> str:
+        """As Client.health."""
+        reply = await self._call("_health", "", health_pb2.HealthCheckRequest(service=service), timeout, self._admin)
+        return health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keyword arguments to request messages: one place for both clients. Values are checked by the server; names are checked here."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Union
+
+import numpy as np
+
+from bebop.v1 import rollout_pb2
+
+TokenIds = Union[Sequence[int], np.ndarray]
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed")
+_STOPPING = ("max_new_tokens", "min_new_tokens", "stop_token_ids", "stop", "ignore_eos")
+_SPECULATION = ("mode", "num_draft_tokens", "synthetic_acceptance")
+
+
+def _token_ids(name: str, ids: TokenIds) -> list[int]:
+    array = np.asarray(ids)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise TypeError(f"{name}: expected a flat sequence of integers, got shape {array.shape} of {array.dtype}")
+    if array.size and int(array.min()) < 0:
+        raise ValueError(f"{name}: {int(array.min())} is negative")
+    return array.tolist()
+
+
+def _pick(name: str, given: Mapping[str, Any], allowed: Iterable[str]) -> dict[str, Any]:
+    allowed = tuple(allowed)
+    unknown = sorted(set(given) - set(allowed))
+    if unknown:
+        raise TypeError(f"{name}: unknown field {unknown[0]!r}; known: {', '.join(allowed)}")
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def generate_request(prompt_token_ids: TokenIds, *, n: int = 1, request_id: str | None = None, sampling: Mapping[str, Any] | None = None,
+                     stopping: Mapping[str, Any] | None = None, speculation: Mapping[str, Any] | str | None = None, priority: int | None = None,
+                     prompt: bool = False, logprobs: bool = False, raw_logprobs: bool = False, entropy: bool = False,
+                     token_source: bool = False, draft_logprobs: bool = False, spec_detail: bool = False, stream_tokens: bool = False,
+                     **more: Any) -> rollout_pb2.GenerateRequest:
+    """`more` takes the fields of `sampling` and `stopping` directly: temperature=0.7, max_new_tokens=64, ..."""
+    sampling, stopping = dict(sampling or {}), dict(stopping or {})
+    # max_new_tokens and its kin are often written among the sampling parameters.
+    for source in (more, {key: sampling.pop(key) for key in _STOPPING if key in sampling}):
+        for key, value in source.items():
+            target = sampling if key in _SAMPLING else stopping if key in _STOPPING else None
+            if target is None:
+                raise TypeError(f"generate: unknown argument {key!r}; sampling takes {', '.join(_SAMPLING)}, stopping {', '.join(_STOPPING)}")
+            if key in target:
+                raise TypeError(f"generate: {key} is given twice")
+            target[key] = value
+    request = rollout_pb2.GenerateRequest(
+        # An id of our own makes the call safe to repeat: the server attaches a repeat to the request it already has.
+        request_id=request_id or uuid.uuid4().hex, prompt_token_ids=_token_ids("prompt_token_ids", prompt_token_ids), num_samples=n,
+        output=rollout_pb2.OutputParams(prompt=prompt, logprobs=logprobs, raw_logprobs=raw_logprobs, entropy=entropy, token_source=token_source,
+                                        draft_logprobs=draft_logprobs, spec_detail=spec_detail, stream_tokens=stream_tokens))
+    if priority is not None:
+        request.priority = priority
+    request.sampling.CopyFrom(rollout_pb2.SamplingParams(**_pick("sampling", sampling, _SAMPLING)))
+    stops = _pick("stopping", stopping, _STOPPING)
+    if isinstance(stops.get("stop"), str):
+        stops["stop"] = [stops["stop"]]
+    request.stopping.CopyFrom(rollout_pb2.StoppingParams(**stops))
+    if speculation is not None:
+        fields = {"mode": speculation} if isinstance(speculation, str) else _pick("speculation", speculation, _SPECULATION)
+        if "mode" in fields:
+            modes = rollout_pb2.SpeculationParams.Mode
+            mode = str(fields["mode"]).upper()
+            if mode not in modes.keys():
+                raise ValueError(f"speculation.mode: {fields['mode']!r} is none of {', '.join(key.lower() for key in modes.keys()[1:])}")
+            fields["mode"] = modes.Value(mode)
+        request.speculation.CopyFrom(rollout_pb2.SpeculationParams(**fields))
+    return request
+
+
+def score_request(sequences: Sequence[TokenIds], *, score_start: int = 0, temperature: float | None = None, top_logprobs: int = 0,
+                  token_ids_logprob: Sequence[int] = (), entropy: bool = False, draft_depth: int = 0) -> rollout_pb2.ScoreRequest:
+    request = rollout_pb2.ScoreRequest(score_start=score_start, temperature=temperature, top_logprobs=top_logprobs,
+                                       token_ids_logprob=list(token_ids_logprob), entropy=entropy, draft_depth=draft_depth)
+    for i, ids in enumerate(sequences):
+        request.sequences.add(token_ids=_token_ids(f"sequences[{i}]", ids))
+    return request

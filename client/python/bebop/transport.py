@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What both clients share: channel options, credentials, and when to try again."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import time
+
+import grpc
+
+from bebop.errors import BebopError
+
+# Replies are as large as what was asked for; the server's own limit decides what may be sent. A proxy of the environment is for the web.
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.keepalive_time_ms", 60_000),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class RetryPolicy:
+    """Which failures are tried again, and how long.
+
+    Only failures that a repeat can cure: no connection, and those that the server marks with RetryInfo (queue full, loading). Every call of this
+    package is safe to repeat: requests carry an id that the server recognises. A draining server is left at once.
+    """
+
+    max_attempts: int = 8
+    initial_seconds: float = 0.1
+    max_seconds: float = 10.0
+
+    def delay(self, error: BebopError, attempt: int) -> float | None:
+        """Seconds to wait before attempt + 1 (attempts count from 1); None: give up."""
+        if attempt >= self.max_attempts or error.reason == "DRAINING":
+            return None
+        if error.retry_after is None and error.reached_server:
+            return None
+        backoff = min(self.max_seconds, self.initial_seconds * 2 ** (attempt - 1))
+        return max(error.retry_after or 0.0, backoff * random.uniform(0.5, 1.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tls:
+    """Certificates in PEM files. `ca`: whom to trust, None for the system's; `certificate` and `key`: our own, for mutual TLS."""
+
+    ca: str | None = None
+    certificate: str | None = None
+    key: str | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        def read(path):
+            if path is None:
+                return None
+            with open(path, "rb") as file:
+                return file.read()
+
+        return grpc.ssl_channel_credentials(read(self.ca), read(self.key), read(self.certificate))
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoint:
+    """Everything needed to connect; plain data, so that clients can be pickled."""
+
+    address: str
+    tls: Tls | None = None
+    token: str | None = dataclasses.field(default=None, repr=False)
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
+
+def read_token(token: str | None, token_file: str | None) -> str | None:
+    """The bearer token: given, in a file (first line), or in the file that BEBOP_TOKEN_FILE names."""
+    if token is not None and token_file is not None:
+        raise TypeError("give token or token_file, not both")
+    path = token_file if token is None else None
+    if token is None and path is None:
+        path = os.environ.get("BEBOP_TOKEN_FILE")
+    if path:
+        with open(path, encoding="utf-8") as file:
+            return file.readline().strip()
+    return token
+
+
+class Deadline:
+    """A timeout that repeats of a call share. None: no limit."""
+
+    def __init__(self, timeout: float | None):
+        self._end = None if timeout is None else time.monotonic() + timeout
+
+    def remaining(self) -> float | None:
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+    def allows(self, seconds: float) -> bool:
+        return self._end is None or time.monotonic() + seconds < self._end
