@@ -18,6 +18,10 @@ set(host_options
 target_compile_options(bebop_options INTERFACE "$<$<COMPILE_LANGUAGE:CXX>:${host_options}>")
 target_compile_definitions(bebop_options INTERFACE $<$<CXX_COMPILER_ID:GNU>:_GLIBCXX_ASSERTIONS>)
 target_link_options(bebop_options INTERFACE -Wl,-z,relro,-z,now)
+if(BEBOP_ENABLE_CUDA)
+  # A bundle (deploy/bundle.sh) has the shared libraries in lib/, beside bin/ and tests/. The old tag holds for what these need in turn, too.
+  target_link_options(bebop_options INTERFACE "-Wl,-rpath,$ORIGIN/../lib" -Wl,--disable-new-dtags)
+endif()
 if(BEBOP_SANITIZE)
   target_compile_options(bebop_options INTERFACE -fsanitize=${BEBOP_SANITIZE} -fno-sanitize-recover=all)
   target_link_options(bebop_options INTERFACE -fsanitize=${BEBOP_SANITIZE})
