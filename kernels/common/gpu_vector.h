@@ -6,8 +6,8 @@
 #include "kernels/common/gpu.h"
 #include "kernels/common/tensor_view.h"
 
-// Device helpers of the row-wise operators (`*_cuda.cu` only): eight values at a time, as float, whatever they are stored as. Addresses are
-// aligned to 16 bytes, which RowsAligned (below) checks on the host.
+// Device helpers of the row-wise operators (`*_cuda.cu` only): eight values at a time, as float, whatever they are stored as.
+// Addresses are aligned to 16 bytes, which RowsAligned (below) checks on the host.
 namespace bebop::gpu {
 
 inline constexpr int kVector = 8;
@@ -39,8 +39,8 @@ __device__ inline void Store8(BFloat16* to, const float (&from)[kVector]) {
       make_uint4(PackBf16(from[0], from[1]), PackBf16(from[2], from[3]), PackBf16(from[4], from[5]), PackBf16(from[6], from[7]));
 }
 
-// The same for a type known at run time: a branch that all lanes take alike, where an instance of the kernel for every combination of types
-// would be compiled otherwise. `index` counts elements.
+// The same for a type known at run time: a branch that all lanes take alike, where an instance of the kernel for every
+// combination of types would be compiled otherwise. `index` counts elements.
 __device__ inline void Load8(const void* from, DType dtype, int64_t index, float (&to)[kVector]) {
   if (dtype == DType::kFloat32) {
     Load8(static_cast<const float*>(from) + index, to);
@@ -56,7 +56,8 @@ __device__ inline void Store8(void* to, DType dtype, int64_t index, const float 
   }
 }
 
-// Σ over the lanes of each aligned group of kLanes (a power of two), in every lane of the group and in one order. All lanes take part.
+// Σ over the lanes of each aligned group of kLanes (a power of two), in every lane of the group and in one order. All lanes take
+// part.
 template <int kLanes>
 __device__ inline float GroupSum(float value) {
 #pragma unroll

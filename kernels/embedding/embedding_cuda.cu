@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Embedding: a block copies one row of the table, sixteen bytes of bf16 a thread, and widens or narrows it on the way. T·H·(2 + 4) bytes from
-// bf16 to float32: latency bound for a decode step (two dependent loads and the launch), memory bound for a long prompt chunk.
+// Embedding: a block copies one row of the table, sixteen bytes of bf16 a thread, and widens or narrows it on the way. T·H·(2 +
+// 4) bytes from bf16 to float32: latency bound for a decode step (two dependent loads and the launch), memory bound for a long
+// prompt chunk.
 
 #include "kernels/common/check.h"
 #include "kernels/common/cuda_stream.h"
@@ -33,7 +34,8 @@ void Embedding(const EmbeddingArgs& args, Stream& stream) {
   BEBOP_CHECK(gpu::RowsAligned(args.table.data, args.table.dtype, args.table.cols, args.table.cols));
   BEBOP_CHECK(gpu::RowsAligned(out));
   if (out.rows == 0) return;
-  BEBOP_CUDA_TRY(stream, gpu::Launch(EmbeddingKernel, dim3(static_cast<unsigned>(out.rows)), dim3(kThreads), 0, stream.handle(), args));
+  BEBOP_CUDA_TRY(stream,
+                 gpu::Launch(EmbeddingKernel, dim3(static_cast<unsigned>(out.rows)), dim3(kThreads), 0, stream.handle(), args));
 }
 
 }  // namespace bebop::cuda

@@ -1,24 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 // y = x Wᵀ on the device: our own kernels.
 //
-// bf16, few rows. The weights' N·K·2 bytes are nearly all that moves (x and y add T·(K + 2N) / (N·K), 1 % at T = 8), and the arithmetic is
-// T operations a byte against the H200's ridge of 184: memory bound, 2560 x 9216 takes 11 µs at 4.3 TB/s. What has to be right is the number
-// of bytes in flight. A block takes 64 or 128 rows of W and a run of columns; stages of 64 columns pass through a ring of 4 to 6 buffers
-// filled by 16-byte cp.async, so that a block has 40 to 60 KiB under way and two to four blocks fit a multiprocessor. Each byte of W is read
-// by one block, and goes through shared memory because the tensor cores want it by rows of eight.
+// bf16, few rows. The weights' N·K·2 bytes are nearly all that moves (x and y add T·(K + 2N) / (N·K), 1 % at T = 8), and the
+// arithmetic is T operations a byte against the H200's ridge of 184: memory bound, 2560 x 9216 takes 11 µs at 4.3 TB/s. What has
+// to be right is the number of bytes in flight. A block takes 64 or 128 rows of W and a run of columns; stages of 64 columns pass
+// through a ring of 4 to 6 buffers filled by 16-byte cp.async, so that a block has 40 to 60 KiB under way and two to four blocks
+// fit a multiprocessor. Each byte of W is read by one block, and goes through shared memory because the tensor cores want it by
+// rows of eight.
 //
-// W rows are the 16-row operand of mma.m16n8k16 and rows of x the 8-column one (the transpose of how the product is written): T = 1 pays for
-// eight columns rather than for sixteen rows, and a warp holds 16 rows of W times all rows of x of its block.
+// W rows are the 16-row operand of mma.m16n8k16 and rows of x the 8-column one (the transpose of how the product is written): T =
+// 1 pays for eight columns rather than for sixteen rows, and a warp holds 16 rows of W times all rows of x of its block.
 //
-// Matrices with few rows are cut along K as well (SplitsOf). The runs' partial sums go to the stream's workspace; the block that arrives
-// last at its tile (an integer counter) adds them up in the order of the runs. So no launch follows, no block waits, and the order of the
-// sum does not depend on the order of the blocks.
+// Matrices with few rows are cut along K as well (SplitsOf). The runs' partial sums go to the stream's workspace; the block that
+// arrives last at its tile (an integer counter) adds them up in the order of the runs. So no launch follows, no block waits, and
+// the order of the sum does not depend on the order of the blocks.
 //
-// bf16, more rows (batch-invariant mode): the same loop over tiles of 64 rows of x, which adds up its runs itself, one after the other, with
-// the same result to the bit. About half of what the tensor cores give through mma; speed is cuBLASLt's job.
+// bf16, more rows (batch-invariant mode): the same loop over tiles of 64 rows of x, which adds up its runs itself, one after the
+// other, with the same result to the bit. About half of what the tensor cores give through mma; speed is cuBLASLt's job.
 //
-// Shared memory: rows of 64 bf16 are 128 bytes, eight 16-byte chunks; chunk c of row r lies at c ^ (r % 8), so that both the copies (eight
-// chunks of a row) and ldmatrix (one chunk of eight rows) touch all banks.
+// Shared memory: rows of 64 bf16 are 128 bytes, eight 16-byte chunks; chunk c of row r lies at c ^ (r % 8), so that both the
+// copies (eight chunks of a row) and ldmatrix (one chunk of eight rows) touch all banks.
 //
 // float32 is the oracle mode: one thread an output and four rows of x, no shared memory, one chain of fmaf.
 
@@ -98,8 +99,8 @@ __global__ void __launch_bounds__(Tile::kThreads) LinearBf16Kernel(TileArgs args
   const int end = Tile::kSequential ? args.num_cols : min(begin + args.split_cols, args.num_cols);
   const int num_stages = (end - begin + static_cast<int>(kStageCols) - 1) / static_cast<int>(kStageCols);
 
-  // Copies stage `stage` to its buffer; zeros stand for what lies beyond W's rows, x's rows or the columns. Past the end an empty group
-  // keeps the count of groups.
+  // Copies stage `stage` to its buffer; zeros stand for what lies beyond W's rows, x's rows or the columns. Past the end an empty
+  // group keeps the count of groups.
   const auto load = [&](int stage) {
     if (stage < num_stages) {
       unsigned char* const buffer = shared + stage % kStages * Tile::kStageBytes;
@@ -121,13 +122,14 @@ __global__ void __launch_bounds__(Tile::kThreads) LinearBf16Kernel(TileArgs args
     gpu::CpAsyncCommit();
   };
 
-  // Fragments: element e of sums[i] is row lane / 4 + 8 * (e / 2) of the warp's 16 rows of W and row 8 * i + lane % 4 * 2 + e % 2 of x.
+  // Fragments: element e of sums[i] is row lane / 4 + 8 * (e / 2) of the warp's 16 rows of W and row 8 * i + lane % 4 * 2 + e % 2
+  // of x.
   float sums[kColumnTiles][4] = {};
   float totals[kColumnTiles][4] = {};  // of the runs before this one, if kSequential
   for (int stage = 0; stage < kStages - 1; ++stage) load(stage);
   for (int stage = 0; stage < num_stages; ++stage) {
     gpu::CpAsyncWait<kStages - 2>();
-    __syncthreads();            // the stage has arrived for all threads, and all have left the buffer that is filled next
+    __syncthreads();  // the stage has arrived for all threads, and all have left the buffer that is filled next
     load(stage + kStages - 1);
     const unsigned char* const weights = shared + stage % kStages * Tile::kStageBytes;
     const unsigned char* const tokens = weights + Tile::kWeightBytes;
@@ -217,7 +219,8 @@ __global__ void __launch_bounds__(Tile::kThreads) LinearBf16Kernel(TileArgs args
 constexpr int kFloatThreads = 64;
 constexpr int kFloatTokens = 4;
 
-// Block (x, y): rows [x * kFloatTokens, ...) of x, rows [y * kFloatThreads, ...) of W. A warp reads whole lines of W, spread over four turns.
+// Block (x, y): rows [x * kFloatTokens, ...) of x, rows [y * kFloatThreads, ...) of W. A warp reads whole lines of W, spread over
+// four turns.
 __global__ void __launch_bounds__(kFloatThreads) LinearFloat32Kernel(LinearArgs args) {
   const int64_t row = static_cast<int64_t>(blockIdx.y) * kFloatThreads + threadIdx.x;
   if (row >= args.w.rows) return;
@@ -250,8 +253,8 @@ void LaunchTile(const TileArgs& args, Stream& stream) {
   const unsigned token_tiles = static_cast<unsigned>((args.num_tokens + Tile::kTokens - 1) / Tile::kTokens);
   const unsigned row_tiles = static_cast<unsigned>((args.num_rows + Tile::kRows - 1) / Tile::kRows);
   const unsigned splits = Tile::kSequential ? 1u : static_cast<unsigned>(args.num_splits);
-  BEBOP_CUDA_TRY(stream, gpu::Launch(LinearBf16Kernel<Tile>, dim3(token_tiles, row_tiles * splits), dim3(Tile::kThreads), Tile::kSharedBytes,
-                                     stream.handle(), args));
+  BEBOP_CUDA_TRY(stream, gpu::Launch(LinearBf16Kernel<Tile>, dim3(token_tiles, row_tiles * splits), dim3(Tile::kThreads),
+                                     Tile::kSharedBytes, stream.handle(), args));
 }
 
 }  // namespace

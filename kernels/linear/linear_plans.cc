@@ -10,8 +10,8 @@
 #include "kernels/common/cuda_stream.h"
 #include "kernels/linear/linear_cuda.h"
 
-// How a product runs on the device: by our own kernels or by cuBLASLt. cuBLASLt thinks in columns: y's rows are the columns of an [N, T]
-// matrix, w's those of a [K, N] one that is transposed, x's those of a [K, T] one.
+// How a product runs on the device: by our own kernels or by cuBLASLt. cuBLASLt thinks in columns: y's rows are the columns of an
+// [N, T] matrix, w's those of a [K, N] one that is transposed, x's those of a [K, T] one.
 namespace bebop::cuda {
 namespace {
 
@@ -52,8 +52,8 @@ struct LinearPlans::Impl {
   // The first failure goes to the stream, in words that say which product it was.
   bool Try(cublasStatus_t status, const char* call, const Shape& shape) {
     if (status == CUBLAS_STATUS_SUCCESS) return true;
-    stream->Fail(std::string(call) + " for a product of " + std::to_string(shape.t) + " rows with " + std::to_string(shape.n) + " x " +
-                 std::to_string(shape.k) + " weights: " + cublasLtGetStatusString(status));
+    stream->Fail(std::string(call) + " for a product of " + std::to_string(shape.t) + " rows with " + std::to_string(shape.n) +
+                 " x " + std::to_string(shape.k) + " weights: " + cublasLtGetStatusString(status));
     return false;
   }
   // The library and the one description that all products share. False if the stream has failed.
@@ -75,7 +75,8 @@ bool LinearPlans::Impl::Open(const Shape& shape) {
   if (!Try(cublasLtCreate(&new_handle), "cublasLtCreate", shape)) return false;
   handle.reset(new_handle);
   cublasLtMatmulDesc_t new_product = nullptr;
-  if (!Try(cublasLtMatmulDescCreate(&new_product, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate", shape)) return false;
+  if (!Try(cublasLtMatmulDescCreate(&new_product, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate", shape))
+    return false;
   Owned<cublasLtMatmulDesc_t> owned(new_product);
   const cublasOperation_t transpose = CUBLAS_OP_T;
   if (!Try(cublasLtMatmulDescSetAttribute(new_product, CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof(transpose)),
@@ -94,7 +95,8 @@ const Plan* LinearPlans::Impl::Find(const Shape& shape) {
   Plan plan;
   const auto layout = [&](Owned<cublasLtMatrixLayout_t>* out, DType dtype, int64_t rows, int64_t cols, int64_t stride) {
     cublasLtMatrixLayout_t created = nullptr;
-    const cublasStatus_t status = cublasLtMatrixLayoutCreate(&created, TypeOf(dtype), static_cast<uint64_t>(rows), static_cast<uint64_t>(cols), stride);
+    const cublasStatus_t status =
+        cublasLtMatrixLayoutCreate(&created, TypeOf(dtype), static_cast<uint64_t>(rows), static_cast<uint64_t>(cols), stride);
     out->reset(created);
     return Try(status, "cublasLtMatrixLayoutCreate", shape);
   };
@@ -106,8 +108,8 @@ const Plan* LinearPlans::Impl::Find(const Shape& shape) {
   if (!Try(cublasLtMatmulPreferenceCreate(&created), "cublasLtMatmulPreferenceCreate", shape)) return nullptr;
   const Owned<cublasLtMatmulPreference_t> preference(created);
   const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
-    return Try(cublasLtMatmulPreferenceSetAttribute(created, attribute, &value, sizeof(value)), "cublasLtMatmulPreferenceSetAttribute",
-               shape);
+    return Try(cublasLtMatmulPreferenceSetAttribute(created, attribute, &value, sizeof(value)),
+               "cublasLtMatmulPreferenceSetAttribute", shape);
   };
   if (!prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<uint64_t>(stream->workspace_bytes()))) return nullptr;
   if (!prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, shape.w_alignment)) return nullptr;
@@ -117,12 +119,13 @@ const Plan* LinearPlans::Impl::Find(const Shape& shape) {
 
   cublasLtMatmulHeuristicResult_t result = {};
   int num_results = 0;
-  if (!Try(cublasLtMatmulAlgoGetHeuristic(handle.get(), product.get(), plan.w.get(), plan.x.get(), plan.y.get(), plan.y.get(), created, 1,
-                                          &result, &num_results),
+  if (!Try(cublasLtMatmulAlgoGetHeuristic(handle.get(), product.get(), plan.w.get(), plan.x.get(), plan.y.get(), plan.y.get(),
+                                          created, 1, &result, &num_results),
            "cublasLtMatmulAlgoGetHeuristic", shape)) {
     return nullptr;
   }
-  if (!Try(num_results == 1 ? result.state : CUBLAS_STATUS_NOT_SUPPORTED, "cublasLtMatmulAlgoGetHeuristic", shape)) return nullptr;
+  if (!Try(num_results == 1 ? result.state : CUBLAS_STATUS_NOT_SUPPORTED, "cublasLtMatmulAlgoGetHeuristic", shape))
+    return nullptr;
   plan.algorithm = result.algo;
   return &plans.emplace(shape, std::move(plan)).first->second;
 }
@@ -141,8 +144,8 @@ void LinearPlans::Impl::Multiply(const LinearArgs& args) {
   const Plan* const plan = Find(shape);
   if (plan == nullptr) return;
   const float alpha = 1.0f, beta = 0.0f;
-  Try(cublasLtMatmul(handle.get(), product.get(), &alpha, args.w.data, plan->w.get(), args.x.data, plan->x.get(), &beta, args.y.data,
-                     plan->y.get(), args.y.data, plan->y.get(), &plan->algorithm, stream->workspace(),
+  Try(cublasLtMatmul(handle.get(), product.get(), &alpha, args.w.data, plan->w.get(), args.x.data, plan->x.get(), &beta,
+                     args.y.data, plan->y.get(), args.y.data, plan->y.get(), &plan->algorithm, stream->workspace(),
                      static_cast<size_t>(stream->workspace_bytes()), stream->handle()),
       "cublasLtMatmul", shape);
 }

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// QkNormRope: a warp takes one head of one row (a query head, or a key head with its value head), eight values a lane; a block four heads of
-// one row. In bf16 a row moves (nq + 2·nkv)·D·4 bytes, 24 KiB in the 4B model: latency bound in a decode step, memory bound in prefill.
+// QkNormRope: a warp takes one head of one row (a query head, or a key head with its value head), eight values a lane; a block
+// four heads of one row. In bf16 a row moves (nq + 2·nkv)·D·4 bytes, 24 KiB in the 4B model: latency bound in a decode step,
+// memory bound in prefill.
 //
-// Angles. The header asks for angle, cos and sin in double. The frequencies come from the host (the same pow as on the CPU), in turns, so that
-// the range reduction is a subtraction of integers, which is exact. What is left, an eighth of a turn at most, takes two short polynomials in
-// double: no call with a slow path for large arguments. The angle is off by 3·2^-53 of itself (2^-31 rad at position 2^20), the
-// polynomials by 2^-37, so cos and sin are the correctly rounded floats but for ties. Every block of a row computes them again, a thread for
-// each pair and hidden behind the loads: cheaper than passing them on through memory.
+// Angles. The header asks for angle, cos and sin in double. The frequencies come from the host (the same pow as on the CPU), in
+// turns, so that the range reduction is a subtraction of integers, which is exact. What is left, an eighth of a turn at most,
+// takes two short polynomials in double: no call with a slow path for large arguments. The angle is off by 3·2^-53 of itself
+// (2^-31 rad at position 2^20), the polynomials by 2^-37, so cos and sin are the correctly rounded floats but for ties. Every
+// block of a row computes them again, a thread for each pair and hidden behind the loads: cheaper than passing them on through
+// memory.
 
 #include <cmath>
 
@@ -78,7 +80,8 @@ __global__ void __launch_bounds__(kThreads) QkNormRopeKernel(QkNormRopeArgs args
 
   float values[kVector] = {}, value_head[kVector] = {}, weight[kVector] = {};
   if (active) {
-    gpu::Load8(is_query ? gpu::Row<T>(args.q_gate, row) + int64_t{2} * head * dim + first : gpu::Row<T>(args.k, row) + int64_t{kv_head} * dim + first,
+    gpu::Load8(is_query ? gpu::Row<T>(args.q_gate, row) + int64_t{2} * head * dim + first
+                        : gpu::Row<T>(args.k, row) + int64_t{kv_head} * dim + first,
                values);
     if (!is_query) gpu::Load8(gpu::Row<T>(args.v, row) + int64_t{kv_head} * dim + first, value_head);
     gpu::Load8((is_query ? args.q_norm : args.k_norm) + first, weight);
@@ -130,8 +133,7 @@ __global__ void __launch_bounds__(kThreads) QkNormRopeKernel(QkNormRopeArgs args
 }
 
 bool Aligned(const TensorView& view, DType dtype, int64_t rows, int64_t cols) {
-  return view.dtype == dtype && view.rows == rows && view.cols == cols &&
-         gpu::RowsAligned(view);
+  return view.dtype == dtype && view.rows == rows && view.cols == cols && gpu::RowsAligned(view);
 }
 
 }  // namespace
@@ -142,11 +144,13 @@ void QkNormRope(const QkNormRopeArgs& args, Stream& stream) {
   BEBOP_CHECK(dim > 0 && dim <= kMaxHeadDim && dim % kVector == 0);
   BEBOP_CHECK(args.rotary_dim >= 0 && args.rotary_dim <= dim && args.rotary_dim % 2 == 0);
   BEBOP_CHECK(args.batch.row_sequence != nullptr && args.batch.row_position != nullptr);
-  BEBOP_CHECK(Aligned(args.q_gate, dtype, rows, 2 * args.num_q_heads * dim) && Aligned(args.q_out, dtype, rows, args.num_q_heads * dim));
+  BEBOP_CHECK(Aligned(args.q_gate, dtype, rows, 2 * args.num_q_heads * dim) &&
+              Aligned(args.q_out, dtype, rows, args.num_q_heads * dim));
   BEBOP_CHECK(Aligned(args.k, dtype, rows, args.num_kv_heads * dim) && Aligned(args.v, dtype, rows, args.num_kv_heads * dim));
   BEBOP_CHECK(gpu::RowsAligned(args.q_norm, DType::kFloat32, dim, 0) && gpu::RowsAligned(args.k_norm, DType::kFloat32, dim, 0));
   if (args.dense_k.data != nullptr) {
-    BEBOP_CHECK(Aligned(args.dense_k, dtype, rows, args.num_kv_heads * dim) && Aligned(args.dense_v, dtype, rows, args.num_kv_heads * dim));
+    BEBOP_CHECK(Aligned(args.dense_k, dtype, rows, args.num_kv_heads * dim) &&
+                Aligned(args.dense_v, dtype, rows, args.num_kv_heads * dim));
   } else {
     BEBOP_CHECK(args.pages.dtype == dtype && args.pages.num_kv_heads == args.num_kv_heads && args.pages.head_dim == dim);
   }

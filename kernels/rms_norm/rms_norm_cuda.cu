@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // RMSNorm with an optional residual addition, and the gated RMSNorm of the linear-attention block.
 //
-// RmsNorm: one block a row, eight neighbouring values a thread and turn, which stay in registers between the sum of squares and the
-// normalisation, so that every byte moves once: T·H·(4 + 2 + 4 + 2) bytes with a float32 stream, bf16 residual and output. At 4.3 TB/s a
-// prompt chunk of 2,048 rows of H = 2560 is memory bound (15 µs); the few rows of a decode step are bound by the latency of one load, one
-// block reduction (a single barrier) and the launch, about 2 µs.
+// RmsNorm: one block a row, eight neighbouring values a thread and turn, which stay in registers between the sum of squares and
+// the normalisation, so that every byte moves once: T·H·(4 + 2 + 4 + 2) bytes with a float32 stream, bf16 residual and output. At
+// 4.3 TB/s a prompt chunk of 2,048 rows of H = 2560 is memory bound (15 µs); the few rows of a decode step are bound by the
+// latency of one load, one block reduction (a single barrier) and the launch, about 2 µs.
 //
-// GatedRmsNorm: sixteen lanes a head (head_dim 128 is one 16-byte load of bf16 a lane), no shared memory and no barrier. T·Hv·dv·6 bytes in
-// bf16; the same limits.
+// GatedRmsNorm: sixteen lanes a head (head_dim 128 is one 16-byte load of bf16 a lane), no shared memory and no barrier.
+// T·Hv·dv·6 bytes in bf16; the same limits.
 //
 // Sums of squares are float32 in a fixed order that depends on the width alone, so a row's bits do not depend on the batch.
 
@@ -24,9 +24,9 @@ using gpu::kVector;
 
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
-constexpr int kRowVectors = 4;    // of a thread: rows of up to kMaxThreads * kRowVectors * kVector values
-constexpr int kHeadLanes = 16;    // that share a head of the gated norm
-constexpr int kHeadVectors = 4;   // of a lane: heads of up to kHeadLanes * kHeadVectors * kVector values
+constexpr int kRowVectors = 4;   // of a thread: rows of up to kMaxThreads * kRowVectors * kVector values
+constexpr int kHeadLanes = 16;   // that share a head of the gated norm
+constexpr int kHeadVectors = 4;  // of a lane: heads of up to kHeadLanes * kHeadVectors * kVector values
 constexpr int kHeadThreads = 128;
 
 __device__ float SumOfSquares(const float (&values)[kVector]) {
@@ -119,14 +119,15 @@ __global__ void __launch_bounds__(kHeadThreads) GatedRmsNormKernel(GatedRmsNormA
 void RmsNorm(const RmsNormArgs& args, Stream& stream) {
   const int64_t num_vectors = args.x.cols / kVector;
   BEBOP_CHECK(num_vectors > 0 && num_vectors <= kMaxThreads * kRowVectors);
-  BEBOP_CHECK(args.out.rows == args.x.rows && args.out.cols == args.x.cols && gpu::RowsAligned(args.x) && gpu::RowsAligned(args.out));
+  BEBOP_CHECK(args.out.rows == args.x.rows && args.out.cols == args.x.cols && gpu::RowsAligned(args.x) &&
+              gpu::RowsAligned(args.out));
   BEBOP_CHECK(args.residual.data == nullptr ||
               (args.residual.rows == args.x.rows && args.residual.cols == args.x.cols && gpu::RowsAligned(args.residual)));
   BEBOP_CHECK(gpu::RowsAligned(args.weight, DType::kFloat32, args.x.cols, 0));
   if (args.x.rows == 0) return;
   const int64_t threads = num_vectors < kMaxThreads ? (num_vectors + kWarp - 1) / kWarp * kWarp : kMaxThreads;
-  BEBOP_CUDA_TRY(stream, gpu::Launch(RmsNormKernel, dim3(static_cast<unsigned>(args.x.rows)), dim3(static_cast<unsigned>(threads)), 0,
-                                     stream.handle(), args));
+  BEBOP_CUDA_TRY(stream, gpu::Launch(RmsNormKernel, dim3(static_cast<unsigned>(args.x.rows)),
+                                     dim3(static_cast<unsigned>(threads)), 0, stream.handle(), args));
 }
 
 void GatedRmsNorm(const GatedRmsNormArgs& args, Stream& stream) {

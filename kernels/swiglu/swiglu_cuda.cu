@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// SwiGLU: out = SiLU(gate) · up, eight values a thread. T·F·6 bytes in bf16 and some 25 operations a value, so large T is memory bound (the
-// 4B model's F = 9216: 2,048 rows move 113 MB, 26 µs at 4.3 TB/s); a decode step's few rows take the latency of one load and the launch.
-// The accurate exponential and quotient fit: at full memory speed an SM has about 40 float operations for each value.
+// SwiGLU: out = SiLU(gate) · up, eight values a thread. T·F·6 bytes in bf16 and some 25 operations a value, so large T is memory
+// bound (the 4B model's F = 9216: 2,048 rows move 113 MB, 26 µs at 4.3 TB/s); a decode step's few rows take the latency of one
+// load and the launch. The accurate exponential and quotient fit: at full memory speed an SM has about 40 float operations for
+// each value.
 
 #include "kernels/common/check.h"
 #include "kernels/common/cuda_stream.h"
@@ -40,8 +41,8 @@ void SwiGlu(const SwiGluArgs& args, Stream& stream) {
   if (args.gate.rows == 0 || args.gate.cols == 0) return;
   const int64_t blocks = (args.gate.cols / kVector + kThreads - 1) / kThreads;
   const auto kernel = args.gate.dtype == DType::kFloat32 ? SwiGluKernel<float> : SwiGluKernel<BFloat16>;
-  BEBOP_CUDA_TRY(stream, gpu::Launch(kernel, dim3(static_cast<unsigned>(args.gate.rows), static_cast<unsigned>(blocks)), dim3(kThreads), 0,
-                                     stream.handle(), args));
+  BEBOP_CUDA_TRY(stream, gpu::Launch(kernel, dim3(static_cast<unsigned>(args.gate.rows), static_cast<unsigned>(blocks)),
+                                     dim3(kThreads), 0, stream.handle(), args));
 }
 
 }  // namespace bebop::cuda

@@ -22,7 +22,8 @@ struct Shape {
   double theta;
 };
 
-// Per value of a head the magnitude of the terms that it is made of: |x| scale (1 + |1 + weight|), of both halves of a rotated pair.
+// Per value of a head the magnitude of the terms that it is made of: |x| scale (1 + |1 + weight|), of both halves of a rotated
+// pair.
 std::vector<double> Magnitudes(const float* x, const std::vector<float>& weight, const Shape& shape) {
   double sum = 0;
   for (int32_t i = 0; i < shape.dim; ++i) sum += double{x[i]} * x[i];
@@ -35,8 +36,8 @@ std::vector<double> Magnitudes(const float* x, const std::vector<float>& weight,
 
 class QkNormRopeCudaTest : public CudaTest {
  protected:
-  // Roundings: half of those of the sum of squares (8 of a vector, 5 shuffles), mean, eps, root, inverse, 1 + weight, two products; cos and
-  // sin, a product and a sum 1 each. The CPU's: qk_norm_rope_test.
+  // Roundings: half of those of the sum of squares (8 of a vector, 5 shuffles), mean, eps, root, inverse, 1 + weight, two
+  // products; cos and sin, a product and a sum 1 each. The CPU's: qk_norm_rope_test.
   static constexpr double kUnits = (8 + 5) / 2.0 + 7 + 3 + 9;
 
   void Check(const Shape& shape, DType dtype);
@@ -68,8 +69,8 @@ void QkNormRopeCudaTest::Check(const Shape& shape, DType dtype) {
   const std::vector<float> q_norm = random.Normals(dim, 0.5f), k_norm = random.Normals(dim, 0.5f);
 
   // The CPU, without the padding.
-  std::vector<float> expected_q(static_cast<size_t>(real_rows * shape.q_heads * dim)), expected_k(static_cast<size_t>(real_rows * kv_width)),
-      expected_v(expected_k.size());
+  std::vector<float> expected_q(static_cast<size_t>(real_rows * shape.q_heads * dim)),
+      expected_k(static_cast<size_t>(real_rows * kv_width)), expected_v(expected_k.size());
   cpu::QkNormRope({.batch = batch.View(),
                    .q_gate = FloatMatrix(q_gate.data(), real_rows, shape.q_heads * 2 * dim),
                    .k = FloatMatrix(k.data(), real_rows, kv_width),
@@ -87,7 +88,8 @@ void QkNormRopeCudaTest::Check(const Shape& shape, DType dtype) {
                    .dense_v = FloatMatrix(expected_v.data(), real_rows, kv_width)},
                   pool);
 
-  // The device, with rows of padding at the end, whose positions mean nothing, and a sequence of padding, whose table does not exist.
+  // The device, with rows of padding at the end, whose positions mean nothing, and a sequence of padding, whose table does not
+  // exist.
   OwnedBatch padded = batch;
   padded.sequences.push_back({.first_row = real_rows, .num_rows = 0, .first_page = 1 << 30});
   for (const int32_t position : {-1, 5, 1 << 30}) {
@@ -140,7 +142,8 @@ void QkNormRopeCudaTest::Check(const Shape& shape, DType dtype) {
       written[entry] = true;
       for (int64_t i = 0; i < dim; ++i) {
         const int64_t at = (row * shape.kv_heads + h) * dim + i;
-        ASSERT_NEAR(actual_k[entry * dim + i], expected_k[at], kUnits * kUnit * magnitudes[i] + storage * std::fabs(expected_k[at]))
+        ASSERT_NEAR(actual_k[entry * dim + i], expected_k[at],
+                    kUnits * kUnit * magnitudes[i] + storage * std::fabs(expected_k[at]))
             << "row " << row << " key head " << h << " dim " << i;
       }
       ASSERT_TRUE(SameBits(&actual_v[entry * dim], &v[(row * shape.kv_heads + h) * dim], dim)) << "row " << row;
@@ -149,7 +152,8 @@ void QkNormRopeCudaTest::Check(const Shape& shape, DType dtype) {
   for (int64_t entry = 0; entry < page_rows; ++entry) {
     if (written[entry]) continue;
     for (int64_t i = 0; i < dim; ++i) {
-      ASSERT_TRUE(std::isnan(actual_k[entry * dim + i]) && std::isnan(actual_v[entry * dim + i])) << "entry " << entry << " is nobody's";
+      ASSERT_TRUE(std::isnan(actual_k[entry * dim + i]) && std::isnan(actual_v[entry * dim + i]))
+          << "entry " << entry << " is nobody's";
     }
   }
   EXPECT_TRUE(q_out.GapsUntouched() && k_pages.GapsUntouched() && v_pages.GapsUntouched());
@@ -176,8 +180,13 @@ void QkNormRopeCudaTest::Check(const Shape& shape, DType dtype) {
 }
 
 TEST_F(QkNormRopeCudaTest, AgreesWithTheCpuAtAnyPosition) {
-  for (const Shape& shape : {Shape{2, 1, 16, 4, 4, 1e4}, {3, 3, 24, 24, 16, 1e6}, {4, 2, 64, 16, 64, 1e7}, {1, 1, 80, 0, 16, 1e7},
-                             {2, 2, 128, 72, 4, 1e7}, {4, 2, 256, 64, 16, 1e7}, {1, 1, 256, 256, 16, 1e7}}) {
+  for (const Shape& shape : {Shape{2, 1, 16, 4, 4, 1e4},
+                             {3, 3, 24, 24, 16, 1e6},
+                             {4, 2, 64, 16, 64, 1e7},
+                             {1, 1, 80, 0, 16, 1e7},
+                             {2, 2, 128, 72, 4, 1e7},
+                             {4, 2, 256, 64, 16, 1e7},
+                             {1, 1, 256, 256, 16, 1e7}}) {
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) Check(shape, dtype);
   }
 }
@@ -188,13 +197,14 @@ TEST_F(QkNormRopeCudaTest, AnglesAreThoseOfDouble) {
   OwnedBatch batch;
   std::vector<int32_t> positions;
   for (int32_t i = 0; i < 64; ++i) positions.push_back(i);
-  for (const int32_t position : {710, 103993, 104348, 208341, 312689, 833719, 1146408, 2147483647}) positions.push_back(position);  // near k π
+  for (const int32_t position : {710, 103993, 104348, 208341, 312689, 833719, 1146408, 2147483647})
+    positions.push_back(position);  // near k π
   for (const int32_t position : positions) batch.Add({.num_rows = 1, .num_known_rows = 1, .first_position = position}, {});
   const int32_t rows = batch.num_rows();
   const DeviceBatchCopy device_batch(batch);
   std::vector<float> heads;
   for (int32_t row = 0; row < rows; ++row) {
-    heads.insert(heads.end(), {1, 0, 0, 0, 0, 0, 0, 0});     // the query
+    heads.insert(heads.end(), {1, 0, 0, 0, 0, 0, 0, 0});      // the query
     heads.insert(heads.end(), static_cast<size_t>(kDim), 9);  // its gate
   }
   const DeviceMatrix q_gate(heads, rows, 2 * kDim, DType::kFloat32), unused(rows, 0, DType::kFloat32);
@@ -223,11 +233,13 @@ TEST_F(QkNormRopeCudaTest, AnglesAreThoseOfDouble) {
   const double length = std::sqrt(8.0);
   for (int32_t row = 0; row < rows; ++row) {
     const double angle = positions[static_cast<size_t>(row)];
-    // The norm's roundings (seven at most in a head with one value), those of cos and sin and of their products. The angle's own error is
-    // absolute: 3 * 2^-53 of up to 2^31 radians.
+    // The norm's roundings (seven at most in a head with one value), those of cos and sin and of their products. The angle's own
+    // error is absolute: 3 * 2^-53 of up to 2^31 radians.
     const double angle_error = 3 * 0x1.0p-53 * angle;
-    ASSERT_NEAR(actual[row * kDim], length * std::cos(angle), length * (9 * kUnit * std::fabs(std::cos(angle)) + angle_error)) << angle;
-    ASSERT_NEAR(actual[row * kDim + 2], length * std::sin(angle), length * (9 * kUnit * std::fabs(std::sin(angle)) + angle_error)) << angle;
+    ASSERT_NEAR(actual[row * kDim], length * std::cos(angle), length * (9 * kUnit * std::fabs(std::cos(angle)) + angle_error))
+        << angle;
+    ASSERT_NEAR(actual[row * kDim + 2], length * std::sin(angle), length * (9 * kUnit * std::fabs(std::sin(angle)) + angle_error))
+        << angle;
     for (const int i : {1, 3, 4, 5, 6, 7}) ASSERT_EQ(actual[row * kDim + i], 0.0f);
   }
 }

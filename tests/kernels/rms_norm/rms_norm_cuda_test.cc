@@ -27,13 +27,14 @@ double StorageUnit(DType dtype) { return dtype == DType::kFloat32 ? 0.0 : 0x1.01
 std::vector<float> Rows(Random& random, int64_t rows, int64_t width) {
   std::vector<float> values = random.Normals(rows * width);
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < width; ++c) values[static_cast<size_t>(r * width + c)] *= std::pow(10.0f, static_cast<float>(r % 5 - 3));
+    for (int64_t c = 0; c < width; ++c)
+      values[static_cast<size_t>(r * width + c)] *= std::pow(10.0f, static_cast<float>(r % 5 - 3));
   }
   return values;
 }
 
-// Roundings of the device beyond the CPU's: half of those on a path of the sum of squares (8 of a vector, at most 4 vectors, 5 shuffles, 32
-// warps), then the mean, eps, the root, its inverse, 1 + weight and two products.
+// Roundings of the device beyond the CPU's: half of those on a path of the sum of squares (8 of a vector, at most 4 vectors, 5
+// shuffles, 32 warps), then the mean, eps, the root, its inverse, 1 + weight and two products.
 constexpr double kDeviceUnits = (8 + 4 + 5 + 32) / 2.0 + 7;
 constexpr double kCpuUnits = 4;  // rms_norm_test
 
@@ -49,14 +50,16 @@ TEST_F(RmsNormCudaTest, AgreesWithTheCpu) {
     for (const DType x_dtype : kDTypes) {
       for (const DType out_dtype : kDTypes) {
         for (const int residual : {-1, 0, 1}) {  // none, or the index of its type
-          SCOPED_TRACE(::testing::Message() << width << ": " << DTypeName(x_dtype) << " -> " << DTypeName(out_dtype) << ", residual " << residual);
+          SCOPED_TRACE(::testing::Message() << width << ": " << DTypeName(x_dtype) << " -> " << DTypeName(out_dtype)
+                                            << ", residual " << residual);
           std::vector<float> x = Rounded(Rows(random, rows, width), x_dtype);
           const DType residual_dtype = residual == 1 ? DType::kBFloat16 : DType::kFloat32;
           const std::vector<float> added = Rounded(Rows(random, rows, width), residual_dtype);
           DeviceMatrix stream_matrix(x, rows, width, x_dtype), device_added(added, rows, width, residual_dtype),
               out(rows, width, out_dtype, 16);
-          cuda::RmsNorm({stream_matrix.View(), residual < 0 ? TensorView{} : device_added.View(), device_weight.data(), 1e-6f, out.View()},
-                        stream());
+          cuda::RmsNorm(
+              {stream_matrix.View(), residual < 0 ? TensorView{} : device_added.View(), device_weight.data(), 1e-6f, out.View()},
+              stream());
 
           if (residual >= 0) {
             for (size_t i = 0; i < x.size(); ++i) x[i] += added[i];
@@ -64,7 +67,8 @@ TEST_F(RmsNormCudaTest, AgreesWithTheCpu) {
           }
           EXPECT_TRUE(SameBits(stream_matrix.Values(), x)) << "the stream is x + residual, rounded once";
           std::vector<float> expected(x.size());
-          cpu::RmsNorm({FloatMatrix(x.data(), rows, width), {}, weight.data(), 1e-6f, FloatMatrix(expected.data(), rows, width)}, pool);
+          cpu::RmsNorm({FloatMatrix(x.data(), rows, width), {}, weight.data(), 1e-6f, FloatMatrix(expected.data(), rows, width)},
+                       pool);
           const std::vector<float> actual = out.Values();
           for (size_t i = 0; i < actual.size(); ++i) {
             const double factor = 1.0 + weight[i % static_cast<size_t>(width)];
@@ -92,7 +96,8 @@ TEST_F(RmsNormCudaTest, ARowDoesNotDependOnItsBatchAndOutMayBeTheResidual) {
     };
     DeviceMatrix stream_matrix(part(x), rows, kWidth, DType::kFloat32), residual(part(added), rows, kWidth, DType::kBFloat16),
         out(rows, kWidth, DType::kBFloat16);
-    cuda::RmsNorm({stream_matrix.View(), residual.View(), device_weight.data(), 1e-6f, alias ? residual.View() : out.View()}, stream());
+    cuda::RmsNorm({stream_matrix.View(), residual.View(), device_weight.data(), 1e-6f, alias ? residual.View() : out.View()},
+                  stream());
     return alias ? residual.Values() : out.Values();
   };
   const std::vector<float> all = norm(0, kRows, false);
@@ -120,8 +125,8 @@ class GatedRmsNormCudaTest : public CudaTest {};
 
 TEST_F(GatedRmsNormCudaTest, AgreesWithTheCpuPerHead) {
   ThreadPool pool(1);
-  // Half of the roundings of the sum of squares (8 of a vector, 4 vectors, 4 shuffles); mean, eps, root, inverse; three products; the
-  // exponential (1 ulp, 2 units), the sum and the quotient.
+  // Half of the roundings of the sum of squares (8 of a vector, 4 vectors, 4 shuffles); mean, eps, root, inverse; three products;
+  // the exponential (1 ulp, 2 units), the sum and the quotient.
   constexpr double kGatedUnits = (8 + 4 + 4) / 2.0 + 4 + 3 + 4;
   constexpr double kGatedCpuUnits = 10;  // rms_norm_test
   for (const int64_t dim : {8, 24, 128, 136, 512}) {
@@ -132,13 +137,14 @@ TEST_F(GatedRmsNormCudaTest, AgreesWithTheCpuPerHead) {
     for (const DType dtype : kDTypes) {
       for (const DType out_dtype : kDTypes) {
         SCOPED_TRACE(::testing::Message() << dim << ": " << DTypeName(dtype) << " -> " << DTypeName(out_dtype));
-        std::vector<float> x = Rounded(Rows(random, rows, width), dtype), gate = Rounded(random.Normals(rows * width, 5.0f), dtype);
+        std::vector<float> x = Rounded(Rows(random, rows, width), dtype),
+                           gate = Rounded(random.Normals(rows * width, 5.0f), dtype);
         DeviceMatrix device_x(x, rows, width, dtype), device_gate(gate, rows, width, dtype, 24), out(rows, width, out_dtype, 16);
         const auto head_dim = static_cast<int32_t>(dim);
         cuda::GatedRmsNorm({device_x.View(), device_gate.View(), device_weight.data(), head_dim, 1e-6f, out.View()}, stream());
         std::vector<float> expected(x.size());
-        cpu::GatedRmsNorm({FloatMatrix(x.data(), rows, width), FloatMatrix(gate.data(), rows, width), weight.data(), head_dim, 1e-6f,
-                           FloatMatrix(expected.data(), rows, width)},
+        cpu::GatedRmsNorm({FloatMatrix(x.data(), rows, width), FloatMatrix(gate.data(), rows, width), weight.data(), head_dim,
+                           1e-6f, FloatMatrix(expected.data(), rows, width)},
                           pool);
         const std::vector<float> actual = out.Values();
         for (size_t i = 0; i < actual.size(); ++i) {
@@ -148,7 +154,8 @@ TEST_F(GatedRmsNormCudaTest, AgreesWithTheCpuPerHead) {
         }
         EXPECT_TRUE(out.GapsUntouched() && device_x.GapsUntouched() && device_gate.GapsUntouched());
         if (dtype != out_dtype) continue;
-        cuda::GatedRmsNorm({device_x.View(), device_gate.View(), device_weight.data(), head_dim, 1e-6f, device_x.View()}, stream());
+        cuda::GatedRmsNorm({device_x.View(), device_gate.View(), device_weight.data(), head_dim, 1e-6f, device_x.View()},
+                           stream());
         EXPECT_TRUE(SameBits(device_x.Values(), actual)) << "out may alias x";
       }
     }
@@ -162,7 +169,8 @@ TEST_F(GatedRmsNormCudaTest, NanStaysInItsHead) {
   const std::vector<float> gate = random.Normals(kRows * kWidth);
   const DeviceArray<float> weight(random.Normals(kDim));
   const auto norm = [&] {
-    DeviceMatrix in(x, kRows, kWidth, DType::kFloat32), gates(gate, kRows, kWidth, DType::kFloat32), out(kRows, kWidth, DType::kFloat32);
+    DeviceMatrix in(x, kRows, kWidth, DType::kFloat32), gates(gate, kRows, kWidth, DType::kFloat32),
+        out(kRows, kWidth, DType::kFloat32);
     cuda::GatedRmsNorm({in.View(), gates.View(), weight.data(), kDim, 1e-6f, out.View()}, stream());
     return out.Values();
   };

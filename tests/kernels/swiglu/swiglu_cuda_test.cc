@@ -38,8 +38,9 @@ TEST_F(SwiGluCudaTest, AgreesWithTheCpu) {
       const TensorView view = product.View();
       cuda::SwiGlu({view.Columns(0, cols), view.Columns(cols, cols), out.View()}, stream());
       std::vector<float> expected(gate.size());
-      cpu::SwiGlu({FloatMatrix(gate.data(), rows, cols), FloatMatrix(up.data(), rows, cols), FloatMatrix(expected.data(), rows, cols)},
-                  pool);
+      cpu::SwiGlu(
+          {FloatMatrix(gate.data(), rows, cols), FloatMatrix(up.data(), rows, cols), FloatMatrix(expected.data(), rows, cols)},
+          pool);
       const std::vector<float> actual = out.Values();
       for (size_t i = 0; i < actual.size(); ++i) {
         if (i == 4) {
