@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/common/gpu.h"
+#include "kernels/delta_rule/delta_rule.h"
+
+// What the device's step form (delta_rule_cuda.cu) and chunked form (delta_rule_chunks_cuda.cu) share. For these two files only.
+namespace bebop::cuda {
+
+// Known rows of a sequence beyond which they take the chunked form, where there is one. A chunk of 64 rows costs the chunked kernel about
+// as much as 30 steps.
+inline constexpr int32_t kMaxStepKnownRows = 32;
+inline constexpr int32_t kChunkRows = 64;
+inline constexpr int32_t kChunkHeadDim = 128;  // the one dk and dv with a chunked form
+
+// Does this sequence take the chunked form in a call that has one? Apart from its known rows it takes the step form.
+__host__ __device__ inline bool TakesChunks(const SequenceRows& sequence) { return sequence.num_known_rows > kMaxStepKnownRows; }
+
+// Values as they are stored: float, or the bits of bf16 (types in shared memory are trivial).
+using Bf16Bits = uint16_t;
+__device__ inline float ToValue(float stored) { return stored; }
+__device__ inline float ToValue(Bf16Bits stored) { return gpu::LowBf16(stored); }
+__device__ inline void Store(float value, float* stored) { *stored = value; }
+__device__ inline void Store(float value, Bf16Bits* stored) { *stored = static_cast<Bf16Bits>(gpu::PackBf16(value, 0.0f)); }
+
+template <typename T>
+__device__ inline const T* RowOf(const TensorView& view, int64_t row) {
+  return static_cast<const T*>(view.data) + row * view.row_stride;
+}
+
+struct Gate {
+  float log_decay;
+  float beta;
+};
+
+// Every rounding is explicit, so that all kernels get the same bits from the same inputs.
+template <typename T>
+__device__ inline Gate GateOf(const DeltaRuleArgs& args, int64_t row, int32_t head) {
+  const float x = __fadd_rn(ToValue(RowOf<T>(args.a, row)[head]), args.dt_bias[head]);
+  const float softplus = __fadd_rn(fmaxf(x, 0.0f), log1pf(expf(-fabsf(x))));
+  const float b = ToValue(RowOf<T>(args.b, row)[head]);
+  return {__fmul_rn(-expf(args.a_log[head]), softplus), __fdiv_rn(1.0f, __fadd_rn(1.0f, expf(-b)))};
+}
+
+// Σ over the lanes of a warp, in one order, in every lane.
+__device__ inline float WarpSum(float value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value = __fadd_rn(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  return value;
+}
+
+__device__ inline float* MatrixOf(const LinearStateView& state, int64_t slot, int64_t head) {
+  return state.matrix + (slot * state.num_value_heads + head) * state.key_head_dim * state.value_head_dim;
+}
+
+// Enqueues the known rows of all sequences that take the chunked form. Their state before is in slot state_dst where rows were replayed
+// (the step form has replayed them), else in slot state_src. REQUIRES: bf16, dk = dv = kChunkHeadDim, rows aligned to 16 bytes.
+void DeltaRuleChunks(const DeltaRuleArgs& args, Stream& stream);
+
+}  // namespace bebop::cuda
