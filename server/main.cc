@@ -1,18 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// bebop-server: loads a model, serves it, drains on SIGTERM.
+// bebop-server: loads a model, serves it, drains on SIGTERM, ends when its engine fails.
 #include <signal.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <cstdio>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
-#include "absl/strings/str_cat.h"
-#include "engine/base/logging.h"
 #include "engine/runtime/engine.h"
+#include "server/serve.h"
 #include "server/server.h"
 #include "server/server_options.h"
 
@@ -86,22 +83,10 @@ int main(int argc, char** argv) {
               static_cast<long long>((*engine)->info().weight_step));
   std::fflush(stdout);
 
-  int signal_number = 0;
-  sigwait(&stop_signals, &signal_number);
-  bebop::Log(bebop::LogLevel::kInfo, absl::StrCat("signal ", signal_number, ": draining for at most ", options.drain_timeout_s,
-                                                  " s; another signal stops at once"));
-  std::atomic<bool> drained = false;
-  std::thread drain([&server, &options, &drained] {
-    (*server)->Drain(absl::Seconds(options.drain_timeout_s));
-    drained = true;
-  });
-  while (!drained) {
-    const timespec poll = {.tv_sec = 0, .tv_nsec = 20'000'000};
-    const int second_signal = sigtimedwait(&stop_signals, nullptr, &poll);
-    if (second_signal > 0) _exit(128 + second_signal);  // as a shell reports a process that the signal ended
-  }
-  drain.join();
+  const int status = bebop::ServeUntilStopped(**engine, **server, {.stop_signals = stop_signals, .drain_timeout = absl::Seconds(options.drain_timeout_s)});
   server->reset();
+  // A failed device may keep whoever takes down what lives on it waiting; the system takes it all back.
+  if (status != 0) _exit(status);
   engine->reset();
-  return 0;
+  return status;
 }

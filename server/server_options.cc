@@ -19,6 +19,7 @@
 #include "absl/strings/str_replace.h"
 #include "absl/strings/strip.h"
 #include "engine/base/status_macros.h"
+#include "engine/runtime/backend.h"
 
 #ifndef BEBOP_VERSION
 #error "BEBOP_VERSION comes from CMake"
@@ -31,6 +32,7 @@ const std::map<std::string, SpeculationMode> kModes = {{"off", SpeculationMode::
                                                        {"target_only", SpeculationMode::kTargetOnly},
                                                        {"rejection", SpeculationMode::kRejection},
                                                        {"coupled", SpeculationMode::kCoupled}};
+const std::map<std::string, bool> kSwitch = {{"on", true}, {"off", false}};
 const std::map<std::string, DType> kDTypes = {{"bfloat16", DType::kBFloat16}, {"float32", DType::kFloat32}};
 
 // The engine's own bounds (engine/runtime/engine_memory.cc), checked here before a model is read.
@@ -46,6 +48,7 @@ constexpr auto kEngineOptionFlags = std::to_array<std::pair<absl::string_view, a
      {"max_num_seqs", "--max-num-seqs"},
      {"max_step_tokens", "--max-step-tokens"},
      {"kv_cache_bytes", "--kv-cache-bytes"},
+     {"gpu_memory_utilization", "--gpu-memory-utilization"},
      {"max_queued_requests", "--max-queued-requests"}});
 
 constexpr char kCheckConfig[] = "--check-config";
@@ -62,7 +65,7 @@ class FlagParser {
     app_.set_help_flag("-h,--help", "Print this and exit");
     Text("--model,--model-path", &options_.engine.model_path, "Checkpoint directory (Hugging Face layout); required");
     Text("--mtp", &options_.engine.mtp_path, "Safetensors file that supplies or replaces the mtp.* tensors");
-    Text("--device", &options_.device, "Where to compute: cpu");
+    Text("--device", &options_.engine.device, "Where to compute: cpu, or in a build with CUDA also cuda or cuda:N");
     Choice("--dtype", &dtype_, kDTypes, [this] { options_.engine.dtype = kDTypes.at(dtype_); }, "Weights and KV cache: bfloat16 or float32");
     app_.add_option("--load-format", load_format_, "auto, or dummy for seeded random weights (needs config.json only)")
         ->check(CLI::IsMember({"auto", "dummy"}))
@@ -76,7 +79,12 @@ class FlagParser {
     Number("--max-model-len,--context-length", &options_.engine.max_model_len, "Prompt + output tokens of a sequence; 0: the model's");
     Number("--max-num-seqs,--max-running-requests", &options_.engine.max_num_seqs, "Sequences running at once; 0: for the device");
     Number("--max-step-tokens", &options_.engine.max_step_tokens, "Rows of one step (prefill budget); 0: for the device");
-    Number("--kv-cache-bytes", &options_.engine.kv_cache_bytes, "Bytes of KV pages; 0: a share of free memory");
+    Number("--kv-cache-bytes", &options_.engine.kv_cache_bytes, "Bytes of KV pages; 0: a share of free memory, on a device all that is left");
+    Number("--gpu-memory-utilization,--mem-fraction-static", &options_.engine.gpu_memory_utilization,
+           "Share of a device's free memory for weights, caches and buffers");
+    Choice("--cuda-graphs", &cuda_graphs_, kSwitch, [this] { options_.engine.cuda_graphs = kSwitch.at(cuda_graphs_); },
+           "on, or off: iterations of a device are enqueued kernel by kernel, for comparison; same tokens");
+    Switch("--batch-invariant", &options_.engine.batch_invariant, "On a device too, a sequence's numbers do not depend on its batch; slower");
     Number("--max-queued-requests", &options_.engine.max_queued_requests, "Waiting requests; more are RESOURCE_EXHAUSTED");
     Number("--num-speculative-tokens", &options_.num_speculative_tokens, "Draft tokens of requests that leave it unset, 0..8");
     Choice("--speculation", &mode_, kModes, [this] { options_.speculation = kModes.at(mode_); },
@@ -160,7 +168,7 @@ class FlagParser {
 
   ServerOptions& options_;
   CLI::App app_{"Serves rollouts of a Qwen3.5-family model over gRPC."};
-  std::string dtype_ = "bfloat16", mode_ = "rejection", load_format_ = "auto", config_path_;
+  std::string dtype_ = "bfloat16", mode_ = "rejection", load_format_ = "auto", cuda_graphs_ = "on", config_path_;
   std::vector<std::function<void()>> choices_;
   bool check_config_ = false, version_ = false, help_ = false;
 };
@@ -214,9 +222,7 @@ absl::Status Validate(const ServerOptions& options) {
     return absl::InvalidArgumentError(absl::StrCat(
         "--mtp: ", engine.mtp_path, " would not be read with --load-format dummy, which makes all weights up; drop one of the two"));
   }
-  if (options.device != "cpu") {
-    return absl::InvalidArgumentError(absl::StrCat("--device: ", options.device, " is not in this build; it has: cpu"));
-  }
+  if (const absl::Status status = CheckDeviceName(engine.device); !status.ok()) return NameFlags(status);
   BEBOP_RETURN_IF_ERROR(CheckRange("--port", options.port, 0, 65535));
   BEBOP_RETURN_IF_ERROR(CheckRange("--admin-port", options.admin_port, 0, 65535));
   if (options.port != 0 && options.port == options.admin_port) {
@@ -227,6 +233,10 @@ absl::Status Validate(const ServerOptions& options) {
   BEBOP_RETURN_IF_ERROR(CheckRange("--max-num-seqs", engine.max_num_seqs, 0, kMaxNumSeqs));
   BEBOP_RETURN_IF_ERROR(CheckRange("--max-step-tokens", engine.max_step_tokens, 0, kMaxStepTokens));
   BEBOP_RETURN_IF_ERROR(CheckRange("--kv-cache-bytes", engine.kv_cache_bytes, 0, kMaxKvCacheBytes));
+  // The engine says (0, 1], too; here it is said before a model is read.
+  if (!(engine.gpu_memory_utilization > 0.0 && engine.gpu_memory_utilization <= 1.0)) {
+    return absl::InvalidArgumentError(absl::StrCat("--gpu-memory-utilization: ", engine.gpu_memory_utilization, " is not in (0, 1]"));
+  }
   BEBOP_RETURN_IF_ERROR(CheckRange("--max-queued-requests", engine.max_queued_requests, 1, kMaxQueuedRequests));
   BEBOP_RETURN_IF_ERROR(CheckRange("--num-speculative-tokens", options.num_speculative_tokens, 0, kMaxDraftTokens));
   BEBOP_RETURN_IF_ERROR(CheckRange("--drain-timeout", options.drain_timeout_s, 0, 86400));
@@ -241,6 +251,7 @@ absl::Status Validate(const ServerOptions& options) {
 
 absl::Status NameFlags(const absl::Status& status) {
   const absl::string_view message = status.message();
+  if (absl::StartsWith(message, "device:")) return absl::Status(status.code(), absl::StrCat("--", message));
   const bool is_option = std::any_of(std::begin(kEngineOptionFlags), std::end(kEngineOptionFlags),
                                      [message](const auto& entry) { return absl::StartsWith(message, absl::StrCat(entry.first, ":")); });
   return is_option ? absl::Status(status.code(), absl::StrReplaceAll(message, kEngineOptionFlags)) : status;
@@ -259,7 +270,7 @@ std::string ToYaml(const ServerOptions& options) {
   const auto add = [&out](const char* key, const auto& value) { out << YAML::Key << key << YAML::Value << value; };
   add("model", engine.model_path);
   if (!engine.mtp_path.empty()) add("mtp", engine.mtp_path);
-  add("device", options.device);
+  add("device", engine.device);
   add("dtype", name_of(kDTypes, engine.dtype));
   add("load-format", engine.load_dummy ? "dummy" : "auto");
   add("seed", engine.dummy_seed);
@@ -272,6 +283,9 @@ std::string ToYaml(const ServerOptions& options) {
   add("max-num-seqs", engine.max_num_seqs);
   add("max-step-tokens", engine.max_step_tokens);
   add("kv-cache-bytes", engine.kv_cache_bytes);
+  add("gpu-memory-utilization", engine.gpu_memory_utilization);
+  add("cuda-graphs", engine.cuda_graphs ? "on" : "off");
+  add("batch-invariant", engine.batch_invariant);
   add("max-queued-requests", engine.max_queued_requests);
   add("num-speculative-tokens", options.num_speculative_tokens);
   add("speculation", name_of(kModes, options.speculation));

@@ -15,7 +15,6 @@ namespace bebop {
 // Everything `bebop-server` can be told. Defaults here are the only ones.
 struct ServerOptions {
   EngineOptions engine;
-  std::string device = "cpu";
   std::string served_model_name;  // empty: the model's directory name
   std::string host = "127.0.0.1";
   int32_t port = 50051;        // 0: a free one

@@ -17,12 +17,13 @@
 #include "engine/config/model_config.h"
 #include "engine/formats/file.h"
 #include "engine/model/model.h"
+#include "engine/runtime/backend.h"
 #include "engine/runtime/engine_memory.h"
-#include "engine/runtime/model_executor.h"
 #include "engine/schedule/engine_core.h"
 #include "engine/weights/checkpoint.h"
 #include "engine/weights/dummy_weights.h"
-#include "kernels/linear/linear.h"
+#include "engine/weights/weight_layout.h"
+#include "kernels/common/cpu_features.h"
 
 namespace bebop {
 namespace {
@@ -68,10 +69,9 @@ struct Engine::Impl {
 
   EngineInfo info;
   std::unique_ptr<Tokenizer> tokenizer;
-  std::unique_ptr<ModelWeights> weights;
   std::unique_ptr<ThreadPool> pool;
-  std::unique_ptr<DeviceMemory> memory;
-  std::unique_ptr<Ops> ops;
+  std::unique_ptr<Backend> backend;  // what follows lives in it
+  std::unique_ptr<ModelWeights> weights;
   std::unique_ptr<ModelStateStorage> storage;
   std::unique_ptr<Model> model;
   std::unique_ptr<Executor> executor;
@@ -94,6 +94,7 @@ struct Engine::Impl {
 
   // The step loop.
   void Loop() {
+    backend->EnterThread();
     MutexLock lock(&mutex);
     bool failure_logged = false;
     while (!stopping) {
@@ -155,10 +156,13 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   BEBOP_ASSIGN_OR_RETURN(ModelConfig config, LoadModelConfig(options.model_path));
   impl->pool = std::make_unique<ThreadPool>(options.num_threads > 0 ? options.num_threads
                                                                     : std::max(1u, std::thread::hardware_concurrency()));
-  impl->memory = MakeHostMemory();
-  impl->ops = MakeCpuOps(impl->pool.get());
+  BEBOP_ASSIGN_OR_RETURN(impl->backend, MakeBackend(options, impl->pool.get()));
+  Backend& backend = *impl->backend;
+  BEBOP_RETURN_IF_ERROR(backend.CheckShapes(config, options.dtype));
   // Options and sizes before weights: what cannot fit is said before gigabytes are read.
-  BEBOP_RETURN_IF_ERROR(ResolveSizes(options, config, impl->memory->available_bytes()).status());
+  const MatrixLayout layout = backend.memory()->is_host() ? MatrixLayout::kPanels : MatrixLayout::kRows;
+  const int64_t weight_bytes = WeightBytes(config, options.dtype, config.num_mtp_layers > 0, layout);
+  BEBOP_RETURN_IF_ERROR(backend.Sizes(options, config, weight_bytes).status());
 
   const std::string tokenizer_path = options.model_path + "/tokenizer.json";
   if (FileExists(tokenizer_path)) {
@@ -169,34 +173,29 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
       return absl::FailedPreconditionError(absl::StrCat(options.model_path, ": expected an MTP layer for speculation, got "
                                                         "mtp_num_hidden_layers 0: start with --speculation off"));
     }
-    BEBOP_ASSIGN_OR_RETURN(impl->weights, MakeDummyWeights(config, options.dtype, options.dummy_seed, *impl->pool, impl->memory.get()));
+    BEBOP_ASSIGN_OR_RETURN(impl->weights, MakeDummyWeights(config, options.dtype, options.dummy_seed, *impl->pool, backend.memory()));
   } else {
     LoadOptions load;
     load.path = options.model_path;
     load.mtp_path = options.mtp_path;
     load.dtype = options.dtype;
     load.needs_mtp = options.needs_mtp;
-    BEBOP_ASSIGN_OR_RETURN(impl->weights, LoadModelWeights(config, load, *impl->pool, impl->memory.get()));
+    BEBOP_ASSIGN_OR_RETURN(impl->weights, LoadModelWeights(config, load, *impl->pool, backend.memory()));
   }
   if (!impl->weights->mtp.has_value()) config.num_mtp_layers = 0;
-  BEBOP_ASSIGN_OR_RETURN(const EngineSizes sizes, ResolveSizes(options, config, impl->memory->available_bytes()));
-  BEBOP_ASSIGN_OR_RETURN(impl->storage, ModelStateStorage::Create(config, sizes.state, impl->memory.get()));
-  BEBOP_ASSIGN_OR_RETURN(impl->model, Model::Create(config, sizes.scheduler.max_step_tokens, DType::kFloat32, impl->ops.get(), impl->memory.get()));
+  BEBOP_ASSIGN_OR_RETURN(const EngineSizes sizes, backend.Sizes(options, config, impl->weights->storage_bytes));
+  BEBOP_ASSIGN_OR_RETURN(impl->storage, ModelStateStorage::Create(config, sizes.state, backend.memory()));
+  BEBOP_ASSIGN_OR_RETURN(impl->model, Model::Create(config, sizes.scheduler.max_step_tokens, backend.activation_dtype(options.dtype),
+                                                    backend.ops(), backend.memory()));
   impl->model->SetWeights(impl->weights.get());
-  ModelExecutorOptions executor_options;
-  executor_options.max_num_seqs = sizes.scheduler.max_num_seqs;
-  executor_options.max_step_tokens = sizes.scheduler.max_step_tokens;
-  executor_options.page_table_entries = sizes.page_table_entries;
-  executor_options.max_draft_tokens = sizes.max_draft_tokens;
-  impl->executor =
-      std::make_unique<ModelExecutor>(config, executor_options, impl->model.get(), impl->storage.get(), impl->memory.get(), impl->pool.get());
+  BEBOP_ASSIGN_OR_RETURN(impl->executor, backend.MakeExecutor(options, config, sizes, impl->model.get(), impl->storage.get()));
   if (wrap != nullptr) impl->executor = wrap(std::move(impl->executor));
 
   EngineInfo& info = impl->info;
   info.config = config;
   info.model_name = LastComponent(options.model_path);
   info.dtype = options.dtype;
-  info.device = "cpu";
+  info.device = backend.name();
   info.instruction_set = cpu::InstructionSetName(cpu::DetectInstructionSet());
   info.num_threads = impl->pool->num_threads();
   info.max_model_len = sizes.scheduler.max_model_len;
@@ -239,6 +238,7 @@ Engine::~Engine() {
     impl_->settled.NotifyAll();
   }
   impl_->thread.join();
+  impl_->backend->EnterThread();  // this thread takes everything down
   MutexLock lock(&impl_->mutex);
   if (!impl_->core->Idle()) impl_->core->FailAll(absl::UnavailableError("the engine was shut down"));
 }

@@ -23,13 +23,17 @@ struct EngineOptions {
   bool load_dummy = false;     // seeded random weights instead of the checkpoint's (needs config.json only)
   uint64_t dummy_seed = 0;
   DType dtype = DType::kBFloat16;
+  std::string device = "cpu";  // or, in a build with CUDA, "cuda" or "cuda:N" (in the emulated build "emulated")
   int32_t num_threads = 0;     // 0: all processors
   int32_t max_model_len = 0;   // 0: the model's, capped at 32768
   int32_t max_num_seqs = 0;    // 0: a default for the device
   int32_t max_step_tokens = 0; // 0: a default for the device
   int32_t max_draft_tokens = kMaxDraftTokens;  // most drafts a request may ask for (sizes windows and buffers)
   bool needs_mtp = true;       // false with `--speculation off`: a checkpoint without MTP tensors is then fine
-  int64_t kv_cache_bytes = 0;  // 0: a share of free memory
+  int64_t kv_cache_bytes = 0;  // 0: a share of free memory on the CPU, what is left on a device
+  double gpu_memory_utilization = 0.9;  // share of a device's free memory that the engine may take
+  bool cuda_graphs = true;     // false: iterations are enqueued kernel by kernel, for comparison
+  bool batch_invariant = false;  // a device's kernels make rows independent of their batch (the CPU's always do)
   int32_t max_queued_requests = 1024;
   absl::Duration result_ttl = absl::Minutes(10);
 };
@@ -40,7 +44,8 @@ struct EngineOptions {
 // The methods are documented at EngineInterface.
 class Engine final : public EngineInterface {
  public:
-  // Loads the model and starts the engine thread. Errors: INVALID_ARGUMENT (config, tensors), NOT_FOUND, RESOURCE_EXHAUSTED.
+  // Loads the model and starts the engine thread. Errors: INVALID_ARGUMENT (options, config, tensors), NOT_FOUND, RESOURCE_EXHAUSTED,
+  // INTERNAL (the device failed).
   // `wrap`, when set, may put something around the executor: tests inject faults there.
   using ExecutorWrapper = std::function<std::unique_ptr<Executor>(std::unique_ptr<Executor>)>;
   static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options, const ExecutorWrapper& wrap = nullptr);

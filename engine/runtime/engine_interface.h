@@ -19,7 +19,7 @@ struct EngineInfo {
   ModelConfig config;
   std::string model_name;  // last path component
   DType dtype = DType::kBFloat16;
-  std::string device;           // "cpu"
+  std::string device;           // "cpu", "cuda:0 (NVIDIA H200)"
   std::string instruction_set;  // of the CPU kernels
   int32_t num_threads = 0;
   int32_t max_model_len = 0, max_num_seqs = 0, max_step_tokens = 0, max_draft_tokens = 0;
@@ -61,7 +61,7 @@ class EngineInterface {
   virtual const EngineInfo& info() const = 0;
   virtual const Tokenizer* tokenizer() const = 0;  // null: the checkpoint has none
   virtual EngineLoads GetLoads() const = 0;
-  // Not OK after a failure of the executor; health follows it.
+  // Not OK after a failure of the executor; health follows it. It stays: only a new process gets a failed device back.
   virtual absl::Status health() const = 0;
   // Time since the engine thread last went round its loop (heartbeat).
   virtual absl::Duration SinceHeartbeat() const = 0;

@@ -34,6 +34,10 @@ TEST(ServerOptions, Defaults) {
   EXPECT_EQ(options.num_speculative_tokens, 3);
   EXPECT_FALSE(options.allow_synthetic_acceptance);
   EXPECT_FALSE(options.insecure_no_auth);
+  EXPECT_EQ(options.engine.device, "cpu");
+  EXPECT_EQ(options.engine.gpu_memory_utilization, 0.9);
+  EXPECT_TRUE(options.engine.cuda_graphs);
+  EXPECT_FALSE(options.engine.batch_invariant);
 }
 
 TEST(ServerOptions, BothSpellings) {
@@ -50,12 +54,13 @@ TEST(ServerOptions, EveryFlag) {
        "--served-model-name", "name", "--host", "0.0.0.0", "--port", "1", "--admin-port", "2", "--threads", "3", "--max-model-len", "4",
        "--max-num-seqs", "5", "--max-step-tokens", "6", "--kv-cache-bytes", "7000000000", "--max-queued-requests", "8", "--num-speculative-tokens",
        "0", "--speculation", "off", "--drain-timeout", "1.5", "--max-request-seconds", "60", "--allow-synthetic-acceptance",
-       "--allow-unknown-fields", "--insecure-no-auth", "--check-config"},
+       "--allow-unknown-fields", "--insecure-no-auth", "--gpu-memory-utilization", "0.5", "--cuda-graphs", "off", "--batch-invariant", "--check-config"},
       {});
   ASSERT_TRUE(command.ok()) << command.status();
   const ServerOptions& options = command->options;
   EXPECT_EQ(command->action, ServerAction::kCheckConfig);
   EXPECT_EQ(options.engine.mtp_path, "x.safetensors");
+  EXPECT_EQ(options.engine.device, "cpu");
   EXPECT_EQ(options.engine.dtype, DType::kFloat32);
   EXPECT_EQ(options.engine.dummy_seed, UINT64_MAX);
   EXPECT_EQ(options.served_model_name, "name");
@@ -76,6 +81,9 @@ TEST(ServerOptions, EveryFlag) {
   EXPECT_TRUE(options.allow_synthetic_acceptance);
   EXPECT_TRUE(options.allow_unknown_fields);
   EXPECT_TRUE(options.insecure_no_auth);
+  EXPECT_EQ(options.engine.gpu_memory_utilization, 0.5);
+  EXPECT_FALSE(options.engine.cuda_graphs);
+  EXPECT_TRUE(options.engine.batch_invariant);
 
   // The resolved options, written and read back, say the same.
   const std::string path = WriteFile("resolved.yaml", ToYaml(options));
@@ -97,6 +105,8 @@ TEST(ServerOptions, EngineErrorsNameFlags) {
   EXPECT_EQ(status, absl::ResourceExhaustedError("--kv-cache-bytes: 5 bytes are few: lower --max-model-len or --max-num-seqs"));
   EXPECT_EQ(NameFlags(absl::InvalidArgumentError("max_model_len: 100000 is outside [0, 2048]")).message(),
             "--max-model-len: 100000 is outside [0, 2048]");
+  EXPECT_EQ(NameFlags(absl::InvalidArgumentError("device: cuda:9 is not in this machine")).message(), "--device: cuda:9 is not in this machine");
+  EXPECT_EQ(NameFlags(absl::InternalError("device error: no kernel image")).message(), "device error: no kernel image");
   const absl::Status other = absl::InvalidArgumentError("m/max_model_len: 3: no such file");
   EXPECT_EQ(NameFlags(other), other);
 }
@@ -136,7 +146,11 @@ TEST(ServerOptions, ErrorsNameFlagValueAndLimit) {
       {{"--model", "m", "--port", "-1"}, {}, {"--port", "-1"}},
       {{"--model", "m", "--admin-port", "99999999999"}, {}, {"--admin-port", "99999999999"}},
       {{"--model", "m", "--port", "5", "--admin-port", "5"}, {}, {"--port", "--admin-port", "5"}},
-      {{"--model", "m", "--device", "cuda:0"}, {}, {"--device", "cuda:0", "cpu"}},
+      {{"--model", "m", "--device", "tpu"}, {}, {"--device", "tpu", "cpu"}},
+      {{"--model", "m", "--gpu-memory-utilization", "0"}, {}, {"--gpu-memory-utilization", "0", "(0, 1]"}},
+      {{"--model", "m", "--mem-fraction-static", "1.5"}, {}, {"--gpu-memory-utilization", "1.5", "(0, 1]"}},
+      {{"--model", "m", "--gpu-memory-utilization", "nan"}, {}, {"--gpu-memory-utilization", "nan", "(0, 1]"}},
+      {{"--model", "m", "--cuda-graphs", "maybe"}, {}, {"--cuda-graphs", "maybe", "on", "off"}},
       {{"--model", "m", "--dtype", "float16"}, {}, {"--dtype", "float16", "bfloat16", "float32"}},
       {{"--model", "m", "--load-format", "gguf"}, {}, {"--load-format", "gguf", "dummy"}},
       {{"--model", "m", "--speculation", "eagle"}, {}, {"--speculation", "eagle", "coupled"}},

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+// The backends of a build with CUDA.
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "engine/base/status_macros.h"
+#include "engine/runtime/backend.h"
+#include "engine/runtime/cuda_executor.h"
+#include "engine/runtime/scorer.h"
+#include "kernels/common/cuda_stream.h"
+
+namespace bebop {
+namespace {
+
+// The names under which this build knows its devices: an emulated device is never passed off as a real one.
+#if defined(BEBOP_CUDA_EMULATION)
+constexpr char kDeviceKind[] = "emulated";
+#else
+constexpr char kDeviceKind[] = "cuda";
+#endif
+
+// Captured iterations: some ten MiB for each batch bucket and draft number of a large model, at most. Measured numbers belong here
+// once there are some.
+constexpr int64_t kGraphBytes = 256 << 20;
+
+// The number in "cuda:3"; 0 for "cuda". -1: not such a name.
+int DeviceNumber(const std::string& device) {
+  if (device == kDeviceKind) return 0;
+  absl::string_view rest = device;
+  int number = 0;
+  if (!absl::ConsumePrefix(&rest, absl::StrCat(kDeviceKind, ":")) || !absl::SimpleAtoi(rest, &number) || number < 0) return -1;
+  return number;
+}
+
+absl::Status CheckMultiple(const char* key, int64_t value, int64_t of) {
+  if (value % of == 0) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, ": ", value, " is not a multiple of ", of, ", as the device's kernels need it"));
+}
+
+CudaExecutorOptions ExecutorOptions(const EngineOptions& options, const EngineSizes& sizes) {
+  CudaExecutorOptions executor;
+  executor.max_num_seqs = sizes.scheduler.max_num_seqs;
+  executor.max_step_tokens = sizes.scheduler.max_step_tokens;
+  executor.page_table_entries = sizes.page_table_entries;
+  executor.max_draft_tokens = sizes.max_draft_tokens;
+  executor.page_tokens = sizes.scheduler.page_tokens;
+  executor.max_model_len = sizes.scheduler.max_model_len;
+  executor.graphs = options.cuda_graphs;
+  return executor;
+}
+
+class CudaBackend final : public Backend {
+ public:
+  static absl::StatusOr<std::unique_ptr<Backend>> Create(const EngineOptions& options) {
+    const int number = DeviceNumber(options.device);
+    int count = 0;
+    const cudaError_t result = cudaGetDeviceCount(&count);
+    if (result != cudaSuccess) {
+      return absl::InvalidArgumentError(absl::StrCat("device: ", options.device, ": this machine has none: ", cudaGetErrorString(result)));
+    }
+    if (number >= count) {
+      return absl::InvalidArgumentError(absl::StrCat("device: ", options.device, " is not in this machine; it has ", count, ", numbered from 0"));
+    }
+    auto stream = std::make_unique<cuda::Stream>(cuda::StreamOptions{.device = number, .batch_invariant = options.batch_invariant});
+    cudaDeviceProp properties{};
+    BEBOP_CUDA_TRY(*stream, cudaGetDeviceProperties(&properties, number));
+    if (!stream->ok()) return absl::InternalError(absl::StrCat("device error: ", stream->error()));
+    return std::unique_ptr<Backend>(new CudaBackend(std::move(stream), absl::StrCat(kDeviceKind, ":", number, " (", properties.name, ")")));
+  }
+
+  const std::string& name() const override { return name_; }
+  DeviceMemory* memory() override { return memory_.get(); }
+  Ops* ops() override { return ops_.get(); }
+  DType activation_dtype(DType weight_dtype) const override { return weight_dtype; }
+
+  absl::Status CheckShapes(const ModelConfig& config, DType dtype) const override {
+    // Rows of operands are loaded 16 bytes at a time.
+    BEBOP_RETURN_IF_ERROR(CheckMultiple("hidden_size", config.hidden_size, 8));
+    BEBOP_RETURN_IF_ERROR(CheckMultiple("intermediate_size", config.intermediate_size, 8));
+    BEBOP_RETURN_IF_ERROR(CheckMultiple("head_dim", config.head_dim, dtype == DType::kBFloat16 ? 16 : 8));
+    BEBOP_RETURN_IF_ERROR(CheckMultiple("linear_key_head_dim", config.linear_key_head_dim, 8));
+    return CheckMultiple("linear_value_head_dim", config.linear_value_head_dim, 8);
+  }
+
+  absl::StatusOr<EngineSizes> Sizes(const EngineOptions& options, const ModelConfig& config, int64_t weight_bytes) override {
+    DeviceBudget budget;
+    budget.free_bytes = free_bytes_;
+    budget.weight_bytes = weight_bytes;
+    budget.workspace_bytes = stream_->workspace_bytes();
+    budget.graph_bytes = options.cuda_graphs ? kGraphBytes : 0;
+    budget.lookahead_tokens = CudaLookaheadTokens(config.num_mtp_layers > 0 ? options.max_draft_tokens : 0);
+    budget.activation_dtype = activation_dtype(options.dtype);
+    budget.executor_bytes = [&](const EngineSizes& sizes) { return CudaExecutorBytes(config, ExecutorOptions(options, sizes)); };
+    return ResolveDeviceSizes(options, config, budget);
+  }
+
+  absl::StatusOr<std::unique_ptr<Executor>> MakeExecutor(const EngineOptions& options, const ModelConfig& config, const EngineSizes& sizes,
+                                                         Model* model, ModelStateStorage* storage) override {
+    return MakeCudaExecutor(config, ExecutorOptions(options, sizes), model, storage, memory_.get(), stream_.get());
+  }
+
+  void EnterThread() override { BEBOP_CUDA_TRY(*stream_, cudaSetDevice(stream_->device())); }
+
+ private:
+  CudaBackend(std::unique_ptr<cuda::Stream> stream, std::string name)
+      : name_(std::move(name)),
+        stream_(std::move(stream)),
+        memory_(MakeCudaMemory(stream_.get())),
+        ops_(MakeCudaOps(stream_.get())),
+        free_bytes_(memory_->available_bytes() + stream_->workspace_bytes()) {}
+
+  const std::string name_;
+  const std::unique_ptr<cuda::Stream> stream_;
+  const std::unique_ptr<DeviceMemory> memory_;
+  const std::unique_ptr<Ops> ops_;
+  const int64_t free_bytes_;  // before the engine took anything
+};
+
+}  // namespace
+
+absl::Status CheckDeviceName(const std::string& device) {
+  if (device == "cpu" || DeviceNumber(device) >= 0) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("device: ", device, " is not in this build; it has: cpu, ", kDeviceKind, ", ", kDeviceKind, ":N"));
+}
+
+absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const EngineOptions& options, ThreadPool* pool) {
+  BEBOP_RETURN_IF_ERROR(CheckDeviceName(options.device));
+  if (options.device == "cpu") return MakeCpuBackend(pool);
+  return CudaBackend::Create(options);
+}
+
+}  // namespace bebop
