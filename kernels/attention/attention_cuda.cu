@@ -5,13 +5,14 @@
 // MergeKernel: bytes 4·(head_dim + 2) per (row, q head, split) and 4·head_dim per (row, q head); limiter latency. At 128 sequences of 4
 // rows and 4,096 positions that is below 2 % of the keys and values.
 // FloatKernel: the oracle mode's. Reads keys and values once per row and q head from the caches; limiter L1 loads. Plain on purpose.
-#include "kernels/attention/attention_cuda.cuh"
+#include "kernels/attention/attention_cuda.h"
 
 #include <algorithm>
 #include <bit>
 #include <cmath>
 #include <string>
 
+#include "kernels/attention/attention_cuda.cuh"
 #include "kernels/common/check.h"
 #include "kernels/common/gpu.h"
 
@@ -252,34 +253,46 @@ bool IsAligned(const TensorView& view) {
 }  // namespace
 }  // namespace attention
 
-void Attention(const AttentionArgs& args, Stream& stream) {
-  using namespace attention;  // NOLINT(build/namespaces): this function's own
+AttentionKernel ChooseAttentionKernel(const AttentionArgs& args, const Stream& stream) {
+  if (args.pages.dtype == DType::kFloat32) return AttentionKernel::kFloat;
+  // The prefill kernel rounds in another order than the split kernel, so a batch-invariant stream has one kernel for all rows. Chains are
+  // in MergeKernel only: they belong to `Score`, not to the steady state.
+  if (stream.batch_invariant() || args.num_chain > 0) return AttentionKernel::kSplit;
+  const int64_t group = args.num_q_heads / args.pages.num_kv_heads, max_packed_rows = args.batch.max_sequence_rows * group;
+  if (max_packed_rows <= attention::SplitRows(args.pages.head_dim, max_packed_rows, stream)) return AttentionKernel::kSplit;
+  // A short prefill would leave multiprocessors without a block.
+  const int64_t blocks = attention::DivideUp(args.batch.num_rows * group, attention::kPrefillRows) * args.pages.num_kv_heads;
+  return blocks * 2 < stream.num_multiprocessors() ? AttentionKernel::kSplit : AttentionKernel::kPrefill;
+}
+
+void AttentionWith(AttentionKernel kernel, const AttentionArgs& args, Stream& stream) {
   const RaggedBatch& batch = args.batch;
   const KvPagesView& pages = args.pages;
-  BEBOP_CHECK(pages.head_dim > 0 && pages.head_dim <= kMaxHeadDim && pages.num_kv_heads > 0 && args.num_q_heads % pages.num_kv_heads == 0);
+  BEBOP_CHECK(pages.head_dim > 0 && pages.head_dim <= attention::kMaxHeadDim);
+  BEBOP_CHECK(pages.num_kv_heads > 0 && args.num_q_heads % pages.num_kv_heads == 0);
   BEBOP_CHECK(pages.page_tokens > 0 && std::has_single_bit(static_cast<uint32_t>(pages.page_tokens)));
   BEBOP_CHECK(batch.row_position != nullptr && batch.row_sequence != nullptr && args.first_index >= 0);
-  BEBOP_CHECK(args.num_chain >= 0 && args.num_chain <= kMaxChain);
+  BEBOP_CHECK(args.num_chain >= 0 && args.num_chain <= attention::kMaxChain);
   BEBOP_CHECK(args.q.dtype == pages.dtype && args.q_gate.dtype == pages.dtype && args.out.dtype == pages.dtype);
+  BEBOP_CHECK((kernel == AttentionKernel::kFloat) == (pages.dtype == DType::kFloat32));
   if (batch.num_sequences == 0 || batch.num_rows == 0) return;
-  if (pages.dtype == DType::kFloat32) {
+  if (kernel == AttentionKernel::kFloat) {
     const dim3 grid(static_cast<unsigned>(batch.num_rows), static_cast<unsigned>(args.num_q_heads));
-    BEBOP_CUDA_TRY(stream, gpu::Launch(FloatKernel, grid, dim3(kFloatThreads), 0, stream.handle(), MakeParams<float>(args)));
+    BEBOP_CUDA_TRY(stream, gpu::Launch(attention::FloatKernel, grid, dim3(attention::kFloatThreads), 0, stream.handle(),
+                                       attention::MakeParams<float>(args)));
     return;
   }
-  BEBOP_CHECK(pages.head_dim % 16 == 0 && pages.page_tokens >= kMinPageTokens && batch.max_sequence_rows > 0);
-  BEBOP_CHECK(IsAligned(args.q) && IsAligned(args.q_gate) && IsAligned(args.out));
-  // The prefill kernel rounds in another order than the split kernel, so a batch-invariant stream has one kernel for all rows. Chains are
-  // in MergeKernel only: they belong to `Score`, not to the steady state. And a short prefill would leave multiprocessors without a block.
-  const int32_t group = args.num_q_heads / pages.num_kv_heads;
-  const int32_t max_packed_rows = batch.max_sequence_rows * group;
-  const int64_t prefill_blocks = DivideUp(int64_t{batch.num_rows} * group, kPrefillRows) * pages.num_kv_heads;
-  if (stream.batch_invariant() || args.num_chain > 0 || max_packed_rows <= SplitRows(pages.head_dim, max_packed_rows, stream) ||
-      prefill_blocks * 2 < stream.num_multiprocessors()) {
-    SplitAttention(args, stream);
+  BEBOP_CHECK(pages.head_dim % 16 == 0 && pages.page_tokens >= attention::kMinPageTokens && batch.max_sequence_rows > 0);
+  BEBOP_CHECK(attention::IsAligned(args.q) && attention::IsAligned(args.q_gate) && attention::IsAligned(args.out));
+  if (kernel == AttentionKernel::kSplit) {
+    attention::SplitAttention(args, stream);
   } else {
-    LaunchPrefill(MakeParams<BFloat16>(args), batch.num_sequences, max_packed_rows, stream);
+    BEBOP_CHECK(args.num_chain == 0 && !stream.batch_invariant());
+    attention::LaunchPrefill(attention::MakeParams<BFloat16>(args), batch.num_sequences,
+                             batch.max_sequence_rows * (args.num_q_heads / pages.num_kv_heads), stream);
   }
 }
+
+void Attention(const AttentionArgs& args, Stream& stream) { AttentionWith(ChooseAttentionKernel(args, stream), args, stream); }
 
 }  // namespace bebop::cuda
