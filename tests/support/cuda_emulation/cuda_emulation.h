@@ -151,7 +151,8 @@ BEBOP_EMULATION_REDUCE(__reduce_xor_sync, unsigned, kXorBits)
 
 inline void __threadfence() {}
 inline void __threadfence_block() {}
-inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }  // the host's threads do run beside the device's
+// The host's threads do run beside the device's.
+BEBOP_EMULATION_UNCHECKED __attribute__((noinline)) inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __nanosleep(unsigned) { bebop::emulation::Sleep(); }
 inline void __trap(int line = __builtin_LINE()) { bebop::emulation::Trap(line); }
 
