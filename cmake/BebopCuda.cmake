@@ -7,7 +7,7 @@
 #   bebop::cuda_runtime   headers, and what a program with device code links
 #   bebop::cublaslt       cublasLt.h, and what loads its library at run time (kernels/common/cublaslt_loader.cc) or the emulated one
 #   bebop_cuda_tests      builds every test labelled `cuda`
-#   bebop_cuda_benches    builds every benchmark `*_cuda_bench`
+#   bebop_cuda_benches    builds every benchmark of tests/bench/gpu
 option(BEBOP_ENABLE_CUDA "Build the CUDA backend with nvcc" OFF)
 option(BEBOP_EMULATE_CUDA "Build the CUDA backend for the emulated device of the tests" OFF)
 if(BEBOP_ENABLE_CUDA AND BEBOP_EMULATE_CUDA)
@@ -106,4 +106,5 @@ set(BEBOP_CUDA_FLAGS --expt-relaxed-constexpr -Werror=all-warnings -lineinfo
   -Xcompiler=-Wall,-Wextra,-Werror,-fno-omit-frame-pointer,-fstack-protector-strong,-ffp-contract=off)
 # Kernels read bf16 pairs through uint4 and such. Instrumented like a program under ThreadSanitizer, but linked with our own hooks,
 # which check every access to device and shared memory.
-set(BEBOP_EMULATED_KERNEL_FLAGS -x c++ -fno-strict-aliasing -Wno-unknown-pragmas)
+set(BEBOP_EMULATED_KERNEL_FLAGS -x c++ -fno-strict-aliasing -Wno-unknown-pragmas -fsanitize=thread,alignment,bounds
+  --param=tsan-instrument-func-entry-exit=0 --param=tsan-distinguish-volatile=1)
