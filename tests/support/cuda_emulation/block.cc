@@ -7,9 +7,11 @@
 #include <atomic>
 #include <bit>
 #include <boost/context/detail/fcontext.hpp>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <numeric>
+#include <thread>
 #include <vector>
 
 #include "checks.h"
@@ -30,7 +32,7 @@ using boost::context::detail::make_fcontext;
 using boost::context::detail::transfer_t;
 
 Running running;
-thread_local bool in_kernel = false;
+constinit thread_local bool in_kernel = false;
 
 namespace {
 
@@ -111,6 +113,8 @@ struct Block {
   std::vector<int> free_stacks;
   unsigned char* shared = nullptr;
   uint64_t num_launches = 0;
+  int64_t num_sleeps = 0;  // since a thread ended or threads met
+  std::chrono::steady_clock::time_point sleeping_since;
 };
 
 // Used by the device's thread alone.
@@ -118,6 +122,7 @@ Block block;
 
 std::atomic<uint64_t> seed{0};
 std::atomic<bool> seed_set{false};
+std::atomic<double> spin_limit{60.0};
 
 uint64_t Mix(uint64_t x) {  // splitmix64's finalizer
   x += 0x9e3779b97f4a7c15u;
@@ -206,6 +211,7 @@ void EndThread() {
   Thread& thread = block.threads[self];
   thread.state = State::kDone;
   thread.copies.clear();
+  block.num_sleeps = 0;
   ++block.num_finished;
   Warp& warp = block.warps[self / kWarpLanes];
   const uint32_t bit = 1u << (self % kWarpLanes);
@@ -240,6 +246,7 @@ void FiberMain(transfer_t transfer) {
 void RunBlock() {
   block.num_finished = 0;
   block.num_at_barrier = 0;
+  block.num_sleeps = 0;
   const int num_warps = (block.num_threads + kWarpLanes - 1) / kWarpLanes;
   for (int w = 0; w < num_warps; ++w) {
     const int lanes = std::min(kWarpLanes, block.num_threads - w * kWarpLanes);
@@ -281,6 +288,8 @@ void Initialize() {
 
 }  // namespace
 
+void SetSpinLimit(double seconds) { spin_limit.store(seconds); }
+
 void SetSeed(uint64_t value) {
   seed.store(value);
   seed_set.store(true);
@@ -294,7 +303,7 @@ uint64_t Seed() {
   return seed.load();
 }
 
-void RunKernel(const KernelCall& call, dim3 grid, dim3 threads, size_t shared_bytes) {
+void RunKernel(const KernelCall& call, dim3 grid, dim3 threads, size_t shared_bytes, size_t shared_limit) {
   Initialize();
   block.call = &call;
   block.random = Mix(Seed() ^ Mix(block.num_launches++)) | 1;
@@ -310,6 +319,7 @@ void RunKernel(const KernelCall& call, dim3 grid, dim3 threads, size_t shared_by
   gridDim = {grid.x, grid.y, grid.z};
   running.shared_begin = reinterpret_cast<uintptr_t>(block.shared);
   running.shared_bytes = shared_bytes;
+  running.shared_limit = shared_limit;
   CheckStartKernel();
   // A random walk through all blocks: step and number of blocks have no common divisor.
   const uint64_t num_blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
@@ -350,6 +360,7 @@ int Barrier(BarrierKind kind, int predicate, int line) {
     Violation("divergent barriers: the thread came to the one of line " + std::to_string(line) + WaitingThreads());
   }
   ++block.num_at_barrier;
+  block.num_sleeps = 0;
   block.barrier_sum += predicate != 0;
   if (block.num_at_barrier < block.num_threads) {
     block.threads[self].state = State::kAtBarrier;
@@ -372,6 +383,14 @@ int Barrier(BarrierKind kind, int predicate, int line) {
 }
 
 void Sleep() {
+  if (block.num_sleeps++ == 0) block.sleeping_since = std::chrono::steady_clock::now();
+  if (block.num_sleeps > 2 * block.num_runnable) {
+    // Every thread that can run sleeps: only the host can end this.
+    if (std::chrono::duration<double>(std::chrono::steady_clock::now() - block.sleeping_since).count() > spin_limit.load()) {
+      Violation("the block spins: nothing has changed for " + std::to_string(spin_limit.load()) + " seconds");
+    }
+    std::this_thread::yield();
+  }
   // Below all others, which therefore run first even when the newest is preferred.
   std::memmove(block.runnable + 1, block.runnable, static_cast<size_t>(block.num_runnable) * sizeof(block.runnable[0]));
   block.runnable[0] = static_cast<uint16_t>(running.thread);
@@ -550,6 +569,7 @@ uint64_t MeetWarp(WarpOperation operation, uint32_t mask, int line, uint64_t val
   thread.value = value;
   thread.source = source;
   meeting->arrived |= bit;
+  block.num_sleeps = 0;
   warp.waiting |= bit;
   if (meeting->arrived != mask) {
     thread.state = State::kInWarp;

@@ -17,11 +17,14 @@ inline constexpr int kWarpLanes = 32;
 inline constexpr size_t kMaxSharedBytes = 227 * 1024;          // a block's, with opting in
 inline constexpr size_t kMaxStaticSharedBytes = 48 * 1024;
 
-// Runs one launch to its end on the calling thread, which must be the device's.
-void RunKernel(const KernelCall& call, dim3 grid, dim3 block, size_t shared_bytes);
+// Runs one launch to its end on the calling thread, which must be the device's. `shared_limit`: what static and dynamic shared memory may
+// sum up to.
+void RunKernel(const KernelCall& call, dim3 grid, dim3 block, size_t shared_bytes, size_t shared_limit);
 
+// Also in cuda_emulation_control.h.
 void SetSeed(uint64_t seed);
 uint64_t Seed();
+void SetSpinLimit(double seconds);
 
 // "kernel ..., block ..., thread ..." of what runs on the calling thread; empty outside kernels.
 std::string CurrentThread();
@@ -33,9 +36,10 @@ struct Running {
   uintptr_t stacks_bytes = 0;
   uintptr_t shared_begin = 0;     // dynamic shared memory
   uintptr_t shared_bytes = 0;
+  uintptr_t shared_limit = 0;     // what static and dynamic shared memory may sum up to
   int thread = 0;                 // index in the block
 };
 extern Running running;
-extern thread_local bool in_kernel;  // this OS thread runs threads of a kernel now
+extern constinit thread_local bool in_kernel;  // this OS thread runs threads of a kernel now
 
 }  // namespace bebop::emulation

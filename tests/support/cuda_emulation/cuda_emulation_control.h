@@ -24,6 +24,9 @@ Counters GetCounters();
 void SetSeed(uint64_t seed);
 uint64_t Seed();
 
+// How long a block may wait in __nanosleep with nobody else to run, before it is said to spin forever; at first 60 seconds.
+void SetSpinLimit(double seconds);
+
 // Size of device memory; at first BEBOP_EMULATION_MEMORY bytes of the environment, else 16 GiB. cudaMalloc fails beyond it.
 void SetDeviceMemoryBytes(size_t bytes);
 

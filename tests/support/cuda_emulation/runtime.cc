@@ -464,12 +464,13 @@ cudaError_t Enqueue(std::shared_ptr<const KernelCall> call, dim3 grid, dim3 bloc
     return Return(cudaErrorInvalidConfiguration);
   }
   const auto opted_in = device.opted_in.find(call->function());
-  if (shared_bytes > (opted_in == device.opted_in.end() ? kMaxStaticSharedBytes : static_cast<size_t>(opted_in->second))) {
-    return Return(cudaErrorInvalidValue);
-  }
-  return Return(EnqueueLocked(*stream, MakeWork([call = std::move(call), grid, block, shared_bytes] {
+  // Who has not opted in gets 48 KiB, static shared memory included; who has, what the device has.
+  const bool opted = opted_in != device.opted_in.end() && shared_bytes <= static_cast<size_t>(opted_in->second);
+  if (!opted && shared_bytes > kMaxStaticSharedBytes) return Return(cudaErrorInvalidValue);
+  const size_t shared_limit = opted ? kMaxSharedBytes : kMaxStaticSharedBytes;
+  return Return(EnqueueLocked(*stream, MakeWork([call = std::move(call), grid, block, shared_bytes, shared_limit] {
                                 counters.launches.fetch_add(1);
-                                RunKernel(*call, grid, block, shared_bytes);
+                                RunKernel(*call, grid, block, shared_bytes, shared_limit);
                               })));
 }
 
