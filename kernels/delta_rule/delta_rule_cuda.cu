@@ -140,7 +140,7 @@ class StepBlock {
       __syncthreads();  // the tile's readers of the last turn
       Fetch(first, count);
       __syncthreads();
-      Convert(first, count);
+      Convert(count);
       __syncthreads();
       if (!active_) continue;
       const bool commits = run.commit >= first && run.commit < first + count;
@@ -280,7 +280,7 @@ class StepBlock {
   }
 
   // raw_k and raw_q to float, a warp a token, with their norms and product.
-  __device__ void Convert(int first, int count) {
+  __device__ void Convert(int count) {
     for (int t = warp_; t < count; t += static_cast<int>(blockDim.x) / kWarp) {
       float kk = 0.0f, qq = 0.0f, kq = 0.0f;
 #pragma unroll
