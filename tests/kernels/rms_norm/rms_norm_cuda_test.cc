@@ -55,7 +55,7 @@ TEST_F(RmsNormCudaTest, AgreesWithTheCpu) {
           std::vector<float> x = Rounded(Rows(random, rows, width), x_dtype);
           const DType residual_dtype = residual == 1 ? DType::kBFloat16 : DType::kFloat32;
           const std::vector<float> added = Rounded(Rows(random, rows, width), residual_dtype);
-          DeviceMatrix stream_matrix(x, rows, width, x_dtype), device_added(added, rows, width, residual_dtype),
+          DeviceMatrix stream_matrix(x, rows, width, x_dtype), device_added(added, rows, width, residual_dtype, 24),
               out(rows, width, out_dtype, 16);
           cuda::RmsNorm(
               {stream_matrix.View(), residual < 0 ? TensorView{} : device_added.View(), device_weight.data(), 1e-6f, out.View()},
