@@ -138,6 +138,10 @@ absl::Status EngineCore::Impl::CheckRequest(const GenerateRequest& request) cons
   }
   BEBOP_RETURN_IF_ERROR(CheckTokens("prompt", request.prompt));
   BEBOP_RETURN_IF_ERROR(CheckTokens("stop_token_ids", request.stopping.stop_token_ids));
+  if (request.stopping.stop_token_ids.size() > kMaxStopTokenIds) {
+    return absl::InvalidArgumentError(absl::StrCat("stop_token_ids has ", request.stopping.stop_token_ids.size(), " ids, the limit is ",
+                                                   kMaxStopTokenIds));
+  }
   for (const std::string& text : request.stopping.stop_strings) {
     if (text.empty()) return absl::InvalidArgumentError("a stop string is empty");
   }

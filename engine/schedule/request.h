@@ -15,10 +15,13 @@
 
 namespace bebop {
 
+// Most stop ids of a request: a device holds them for each sample.
+inline constexpr int32_t kMaxStopTokenIds = 1024;
+
 struct StoppingParams {
   int32_t max_new_tokens = 0;  // > 0; "up to the model length" is resolved before submission
   int32_t min_new_tokens = 0;
-  std::vector<uint32_t> stop_token_ids;
+  std::vector<uint32_t> stop_token_ids;  // <= kMaxStopTokenIds
   std::vector<std::string> stop_strings;  // matched on decoded bytes; tokens are kept through the one that completes the match
   bool ignore_eos = false;
 };

@@ -498,6 +498,7 @@ void Scheduler::PlanOne(Sequence* sequence, int32_t max_known, StepPlan* plan) {
   out.seed = group.request.sampling.seed;
   out.sample_index = static_cast<uint32_t>(sequence->result.sample_index);
   out.banned_before_min = group.banned_before_min;
+  out.stop_ids = group.rules.stop_ids();
   planned_.push_back({sequence, pass});
 }
 

@@ -35,7 +35,8 @@ struct SequencePlan {
   std::span<const uint32_t> next_known_token;  // prefill chunk that ends before the sequence does: its following token, else empty
   bool keep_mtp = false;           // the request may draft: extend the MTP cache over this pass's certain rows
   // Page table covering positions [0, num_computed + known + num_drafts + max(num_drafts_next, keep_mtp ? 1 : 0)): the MTP entry for
-  // a row lies at its *next* token's position, and recurrent draft steps write behind the last emitted token.
+  // a row lies at its *next* token's position, and recurrent draft steps write behind the last emitted token. It only grows while a residency
+  // lasts, and may reach further than that (SchedulerOptions::lookahead_tokens).
   std::span<const int32_t> pages;
   int32_t state_src = -1;          // recurrent-state slots; src -1 = fresh zero state
   int32_t state_dst = -1;
@@ -47,6 +48,8 @@ struct SequencePlan {
   // Banned while fewer than min_new_tokens are out; empty when min_new_tokens is 0. Per row: the row whose token would become output
   // num_output + i (0-based) is banned iff num_output + i < min_new_tokens; the same place's draft distribution likewise.
   std::span<const uint32_t> banned_before_min;
+  // Ids that end the sample: at most kMaxStopTokenIds and the model's own.
+  std::span<const uint32_t> stop_ids;
 };
 
 // Work on a scoring sequence: target rows [begin, end) of [0, T), or, once all target rows are done and draft_depth > 0 and T > 1, MTP

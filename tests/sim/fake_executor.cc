@@ -98,7 +98,8 @@ bool FakeExecutor::CheckTogether(const StepPlan& plan) {
   return true;
 }
 
-// A device knows by the residency alone whom it has in a slot: one value a stay, never used again, and the sequence goes on where it was.
+// A device knows by the residency alone whom it has in a slot: one value a stay, never used again, and the sequence goes on where it was, with
+// a page table that only grows.
 bool FakeExecutor::CheckResidency(const SequencePlan& plan) {
   Stay& stay = stays_[plan.slot];
   if (plan.residency == 0) return Fail("residency 0");
@@ -106,11 +107,18 @@ bool FakeExecutor::CheckResidency(const SequencePlan& plan) {
     if (stay.request != plan.request || stay.sample_index != plan.sample_index || plan.num_computed <= stay.num_computed) {
       return Fail(absl::StrCat("residency ", plan.residency, " of slot ", plan.slot, " is another sequence's or an earlier stay's"));
     }
+    if (plan.pages.size() < stay.pages.size() || !std::equal(stay.pages.begin(), stay.pages.end(), plan.pages.begin())) {
+      return Fail(absl::StrCat("the page table in slot ", plan.slot, " has changed where it stood before"));
+    }
   } else if (plan.residency <= last_residency_) {
     return Fail(absl::StrCat("residency ", plan.residency, " of slot ", plan.slot, " is not new"));
   }
   last_residency_ = std::max(last_residency_, plan.residency);
-  stay = {.residency = plan.residency, .request = plan.request, .sample_index = plan.sample_index, .num_computed = plan.num_computed};
+  stay = {.residency = plan.residency,
+          .request = plan.request,
+          .sample_index = plan.sample_index,
+          .num_computed = plan.num_computed,
+          .pages = {plan.pages.begin(), plan.pages.end()}};
   return true;
 }
 

@@ -83,6 +83,7 @@ class FakeExecutor final : public Executor {
     const GenerateRequest* request = nullptr;
     uint32_t sample_index = 0;
     int32_t num_computed = 0;  // of the latest plan
+    std::vector<int32_t> pages;
   };
   std::vector<Stay> stays_;          // by executor slot, the latest
   uint64_t last_residency_ = 0;

@@ -301,6 +301,7 @@ TEST_F(EngineCoreTest, RefusesBadFieldsByName) {
   refused(bad, "prompt is empty", [](auto* r) { r->prompt.clear(); });
   refused(bad, "prompt[2] is 48", [](auto* r) { r->prompt[2] = 48; });
   refused(bad, "stop_token_ids[0]", [](auto* r) { r->stopping.stop_token_ids = {99}; });
+  refused(bad, "stop_token_ids has 1025", [](auto* r) { r->stopping.stop_token_ids.assign(1025, 3); });
   refused(bad, "num_samples is 0", [](auto* r) { r->num_samples = 0; });
   refused(bad, "max_new_tokens is 0", [](auto* r) { r->stopping.max_new_tokens = 0; });
   refused(bad, "num_draft_tokens is 9", [](auto* r) { r->speculation.num_draft_tokens = 9; });
