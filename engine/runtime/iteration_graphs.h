@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <compare>
+#include <cstdint>
+#include <map>
+
+#include "absl/functional/function_ref.h"
+#include "kernels/common/cuda_stream.h"
+
+namespace bebop {
+
+// What shapes an iteration's launches.
+struct IterationKey {
+  int32_t bucket = 0;         // sequences, with padding
+  int32_t num_drafts = 0;     // γ of the pass
+  int32_t max_positions = 0;  // bound of what a row attends to
+  auto operator<=>(const IterationKey&) const = default;
+};
+
+// The captured iterations of an engine: a few hundred launches become one. An iteration of a key is enqueued kernel by kernel the first time,
+// which makes the libraries' plans and loads the kernels (neither may happen under capture), captured at its second time, and replayed
+// from then on. Capturing takes host time and memory once a key; what ran once may never come again.
+// Not thread safe: the engine thread.
+class IterationGraphs {
+ public:
+  // Not `enabled`: everything is enqueued kernel by kernel.
+  IterationGraphs(bool enabled, cuda::Stream* stream) : enabled_(enabled), stream_(*stream) {}
+  ~IterationGraphs();
+  IterationGraphs(const IterationGraphs&) = delete;
+  IterationGraphs& operator=(const IterationGraphs&) = delete;
+
+  // Enqueues the iteration. `enqueue` must always enqueue the same work for the same key.
+  void Run(const IterationKey& key, absl::FunctionRef<void()> enqueue);
+  int32_t num_captured() const { return num_captured_; }
+
+ private:
+  // Null when capturing failed; the stream says why.
+  cudaGraphExec_t Capture(absl::FunctionRef<void()> enqueue);
+
+  const bool enabled_;
+  cuda::Stream& stream_;
+  std::map<IterationKey, cudaGraphExec_t> graphs_;  // null: has run once
+  int32_t num_captured_ = 0;
+};
+
+}  // namespace bebop
