@@ -44,7 +44,7 @@ print("\n".join(sorted({*manifest["programs"], *manifest["benches"], *(test["pro
 PYTHON
 
 # Libraries of the machine that runs it: the C library, whose version decides which systems the bundle runs on, and all of the driver and CUDA.
-not_ours='^(linux-vdso|ld-linux|libc|libm|libdl|libpthread|librt|libresolv|libutil|libnsl|libanl|libcuda|libnvidia|libcublas|libcudart)[-.0-9A-Za-z_]*\.so'
+not_ours='^(linux-vdso|ld-linux|(libc|libm|libdl|libpthread|librt|libresolv|libutil|libnsl|libanl|libcuda|libcudart)\.so|libnvidia|libcublas)'
 while read -r program; do
   strip --strip-all -o "$root/$program" "$build/$program"
   ldd "$build/$program" | sed -n 's/^\t\([^ ]*\) => \([^ ]*\).*/\1 \2/p' >>"$stage/needed"
@@ -71,7 +71,7 @@ cp tests/gpu.sh tests/gpu.py "$root/tests/"
 git ls-files -z tests/models tests/bench | xargs -0 cp --parents -t "$root"
 
 mkdir -p "$(dirname "$out")"
-tar -C "$stage" --sort=name --owner=0 --group=0 --numeric-owner --mtime=@0 -cf - bebop-bundle | xz -T1 -6e --memlimit-compress=2GiB >"$out.part"
+tar -C "$stage" --sort=name --owner=0 --group=0 --numeric-owner --mtime=@0 -cf - bebop-bundle | xz -T0 -6 >"$out.part"
 mv "$out.part" "$out"
 
 bundle_bytes=$(stat -c %s "$out")
