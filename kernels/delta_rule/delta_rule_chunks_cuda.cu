@@ -64,7 +64,7 @@ struct ChunkShared {
 };
 static_assert(sizeof(ChunkShared) <= 113 * 1024, "two blocks on a multiprocessor");
 
-// x = high + low up to 2^-18 |x|, once low is rounded to bf16.
+// x = high + low up to 2^-17 |x|, once low is rounded to bf16.
 struct Split {
   float high;
   float low;
@@ -398,7 +398,7 @@ class ChunkBlock {
     }
   }
 
-  // O = read + P Δ for the warp's 16 rows. low · low is left out (2^-18 of the product).
+  // O = read + P Δ for the warp's 16 rows. low · low is left out (2^-16 of the product).
   __device__ void StoreOutputs(const float (&scores)[2 * kRowTiles][4], float (&read)[kColumnTiles][4], int64_t row, int count) const {
     const int row_tile = warp_ - kRowTiles;
 #pragma unroll
