@@ -27,10 +27,8 @@ __global__ void ReadFreed(BugArguments a) {
 __global__ void ReadHost(BugArguments a) {
   if (threadIdx.x == 0) a.data[0] = a.host[0];
 }
-__global__ void WriteNull(BugArguments) {
-  // The compiler must not see that it is null.
-  float* volatile null = nullptr;
-  if (threadIdx.x == 0) *null = 1.0f;
+__global__ void WriteNull(BugArguments a) {
+  if (threadIdx.x == 0) *a.null = 1.0f;
 }
 __global__ void ReadPastPinned(BugArguments a) {
   if (threadIdx.x == 0) a.data[0] = a.pinned[64];
