@@ -253,6 +253,21 @@ TEST_F(LinearCudaTest, NoRowsAreNoWork) {
   Enqueue(false, {{nullptr, DType::kBFloat16, 0, 8, 8}, weights.on_device, {nullptr, DType::kFloat32, 0, 16, 16}});
 }
 
+// After the first failure nothing more is enqueued, and its words stay.
+TEST_F(LinearCudaTest, AFailedStreamTakesNoWork) {
+  cuda::Stream failed(cuda::StreamOptions{.workspace_bytes = 1 << 20});
+  cuda::LinearPlans plans(&failed);
+  const Weights weights(std::vector<float>(16 * 8, 1.0f), 16, 8, DType::kBFloat16);
+  failed.Fail("a failure before");
+  for (const int64_t rows : {1, 40}) {
+    DeviceMatrix x(std::vector<float>(static_cast<size_t>(rows * 8), 1.0f), rows, 8, DType::kBFloat16),
+        y(rows, 16, DType::kFloat32);
+    cuda::Linear({x.View(), weights.on_device, y.View()}, plans, failed);
+    for (const float value : y.Values()) EXPECT_TRUE(std::isnan(value)) << rows;
+  }
+  EXPECT_EQ(failed.error(), "a failure before");
+}
+
 // Needs no device: the runs cover K once, and the shapes of real models keep a large device busy.
 TEST(LinearSplitsTest, RunsCoverTheColumns) {
   for (int64_t n = 1; n < 20000; n = n * 3 / 2 + 1) {
