@@ -411,6 +411,8 @@ TEST_F(DeltaRuleCudaTest, CutsAtMultiplesOf64ChangeNoBit) {
   const std::vector<float> expected = run({0, 171}, false);
   EXPECT_TRUE(SameBits(run({0, 64, 171}, true), expected));
   EXPECT_TRUE(SameBits(run({0, 128, 171}, false), expected));
+  // Chunks end at 128 wherever the pass begins.
+  EXPECT_TRUE(SameBits(run({0, 90, 128, 171}, false), run({0, 90, 171}, false)));
 }
 
 // The slice width follows the number of heads (on 4 multiprocessors: 16 columns alone, 64 with eleven others); the bits do not.
