@@ -44,9 +44,11 @@ class HostMemory final : public DeviceMemory {
     return std::shared_ptr<void>(memory, [size](void* address) { munmap(address, size); });
   }
 
-  void CopyIn(void* destination, const void* host_source, int64_t bytes) override { std::memcpy(destination, host_source, static_cast<size_t>(bytes)); }
-  void CopyOut(void* host_destination, const void* source, int64_t bytes) override { std::memcpy(host_destination, source, static_cast<size_t>(bytes)); }
-  void Copy(void* destination, const void* source, int64_t bytes) override { std::memcpy(destination, source, static_cast<size_t>(bytes)); }
+  void CopyIn(void* destination, const void* host_source, int64_t bytes) override { Copy(destination, host_source, bytes); }
+  void CopyOut(void* host_destination, const void* source, int64_t bytes) override { Copy(host_destination, source, bytes); }
+  void Copy(void* destination, const void* source, int64_t bytes) override {
+    if (bytes > 0) std::memcpy(destination, source, static_cast<size_t>(bytes));
+  }
 
   // MemAvailable of this machine, or what the cgroup's limit leaves if that is less.
   int64_t available_bytes() const override {

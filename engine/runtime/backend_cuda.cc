@@ -36,9 +36,11 @@ int DeviceNumber(const std::string& device) {
   return number;
 }
 
-absl::Status CheckMultiple(const char* key, int64_t value, int64_t of) {
-  if (value % of == 0) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, ": ", value, " is not a multiple of ", of, ", as the device's kernels need it"));
+// What the device's kernels need of a size: whole 16-byte loads of bf16, and limits of threads and registers.
+absl::Status CheckSize(const char* key, int64_t value, int64_t multiple_of, int64_t most) {
+  if (value % multiple_of == 0 && value <= most) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, ": ", value, ", but on a device it must be a multiple of ", multiple_of,
+                                                 " and at most ", most, "; --device cpu takes it"));
 }
 
 CudaExecutorOptions ExecutorOptions(const EngineOptions& options, const EngineSizes& sizes) {
@@ -78,12 +80,12 @@ class CudaBackend final : public Backend {
   DType activation_dtype(DType weight_dtype) const override { return weight_dtype; }
 
   absl::Status CheckShapes(const ModelConfig& config, DType dtype) const override {
-    // Rows of operands are loaded 16 bytes at a time.
-    BEBOP_RETURN_IF_ERROR(CheckMultiple("hidden_size", config.hidden_size, 8));
-    BEBOP_RETURN_IF_ERROR(CheckMultiple("intermediate_size", config.intermediate_size, 8));
-    BEBOP_RETURN_IF_ERROR(CheckMultiple("head_dim", config.head_dim, dtype == DType::kBFloat16 ? 16 : 8));
-    BEBOP_RETURN_IF_ERROR(CheckMultiple("linear_key_head_dim", config.linear_key_head_dim, 8));
-    return CheckMultiple("linear_value_head_dim", config.linear_value_head_dim, 8);
+    BEBOP_RETURN_IF_ERROR(CheckSize("hidden_size", config.hidden_size, 8, 32768));
+    BEBOP_RETURN_IF_ERROR(CheckSize("intermediate_size", config.intermediate_size, 8, 1 << 30));
+    BEBOP_RETURN_IF_ERROR(CheckSize("head_dim", config.head_dim, dtype == DType::kBFloat16 ? 16 : 8, 256));
+    BEBOP_RETURN_IF_ERROR(CheckSize("linear_key_head_dim", config.linear_key_head_dim, 8, 256));
+    BEBOP_RETURN_IF_ERROR(CheckSize("linear_value_head_dim", config.linear_value_head_dim, 8, 256));
+    return CheckSize("linear_conv_kernel_dim", config.linear_conv_kernel_dim, 1, 8);
   }
 
   absl::StatusOr<EngineSizes> Sizes(const EngineOptions& options, const ModelConfig& config, int64_t weight_bytes) override {

@@ -39,6 +39,8 @@ struct HarnessOptions {
   int32_t window = 5;
   int32_t num_threads = 2;
   int32_t max_rows = 512;
+  int32_t num_padding_rows = 0;       // on a device: rows and sequences that stand for nobody, at the end of every batch
+  int32_t num_padding_sequences = 0;
   uint32_t seed = 1;  // of the order in which pages and slots are handed out
 };
 
@@ -67,6 +69,9 @@ class ModelHarness {
   };
 
   ModelHarness(const ModelConfig& config, const ModelWeights* weights, const HarnessOptions& options);
+  // The same on a device: `memory` and `ops`, which must outlive the harness, belong together, and `weights` lie in `memory`.
+  ModelHarness(const ModelConfig& config, const ModelWeights* weights, const HarnessOptions& options, DType activation_dtype, DeviceMemory* memory,
+               Ops* ops);
 
   // One pass over all rows, in order: hidden [T, H]. Known rows count as computed afterwards; Accept says how many drafts do.
   Matrix Target(const std::vector<TargetRows>& rows);
@@ -88,7 +93,7 @@ class ModelHarness {
     Sequence& sequence_;
     Matrix last_;
     int32_t depth_ = 1;
-    std::vector<std::vector<char>> k_, v_;  // one dense [rows, kv width] array a depth from 2 on
+    std::vector<std::shared_ptr<void>> k_, v_;  // one dense [rows, kv width] array a depth from 2 on
   };
 
   // A copy of `parent`: full pages are shared, a partly filled one is copied; the state is read from the parent's slot.
@@ -106,12 +111,27 @@ class ModelHarness {
   void GrowPages(Sequence& sequence, int32_t num_tokens);
   int32_t TakeSlot();
   Matrix RunMtp(const std::vector<MtpRows>& rows, Matrix previous, const MtpChain* chain);
+  // A batch under construction, and its arrays where the model reads them.
+  struct Arrays {
+    std::vector<uint32_t> tokens;
+    std::vector<SequenceRows> sequences;
+    std::vector<int32_t> page_ids, row_sequence, row_position;
+    std::vector<std::shared_ptr<void>> memory;
+    const uint32_t* device_tokens = nullptr;
+    RaggedBatch batch;
+  };
+  void Upload(Arrays& arrays);
+  // `matrix` as the model has activations, with room for padding rows; and the first rows of such a matrix.
+  TensorView ToDevice(const Matrix& matrix, std::shared_ptr<void>* owner);
+  TensorView NewRows(int64_t rows, int64_t cols, DType dtype, std::shared_ptr<void>* owner);
+  Matrix FromDevice(const TensorView& view, int64_t rows);
 
   const ModelConfig config_;
   const HarnessOptions options_;
   ThreadPool pool_;
-  const std::unique_ptr<DeviceMemory> memory_;
-  const std::unique_ptr<Ops> ops_;
+  const std::unique_ptr<DeviceMemory> own_memory_;  // null on a device
+  const std::unique_ptr<Ops> own_ops_;
+  DeviceMemory& memory_;
   const std::unique_ptr<Model> model_;
   std::unique_ptr<ModelStateStorage> storage_;
   std::vector<int32_t> free_pages_, page_uses_, free_slots_, slot_uses_;
