@@ -58,8 +58,8 @@ else
            "nvidia-cuda-runtime==$major_minor.*" "nvidia-cuda-cccl==$major_minor.*")
 fi
 if [[ -z $toolkit || ! -f $toolkit/include/cublasLt.h ]]; then wheels+=("nvidia-cublas==$major_minor.*"); fi
-# Any version of the 13 series reads what 13.0 wrote; the wheel starts at 13.2.
-if [[ -z $toolkit || ! -x $toolkit/bin/cuobjdump ]]; then wheels+=("nvidia-cuda-cuobjdump==13.*"); fi
+# Any version of the 13 series reads what 13.0 wrote; the wheels start at 13.2.
+if [[ -z $toolkit || ! -x $toolkit/bin/cuobjdump ]]; then wheels+=("nvidia-cuda-cuobjdump==13.*" "nvidia-cuda-nvdisasm==13.*"); fi
 ((${#wheels[@]})) || exit 0
 
 python=build/venv/bin/python

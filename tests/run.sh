@@ -3,11 +3,13 @@
 # Installs what is needed, builds and runs every test of bebop.
 #
 #   tests/run.sh                  everything, as CI does
-#   tests/run.sh --only STAGE     one of: release, asan, tsan, fuzz (repeatable)
+#   tests/run.sh --only STAGE     one of: release, asan, tsan, fuzz, cuda, emulated (repeatable)
 #   tests/run.sh --list           the stages and what they hold
 #
 # release: the whole tree, every test (oracle, statistics and mutants included).   asan: AddressSanitizer + UBSan, all but those.
 # tsan: the threaded parts under ThreadSanitizer, without gRPC.   fuzz: every libFuzzer target for a few seconds on its corpus.
+# cuda: nvcc compiles every kernel for sm_90a and sm_80, programs and device tests link (the tests skip where no device is), and the bundle is made.
+# emulated: the same kernels, the engine and the server run on the emulated device.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,11 +17,11 @@ stages=()
 while (($#)); do
   case "$1" in
     --only) stages+=("${2:?--only needs a stage}"); shift 2 ;;
-    --list | --help | -h) sed -n '3,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --list | --help | -h) sed -n '3,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "error: unknown argument '$1' (see --help)" >&2; exit 2 ;;
   esac
 done
-((${#stages[@]})) || stages=(release asan tsan fuzz)
+((${#stages[@]})) || stages=(release asan tsan fuzz cuda emulated)
 
 jobs=$(nproc)
 fuzz_seconds=${BEBOP_FUZZ_SECONDS:-8}
@@ -87,13 +89,40 @@ run_stage() {
         echo "$name: $(sed -n 's/stat::number_of_executed_units: *//p' "build/cpu-fuzz/$name.log") executions"
       done
       ;;
+    cuda)
+      say "cuda: build"
+      cmake_args=("-DBEBOP_PYTHON=$PWD/$python")
+      configure_and_build cuda-release bebop-server bebop bebop_cuda_tests bebop_cuda_benches
+      say "cuda: tests (they skip where no device is)"
+      ctest --preset cuda-release --output-on-failure -j "$jobs"
+      say "cuda: registers and spills"
+      python3 tests/bench/kernel_table.py build/cuda-release --check
+      say "cuda: bundle"
+      tests/deploy/bundle_test.sh build/cuda-release
+      ;;
+    emulated)
+      say "emulated: build"
+      cmake_args=("-DBEBOP_PYTHON=$PWD/$python")
+      configure_and_build cuda-emulated bebop-server bebop bebop_cuda_tests
+      say "emulated: tests"
+      ctest --preset cuda-emulated --output-on-failure -j "$jobs"
+      say "emulated: the device script"
+      tests/gpu.sh --device emulated --build build/cuda-emulated --only server
+      ;;
     *) echo "error: unknown stage '$1' (see --help)" >&2; exit 2 ;;
   esac
 }
 
 mkdir -p build
 say "install"
-deploy/install_deps.sh build test fuzz
+parts=(build test)
+for stage in "${stages[@]}"; do
+  case "$stage" in
+    fuzz) parts+=(fuzz) ;;
+    cuda | emulated) parts+=(cuda) ;;
+  esac
+done
+deploy/install_deps.sh "${parts[@]}"
 for stage in "${stages[@]}"; do
   if [[ $stage == release ]]; then make_venv; fi
 done
