@@ -99,25 +99,49 @@ __global__ void __launch_bounds__(Tile::kThreads) LinearBf16Kernel(TileArgs args
   const int end = Tile::kSequential ? args.num_cols : min(begin + args.split_cols, args.num_cols);
   const int num_stages = (end - begin + static_cast<int>(kStageCols) - 1) / static_cast<int>(kStageCols);
 
-  // Copies stage `stage` to its buffer; zeros stand for what lies beyond W's rows, x's rows or the columns. Past the end an empty
-  // group keeps the count of groups.
-  const auto load = [&](int stage) {
-    if (stage < num_stages) {
-      unsigned char* const buffer = shared + stage % kStages * Tile::kStageBytes;
-      const int chunk = thread % kChunks, col = begin + stage * static_cast<int>(kStageCols) + chunk * 8;
-      const bool col_valid = col < end;
+  // This thread's part of every stage: one chunk of each kCopyRows-th row. Pointers and places are worked out here, once: a stage
+  // is 8 KiB for four warps, and at full memory speed an SM has time for about a hundred instructions of each. Rows beyond W's
+  // are copies of the last one, whose sums nobody stores; rows beyond x's, which would cost more, are zeros, and so are columns
+  // beyond the run.
+  constexpr int kCopyRows = kThreads / kChunks;
+  static_assert(kCopyRows % kChunks == 0 && kRows % kCopyRows == 0);
+  constexpr int kWeightCopies = kRows / kCopyRows, kTokenCopies = (kTokens + kCopyRows - 1) / kCopyRows;
+  const int copy_row = thread / kChunks, copy_chunk = thread % kChunks, copy_at = ChunkOffset(copy_row, copy_chunk);
+  const BFloat16* w_from[kWeightCopies];
+  const BFloat16* x_from[kTokenCopies];
 #pragma unroll
-      for (int row = thread / kChunks; row < kRows; row += kThreads / kChunks) {
-        const bool valid = col_valid && first_row + row < args.num_rows;
-        const int64_t from = valid ? static_cast<int64_t>(first_row + row) * args.num_cols + col : 0;
-        gpu::CpAsync16(buffer + ChunkOffset(row, chunk), args.w + from, valid);
+  for (int j = 0; j < kWeightCopies; ++j) {
+    const int64_t row = min(first_row + copy_row + j * kCopyRows, args.num_rows - 1);
+    w_from[j] = args.w + row * args.num_cols + begin + copy_chunk * 8;
+  }
+#pragma unroll
+  for (int j = 0; j < kTokenCopies; ++j) {
+    const int64_t token = min(first_token + copy_row + j * kCopyRows, args.num_tokens - 1);
+    x_from[j] = args.x + token * args.x_stride + begin + copy_chunk * 8;
+  }
+  int next_col = begin;  // of the stage that is copied next
+  int next_buffer = 0;   // its place in the ring, in bytes
+  // Starts the next stage's copies. Past the end an empty group keeps the count of groups.
+  const auto load = [&] {
+    if (next_col < end) {
+      unsigned char* const to = shared + next_buffer + copy_at;
+      const bool col_valid = next_col + copy_chunk * 8 < end;
+#pragma unroll
+      for (int j = 0; j < kWeightCopies; ++j) {
+        gpu::CpAsync16(to + j * kCopyRows * kRowBytes, w_from[j], col_valid);
+        w_from[j] += kStageCols;
       }
 #pragma unroll
-      for (int token = thread / kChunks; token < kTokens; token += kThreads / kChunks) {
-        const bool valid = col_valid && first_token + token < args.num_tokens;
-        const int64_t from = valid ? (first_token + token) * args.x_stride + col : 0;
-        gpu::CpAsync16(buffer + Tile::kWeightBytes + ChunkOffset(token, chunk), args.x + from, valid);
+      for (int j = 0; j < kTokenCopies; ++j) {
+        const int token = copy_row + j * kCopyRows;
+        if (kTokens >= kCopyRows || token < kTokens) {
+          gpu::CpAsync16(to + Tile::kWeightBytes + j * kCopyRows * kRowBytes, x_from[j],
+                         col_valid && first_token + token < args.num_tokens);
+        }
+        x_from[j] += kStageCols;
       }
+      next_col += static_cast<int>(kStageCols);
+      next_buffer = next_buffer + Tile::kStageBytes == Tile::kSharedBytes ? 0 : next_buffer + Tile::kStageBytes;
     }
     gpu::CpAsyncCommit();
   };
@@ -126,32 +150,36 @@ __global__ void __launch_bounds__(Tile::kThreads) LinearBf16Kernel(TileArgs args
   // of x.
   float sums[kColumnTiles][4] = {};
   float totals[kColumnTiles][4] = {};  // of the runs before this one, if kSequential
-  for (int stage = 0; stage < kStages - 1; ++stage) load(stage);
+  for (int stage = 0; stage < kStages - 1; ++stage) load();
+  // This lane's rows for ldmatrix. Sixteen columns further on are two chunks, which the swizzle makes an exclusive or of their
+  // offset.
+  const int a_at = ChunkOffset(warp * 16 + lane % 16, lane / 16);
+  const int b_at = Tile::kWeightBytes + ChunkOffset((kColumnTiles > 1 ? lane / 16 * 8 : 0) + lane % 8, lane / 8 % 2);
+  int buffer = 0;
   for (int stage = 0; stage < num_stages; ++stage) {
     gpu::CpAsyncWait<kStages - 2>();
     __syncthreads();  // the stage has arrived for all threads, and all have left the buffer that is filled next
-    load(stage + kStages - 1);
-    const unsigned char* const weights = shared + stage % kStages * Tile::kStageBytes;
-    const unsigned char* const tokens = weights + Tile::kWeightBytes;
+    load();
 #pragma unroll
-    for (int step = 0; step < kChunks / 2; ++step) {  // sixteen columns, two chunks
+    for (int step = 0; step < kChunks / 2; ++step) {
       uint32_t a[4];
-      gpu::LdMatrixX4(a, weights + ChunkOffset(warp * 16 + lane % 16, step * 2 + lane / 16));
+      gpu::LdMatrixX4(a, shared + buffer + (a_at ^ step * 32));
       if constexpr (kColumnTiles == 1) {
         uint32_t b[2];
-        gpu::LdMatrixX2(b, tokens + ChunkOffset(lane % 8, step * 2 + lane / 8 % 2));
+        gpu::LdMatrixX2(b, shared + buffer + (b_at ^ step * 32));
         gpu::MmaBf16(sums[0], a, b);
       } else {
 #pragma unroll
         for (int i = 0; i < kColumnTiles; i += 2) {
           uint32_t b[4];
-          gpu::LdMatrixX4(b, tokens + ChunkOffset(i * 8 + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
+          gpu::LdMatrixX4(b, shared + buffer + (b_at ^ step * 32) + i * 8 * kRowBytes);
           const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
           gpu::MmaBf16(sums[i], a, low);
           gpu::MmaBf16(sums[i + 1], a, high);
         }
       }
     }
+    buffer = buffer + Tile::kStageBytes == Tile::kSharedBytes ? 0 : buffer + Tile::kStageBytes;
     if constexpr (Tile::kSequential) {
       const int done = (stage + 1) * static_cast<int>(kStageCols);
       if (done % args.split_cols == 0 || stage + 1 == num_stages) {
