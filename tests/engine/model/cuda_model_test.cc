@@ -100,8 +100,8 @@ struct Tolerance {
   double rms, largest;  // relative to the rms of the expected values
 };
 
-// Float32: both sides round sums of at most a few hundred terms in float32, in other orders: 2^-24 sqrt(300) = 1e-6 of a value an operator;
-// half of it for values that are not of the largest, and some 60 operators in random directions give 4e-6; the largest of thousands ten times that.
+// Float32: both sides round sums of about a hundred terms, in other orders: 2^-24 sqrt(100) / 2 = 3e-7 of a typical value. Some 60 operators
+// one after the other, in random directions, make that 2.3e-6; twice as much is allowed, and ten times more for the largest of thousands.
 // bfloat16: the device rounds every activation to 8 bits (2^-9 = 0.2 % in the rms), the CPU only the inputs of products. The same 60
 // roundings in random directions are 1.5 %, and a recurrent state and a softmax carry them on; twice that, and six times for the largest.
 Tolerance ToleranceOf(DType dtype) { return dtype == DType::kFloat32 ? Tolerance{5e-6, 5e-5} : Tolerance{0.03, 0.2}; }
