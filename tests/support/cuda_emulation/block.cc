@@ -79,9 +79,8 @@ struct Meeting {
 };
 
 struct Warp {
-  uint32_t lanes = 0;    // that exist
+  uint32_t lanes = 0;  // that exist
   uint32_t exited = 0;
-  uint32_t waiting = 0;  // in any meeting
   int num_meetings = 0;
   Meeting meetings[kWarpLanes];
 };
@@ -252,7 +251,7 @@ void RunBlock() {
     const int lanes = std::min(kWarpLanes, block.num_threads - w * kWarpLanes);
     Warp& warp = block.warps[w];
     warp.lanes = lanes == kWarpLanes ? kAllLanes : (1u << lanes) - 1;
-    warp.exited = warp.waiting = 0;
+    warp.exited = 0;
     warp.num_meetings = 0;
   }
   // Half of the blocks mix their threads evenly; the others let each run as far as it gets, in the threads' order or in a random one.
@@ -554,10 +553,12 @@ uint64_t MeetWarp(WarpOperation operation, uint32_t mask, int line, uint64_t val
   if ((mask & warp.exited) != 0) complaint("the mask names lanes that have returned");
   Meeting* meeting = nullptr;
   for (int m = 0; m < warp.num_meetings; ++m) {
-    if (warp.meetings[m].mask == mask) meeting = &warp.meetings[m];
+    Meeting& other = warp.meetings[m];
+    if (other.mask == mask) meeting = &other;
+    // Lanes of the mask may be in a meeting that will end without this one; not in one that waits for it.
+    if (other.mask != mask && (other.mask & bit) != 0 && (other.arrived & mask) != 0) complaint("lanes of the mask wait in another operation");
   }
   if (meeting == nullptr) {
-    if ((mask & warp.waiting) != 0) complaint("lanes of the mask wait in another operation");
     meeting = &warp.meetings[warp.num_meetings++];
     *meeting = {.mask = mask, .arrived = 0, .line = line, .operation = operation};
   } else if (meeting->operation != operation || meeting->line != line) {
@@ -570,7 +571,6 @@ uint64_t MeetWarp(WarpOperation operation, uint32_t mask, int line, uint64_t val
   thread.source = source;
   meeting->arrived |= bit;
   block.num_sleeps = 0;
-  warp.waiting |= bit;
   if (meeting->arrived != mask) {
     thread.state = State::kInWarp;
     SwitchAway();
@@ -578,7 +578,6 @@ uint64_t MeetWarp(WarpOperation operation, uint32_t mask, int line, uint64_t val
   }
   Complete(operation, warp_index, mask);
   *meeting = warp.meetings[--warp.num_meetings];
-  warp.waiting &= ~mask;
   for (uint32_t rest = mask & ~bit; rest != 0; rest &= rest - 1) MakeRunnable(warp_index * kWarpLanes + std::countr_zero(rest));
   return thread.result;
 }
