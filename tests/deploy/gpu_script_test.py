@@ -21,12 +21,13 @@ PROGRAM = """\
     report = next(a.split("json:", 1)[1] for a in sys.argv if a.startswith("--gtest_output=json:"))
     tests = {tests}
     suites = [{{"testsuite": tests}}]
+    print("file.cc:1: Skipped\\nno device: 100\\n")
     if {report}:
         json.dump({{"testsuites": suites}}, open(report, "w"))
     {then}
     """
 PASSED = {"status": "RUN", "result": "COMPLETED"}
-SKIPPED = {"status": "RUN", "result": "SKIPPED", "skipped": [{"message": "file.cc:1\nno device: 100"}]}
+SKIPPED = {"status": "RUN", "result": "SKIPPED"}
 FAILED = {"status": "RUN", "result": "COMPLETED", "failures": [{"failure": "x"}]}
 FILTERED = {"status": "NOTRUN", "result": "SUPPRESSED"}
 
@@ -75,8 +76,9 @@ class GpuScript(unittest.TestCase):
         self.assertEqual(statuses, {"failed": "fail", "crashed": "fail", "silent": "fail", "skipped": "skip", "empty": "fail"})
         self.assertIn("no device: 100", output)
 
-    def test_a_phase_of_skips_fails(self):
+    def test_a_program_that_skips_fails_the_phase(self):
         self.add("skipped", [SKIPPED])
+        self.add("passed", [PASSED])
         self.assertEqual(self.run_script("--only", "kernels")[0], 1)
 
     def test_a_phase_without_tests_fails(self):
