@@ -240,8 +240,8 @@ class ChunkBlock {
       kk = WarpSum(kk);
       qq = WarpSum(qq);
       if (lane_ == 0) {
-        shared_.k_scale[i] = 1.0f / sqrtf(kk + 1e-6f);
-        shared_.q_scale[i] = 1.0f / sqrtf((qq + 1e-6f) * kDim);
+        shared_.k_scale[i] = rsqrtf(kk + 1e-6f);
+        shared_.q_scale[i] = rsqrtf((qq + 1e-6f) * kDim);
       }
     }
     if (thread_ >= count && thread_ < kRows) shared_.k_scale[thread_] = shared_.q_scale[thread_] = 0.0f;

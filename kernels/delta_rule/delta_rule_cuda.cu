@@ -80,8 +80,10 @@ __device__ Run RunOf(const SequenceRows& sequence, Phase phase, bool has_chunks)
   return {0, sequence.num_replay_rows, sequence.num_replay_rows, sequence.state_src};
 }
 
-// What a row means to a head, whatever the column.
+// What a row means to a block, whatever the column.
+template <typename T>
 struct TokenScalars {
+  T* out;         // of the slice's first column; null for a replayed row
   float decay;    // e^g
   float beta;
   float k_scale;  // 1 / |k|
@@ -114,7 +116,7 @@ class StepBlock {
     T raw_v[kTile][kMaxSliceColumns];
     float k[kTile][kDim];
     float q[kTile][kDim];
-    TokenScalars scalars[kTile];
+    TokenScalars<T> scalars[kTile];
   };
 
   __device__ StepBlock(const StepArgs& step, const SequenceRows& sequence, Shared* shared)
@@ -124,14 +126,12 @@ class StepBlock {
         key_dim_(kExact ? kDim : step.call.state.key_head_dim),
         value_dim_(kExact ? kDim : step.call.state.value_head_dim),
         lane_(static_cast<int>(threadIdx.x) % kWarp),
-        warp_(static_cast<int>(threadIdx.x) / kWarp) {
-    const int slices = (value_dim_ + step.slice_columns - 1) / step.slice_columns;
-    head_ = static_cast<int>(blockIdx.x) / slices;
-    slice_begin_ = static_cast<int>(blockIdx.x) % slices * step.slice_columns;
-    slice_columns_ = min(step.slice_columns, value_dim_ - slice_begin_);
-    key_head_ = head_ / (step.call.state.num_value_heads / step.call.state.num_key_heads);
-    active_ = warp_ * kWarpColumns < slice_columns_;
-  }
+        warp_(static_cast<int>(threadIdx.x) / kWarp),
+        head_(static_cast<int>(blockIdx.y)),
+        key_head_(head_ / (step.call.state.num_value_heads / step.call.state.num_key_heads)),
+        slice_begin_(static_cast<int>(blockIdx.x) * step.slice_columns),
+        slice_columns_(min(step.slice_columns, value_dim_ - slice_begin_)),
+        active_(warp_ * kWarpColumns < slice_columns_) {}
 
   __device__ void Execute(const Run& run) {
     if (active_) LoadState(run.source);
@@ -149,7 +149,7 @@ class StepBlock {
       for (int part = commits ? 0 : 1; part < 2; ++part) {  // tokens before the commit, and the others
         const int stop = part == 0 ? run.commit - first : count;
 #pragma unroll 1
-        for (; t < stop; ++t) Step(first + t, t);
+        for (; t < stop; ++t) Step(t);
         if (part == 0) StoreState();
       }
     }
@@ -253,13 +253,14 @@ class StepBlock {
       }
     }
     if constexpr (kExact) gpu::CpAsyncCommit();
-    if (thread < count) FetchGate(first + thread, &shared_.scalars[thread]);
+    if (thread < count) FetchScalars(first + thread, &shared_.scalars[thread]);
     if constexpr (kExact) gpu::CpAsyncWait<0>();
   }
 
-  __device__ void FetchGate(int token, TokenScalars* scalars) const {
+  __device__ void FetchScalars(int token, TokenScalars<T>* scalars) const {
     const LinearStateView& state = step_.call.state;
     Gate gate;
+    scalars->out = nullptr;
     if (token < sequence_.num_replay_rows) {
       const float* const kept =
           state.window_gate +
@@ -267,10 +268,12 @@ class StepBlock {
       gate = {kept[0], kept[1]};
     } else {
       gate = GateOf<T>(step_.call, RowIndex(token), head_);
+      scalars->out = static_cast<T*>(step_.call.out.data) + RowIndex(token) * step_.call.out.row_stride +
+                     static_cast<int64_t>(head_) * value_dim_ + slice_begin_;
       const int draft = token - sequence_.num_replay_rows - sequence_.num_known_rows;
       if (draft >= 0 && slice_begin_ == 0) {
         float* const kept =
-            step_.gates + ((static_cast<int64_t>(blockIdx.y) * state.window + draft) * state.num_value_heads + head_) * 2;
+            step_.gates + ((static_cast<int64_t>(blockIdx.z) * state.window + draft) * state.num_value_heads + head_) * 2;
         kept[0] = gate.log_decay;
         kept[1] = gate.beta;
       }
@@ -296,8 +299,8 @@ class StepBlock {
       qq = WarpSum(qq);
       kq = WarpSum(kq);
       if (lane_ == 0) {
-        shared_.scalars[t].k_scale = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(kk, 1e-6f)));
-        shared_.scalars[t].q_scale = __fdiv_rn(1.0f, __fsqrt_rn(__fmul_rn(__fadd_rn(qq, 1e-6f), static_cast<float>(key_dim_))));
+        shared_.scalars[t].k_scale = rsqrtf(__fadd_rn(kk, 1e-6f));
+        shared_.scalars[t].q_scale = rsqrtf(__fmul_rn(__fadd_rn(qq, 1e-6f), static_cast<float>(key_dim_)));
         shared_.scalars[t].kq = kq;
       }
     }
@@ -306,10 +309,10 @@ class StepBlock {
   // Rows of the state that a lane holds in run j are all beyond dk. Uniform.
   __device__ bool Beyond(int j) const { return !kExact && j * kWarp >= key_dim_; }
 
-  // One token; `t` is its place in the tile.
-  __device__ void Step(int token, int t) {
-    const TokenScalars scalars = shared_.scalars[t];
-    const bool has_output = token >= sequence_.num_replay_rows;
+  // The token in place t of the tile.
+  __device__ void Step(int t) {
+    const TokenScalars<T> scalars = shared_.scalars[t];
+    const bool has_output = scalars.out != nullptr;
     const float* const k = shared_.k[t] + FirstRow();
     const float* const q = shared_.q[t] + FirstRow();
     float sk[kLaneColumns] = {}, sq[kLaneColumns] = {};
@@ -348,13 +351,9 @@ class StepBlock {
     const float read = __fmul_rn(scalars.decay, scalars.k_scale);
     float delta = __fmul_rn(__fmul_rn(scalars.beta, fmaf(-read, sum, v)), scalars.k_scale);
     delta = __shfl_sync(kAllLanes, delta, lane_ & 15);
-    if (has_output && is_q) {
-      const int at = slice_begin_ + warp_ * kWarpColumns + column;
-      if (kExact || at < value_dim_) {
-        T* const out = static_cast<T*>(step_.call.out.data) + RowIndex(token) * step_.call.out.row_stride;
-        Store(__fmul_rn(fmaf(delta, scalars.kq, __fmul_rn(sum, scalars.decay)), scalars.q_scale),
-              out + static_cast<int64_t>(head_) * value_dim_ + at);
-      }
+    const int at = warp_ * kWarpColumns + column;
+    if (has_output && is_q && (kExact || at < slice_columns_)) {
+      Store(__fmul_rn(fmaf(delta, scalars.kq, __fmul_rn(sum, scalars.decay)), scalars.q_scale), scalars.out + at);
     }
     float deltas[kLaneColumns];
 #pragma unroll
@@ -385,18 +384,17 @@ class StepBlock {
   const StepArgs& step_;
   const SequenceRows& sequence_;
   Shared& shared_;
-  const int key_dim_, value_dim_, lane_, warp_;
-  int head_, key_head_, slice_begin_, slice_columns_;
-  bool active_;  // the warp has columns (else it only takes part in fetching)
+  const int key_dim_, value_dim_, lane_, warp_, head_, key_head_, slice_begin_, slice_columns_;
+  const bool active_;  // the warp has columns (else it only takes part in fetching)
   float s_[kRuns][4][kLaneColumns];
 };
 
-// Block (head and slice, sequence).
+// Block (slice, head, sequence).
 template <typename T, int kDim, bool kExact>
 __global__ void __launch_bounds__(kMaxThreads, kExact ? 4 : 1) StepKernel(const StepArgs step) {
   using Block = StepBlock<T, kDim, kExact>;
   alignas(16) __shared__ typename Block::Shared shared;
-  const SequenceRows sequence = step.call.batch.sequences[blockIdx.y];
+  const SequenceRows sequence = step.call.batch.sequences[blockIdx.z];
   const Run run = RunOf(sequence, step.phase, step.has_chunks);
   if (run.begin == run.end && run.commit < 0) return;
   Block(step, sequence, &shared).Execute(run);
@@ -458,7 +456,7 @@ void LaunchAll(const DeltaRuleArgs& args, bool exact, Stream& stream) {
       .has_chunks = std::is_same_v<T, Bf16Bits> && exact && batch.max_sequence_rows > kMaxStepKnownRows,
   };
   const int32_t slices = (state.value_head_dim + step.slice_columns - 1) / step.slice_columns;
-  const dim3 grid(static_cast<unsigned>(state.num_value_heads * slices), static_cast<unsigned>(batch.num_sequences));
+  const dim3 grid(static_cast<unsigned>(slices), static_cast<unsigned>(state.num_value_heads), static_cast<unsigned>(batch.num_sequences));
   const dim3 block(static_cast<unsigned>(step.slice_columns / kWarpColumns * kWarp));
   const auto launch = [&](Phase phase) {
     step.phase = phase;
@@ -474,7 +472,7 @@ void LaunchAll(const DeltaRuleArgs& args, bool exact, Stream& stream) {
     if (state.window > 0) launch(Phase::kAfterChunks);
   }
   if (state.window == 0) return;
-  const dim3 window_grid(static_cast<unsigned>(std::min(state.window, batch.max_sequence_rows)), grid.y);
+  const dim3 window_grid(static_cast<unsigned>(std::min(state.window, batch.max_sequence_rows)), grid.z);
   BEBOP_CUDA_TRY(stream, gpu::Launch(WindowKernel<T>, window_grid, dim3(kWindowThreads), 0, stream.handle(), args, step.gates));
 }
 
