@@ -12,13 +12,14 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-# A folder may include itself and folders to its left. kernels/<op> may include kernels/linear (packed weights) but no other op.
+# A folder may include itself and folders to its left. kernels/<op> may include another op only as OP_MAY_INCLUDE says: packed weights, and the
+# sampling kernels' blocks, which the device's decode steps share.
 ORDER = [
     "engine/formats", "kernels/common", "kernels", "engine/base", "engine/config", "engine/memory", "engine/weights",
     "engine/tokenizer", "engine/model", "engine/sampling", "engine/speculative", "engine/schedule", "engine/runtime",
     "engine/training", "server",
 ]
-OP_MAY_INCLUDE = {"kernels/embedding": {"kernels/linear"}}
+OP_MAY_INCLUDE = {"kernels/embedding": {"kernels/linear"}, "kernels/decode": {"kernels/sampling"}}
 CLIENT_MAY_INCLUDE = {"client", "engine/formats", "proto"}
 # Files that catch what a library throws (CLI11, yaml-cpp) and turn it into a status; nobody throws.
 MAY_CATCH = {"server/server_options.cc", "client/cli/main.cc"}
@@ -90,6 +91,18 @@ def check_include(path, kind, name):
     return None
 
 
+def includes_gpu(text):
+    return '#include "kernels/common/gpu.h"' in text
+
+
+def own_includes(text):
+    return [match.group(2) for match in map(INCLUDE.match, text.splitlines()) if match and match.group(1) == '"']
+
+
+def text_of(path):
+    return (ROOT / path).read_text(errors="replace") if (ROOT / path).is_file() else ""
+
+
 def check_text(path, text):
     """All offences of one file."""
     offences = []
@@ -111,9 +124,10 @@ def check_text(path, text):
             offences.append(f"{path}: inline assembly; PTX stays in kernels/common/gpu_nvcc.h")
     if suffix in SOURCE and "<<<" in code:
         offences.append(f"{path}: <<<>>>; launch through gpu::Launch")
-    if suffix in KERNEL_FILE:
-        if '#include "kernels/common/gpu.h"' not in text:
-            offences.append(f"{path}: a kernel file includes kernels/common/gpu.h")
+    device_code = includes_gpu(text)
+    if suffix == ".cu" and not device_code and not any(includes_gpu(text_of(name)) for name in own_includes(text)):
+        offences.append(f"{path}: a kernel file includes kernels/common/gpu.h, or a header that does")
+    if suffix in KERNEL_FILE or device_code:
         for pattern, why in NOT_IN_KERNELS.items():
             if re.search(pattern, code):
                 offences.append(f"{path}: {pattern}: {why}")
@@ -147,6 +161,8 @@ def self_test():
         ("kernels/attention/b_cuda.cu", gpu + "#include <cuda_bf16.h>\n"),
         ("kernels/attention/c_cuda.cu", gpu + "#include <mma.h>\n"),
         ("kernels/attention/d_cuda.cu", spdx),
+        ("kernels/attention/d_cuda.cu", spdx + '#include "kernels/common/check.h"\n'),
+        ("kernels/attention/device.h", gpu + "#pragma once\nextern __shared__ float x[];\n"),
         ("kernels/attention/e_cuda.cu", gpu + 'void f() { asm volatile("bar.sync 0;"); }\n'),
         ("kernels/attention/f_cuda.cu", gpu + "void f() { g<<<1, 2>>>(); }\n"),
         ("tests/kernels/attention/f_test.cc", spdx + "void f() { g<<<1, 2>>>(); }\n"),
