@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(Tile::kThreads) LinearBf16Kernel(TileArgs args
   }
 #pragma unroll
   for (int j = 0; j < kTokenCopies; ++j) {
-    const int64_t token = min(first_token + copy_row + j * kCopyRows, args.num_tokens - 1);
+    const int64_t token = first_token + copy_row + j * kCopyRows;
     x_from[j] = args.x + token * args.x_stride + begin + copy_chunk * 8;
   }
   int next_col = begin;  // of the stage that is copied next

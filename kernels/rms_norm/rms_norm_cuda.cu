@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(kMaxThreads) RmsNormKernel(RmsNormArgs args) {
   sum = gpu::GroupSum<kWarp>(sum);
   if (thread % kWarp == 0) warp_sums[thread / kWarp] = sum;
   __syncthreads();
-  sum = 0.0f;
-  for (int warp = 0; warp < num_threads / kWarp; ++warp) sum += warp_sums[warp];
+  // Every warp adds up the warps' sums for itself.
+  sum = gpu::GroupSum<kWarp>(thread % kWarp < num_threads / kWarp ? warp_sums[thread % kWarp] : 0.0f);
   const float scale = InverseRms(sum, args.x.cols, args.eps);
 
 #pragma unroll
