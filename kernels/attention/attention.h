@@ -49,7 +49,9 @@ void AttentionWith(InstructionSet set, const AttentionArgs& args, ThreadPool& po
 namespace cuda {
 // Enqueues the same on the device: bf16 (q, q_gate, pages, out; head_dim a multiple of 16) on tensor cores, float32 in plain float32.
 // Keys are split over blocks and merged in a fixed order, so the sums round differently from the CPU's. Shapes come from the batch's
-// max_sequence_rows and max_positions.
+// max_sequence_rows and max_positions. On a batch-invariant stream a row's bits depend on its own context alone.
+// REQUIRES: page_tokens is a power of two, in bf16 at least 16; in bf16 pages and rows of q, q_gate and out start at multiples of 16
+// bytes; num_chain <= 8.
 void Attention(const AttentionArgs& args, Stream& stream);
 }  // namespace cuda
 }  // namespace bebop

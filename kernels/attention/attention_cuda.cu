@@ -2,9 +2,11 @@
 // Attention on the device: the choice of kernels, the merge of splits, and the float32 kernel. The bf16 kernels are in
 // attention_cuda_split.cu (decode and verify) and attention_cuda_prefill.cu.
 //
-// MergeKernel: bytes 4·(head_dim + 2) per (row, q head, split) and 4·head_dim per (row, q head); limiter latency. At 128 sequences of 4
-// rows and 4,096 positions that is below 2 % of the keys and values.
-// FloatKernel: the oracle mode's. Reads keys and values once per row and q head from the caches; limiter L1 loads. Plain on purpose.
+// MergeKernel: bytes 4·(head_dim + 2) per (row, q head, split) and 4·head_dim per (row, q head); limiter latency. At 128
+// sequences of 4 rows and 4,096 positions that is below 2 % of the keys and values.
+//
+// FloatKernel: the oracle mode's. Reads keys and values once per row and q head from the caches; limiter L1 loads. Plain on
+// purpose.
 #include "kernels/attention/attention_cuda.h"
 
 #include <algorithm>
@@ -24,8 +26,9 @@ constexpr int kMergeThreads = 128;
 constexpr int kMergeWarps = kMergeThreads / 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
-// One (row, q head): splits, then the row's chain, the gate, the output. Four columns a thread; `num_lanes` threads have a whole head, and
-// the groups of them take splits in turn. The order of every sum depends on the row's number of splits and on head_dim alone.
+// One (row, q head): splits, then the row's chain, the gate, the output. Four columns a thread; `num_lanes` threads have a whole
+// head, and the groups of them take splits in turn. The order of every sum depends on the row's number of splits and on head_dim
+// alone.
 __global__ void __launch_bounds__(kMergeThreads) MergeKernel(const Params<BFloat16> params, const SplitPlan plan) {
   __shared__ float4 group_acc[kMergeThreads];
   __shared__ float group_sum[kMergeThreads];
@@ -82,7 +85,8 @@ __global__ void __launch_bounds__(kMergeThreads) MergeKernel(const Params<BFloat
     acc.w = __fadd_rn(acc.w, part.w);
   }
   for (int32_t c = 0; c < params.num_chain; ++c) {
-    const BFloat16* const value = params.chain_v[c] + row * params.chain_v_stride[c] + int64_t{kv_head} * params.head_dim + column;
+    const BFloat16* const value =
+        params.chain_v[c] + row * params.chain_v_stride[c] + int64_t{kv_head} * params.head_dim + column;
     const float score = chain_score[c], largest = fmaxf(max, score);
     const float factor = rescale(max, largest), added = exp2f((score - largest) * scale);
     max = largest;
@@ -94,7 +98,8 @@ __global__ void __launch_bounds__(kMergeThreads) MergeKernel(const Params<BFloat
   }
   const float inverse = InverseSum(sum, limit >= params.first_index || params.num_chain > 0);
   const BFloat16* const gate = params.q_gate + row * params.q_gate_stride + (2 * int64_t{head} + 1) * params.head_dim + column;
-  uint32_t* const out = reinterpret_cast<uint32_t*>(params.out + row * params.out_stride + int64_t{head} * params.head_dim + column);
+  uint32_t* const out =
+      reinterpret_cast<uint32_t*>(params.out + row * params.out_stride + int64_t{head} * params.head_dim + column);
   out[0] = gpu::PackBf16(acc.x * inverse * Sigmoid(ToFloat(gate[0])), acc.y * inverse * Sigmoid(ToFloat(gate[1])));
   out[1] = gpu::PackBf16(acc.z * inverse * Sigmoid(ToFloat(gate[2])), acc.w * inverse * Sigmoid(ToFloat(gate[3])));
 }
@@ -102,18 +107,21 @@ __global__ void __launch_bounds__(kMergeThreads) MergeKernel(const Params<BFloat
 constexpr int kFloatThreads = 128;
 constexpr int kFloatColumns = kMaxHeadDim / kFloatThreads;
 
-// One (row, q head). Tiles of kFloatThreads entries in order, pages first, then the chain: a thread scores an entry, then owns columns.
+// One (row, q head). Tiles of kFloatThreads entries in order, pages first, then the chain: a thread scores an entry, then owns
+// columns.
 __global__ void __launch_bounds__(kFloatThreads) FloatKernel(const Params<float> params) {
   __shared__ float query[kMaxHeadDim];
   __shared__ float score[kFloatThreads];
   __shared__ const float* value[kFloatThreads];
-  const int32_t row = static_cast<int32_t>(blockIdx.x), head = static_cast<int32_t>(blockIdx.y), thread = static_cast<int32_t>(threadIdx.x);
+  const int32_t row = static_cast<int32_t>(blockIdx.x), head = static_cast<int32_t>(blockIdx.y);
+  const int32_t thread = static_cast<int32_t>(threadIdx.x);
   if (params.row_sequence[row] < 0) return;
   const int32_t kv_head = head / params.group, dim = params.head_dim, page_tokens = 1 << params.page_shift;
   const int32_t* const pages = params.page_ids + params.sequences[params.row_sequence[row]].first_page;
   const int32_t num_paged = max(0, params.row_position[row] - params.num_chain + 1 - params.first_index);
   const int32_t num_entries = num_paged + params.num_chain;
-  for (int32_t i = thread; i < dim; i += kFloatThreads) query[i] = params.q[row * params.q_stride + int64_t{head} * dim + i] * params.scale;
+  const float* const unscaled = params.q + row * params.q_stride + int64_t{head} * dim;
+  for (int32_t i = thread; i < dim; i += kFloatThreads) query[i] = unscaled[i] * params.scale;
 
   float acc[kFloatColumns] = {};
   float max = -kInfinity, sum = 0.0f;  // the same in all threads
@@ -203,8 +211,8 @@ Params<Element> MakeParams(const AttentionArgs& args) {
 
 // Batch invariance: borders of splits, hence sums, depend on positions alone.
 constexpr int32_t kInvariantTiles = 8;
-// The fast mode aims at two blocks for each multiprocessor, which evens out lengths that are below their bound, with splits long enough to
-// pay for the start of a block, and short enough that the last blocks of a full device do not run long alone.
+// The fast mode aims at two blocks for each multiprocessor, which evens out lengths that are below their bound, with splits long
+// enough to pay for the start of a block, and short enough that the last blocks of a full device do not run long alone.
 constexpr int32_t kBlocksPerMultiprocessor = 2;
 constexpr int32_t kMinTiles = 2;
 constexpr int32_t kMaxTiles = 32;
@@ -229,9 +237,10 @@ void SplitAttention(const AttentionArgs& args, Stream& stream) {
   SplitPlan plan = {};
   plan.tiles_per_split = static_cast<int32_t>(tiles_per_split);
   plan.num_splits = static_cast<int32_t>(DivideUp(num_tiles, tiles_per_split));
-  const int64_t slice_rows = std::min<int64_t>(args.batch.num_rows, stream.workspace_bytes() / (plan.num_splits * row_split_bytes));
+  const int64_t row_bytes = plan.num_splits * row_split_bytes;
+  const int64_t slice_rows = std::min<int64_t>(args.batch.num_rows, stream.workspace_bytes() / row_bytes);
   if (slice_rows < 1) {
-    stream.Fail("attention: the partial results of one row take " + std::to_string(plan.num_splits * row_split_bytes) +
+    stream.Fail("attention: the partial results of one row take " + std::to_string(row_bytes) +
                 " bytes, the workspace has " + std::to_string(stream.workspace_bytes()));
     return;
   }
@@ -255,8 +264,8 @@ bool IsAligned(const TensorView& view) {
 
 AttentionKernel ChooseAttentionKernel(const AttentionArgs& args, const Stream& stream) {
   if (args.pages.dtype == DType::kFloat32) return AttentionKernel::kFloat;
-  // The prefill kernel rounds in another order than the split kernel, so a batch-invariant stream has one kernel for all rows. Chains are
-  // in MergeKernel only: they belong to `Score`, not to the steady state.
+  // The prefill kernel rounds in another order than the split kernel, so a batch-invariant stream has one kernel for all rows.
+  // Chains are in MergeKernel only: they belong to `Score`, not to the steady state.
   if (stream.batch_invariant() || args.num_chain > 0) return AttentionKernel::kSplit;
   const int64_t group = args.num_q_heads / args.pages.num_kv_heads, max_packed_rows = args.batch.max_sequence_rows * group;
   if (max_packed_rows <= attention::SplitRows(args.pages.head_dim, max_packed_rows, stream)) return AttentionKernel::kSplit;
@@ -283,6 +292,7 @@ void AttentionWith(AttentionKernel kernel, const AttentionArgs& args, Stream& st
     return;
   }
   BEBOP_CHECK(pages.head_dim % 16 == 0 && pages.page_tokens >= attention::kMinPageTokens && batch.max_sequence_rows > 0);
+  BEBOP_CHECK((reinterpret_cast<uintptr_t>(pages.k) | reinterpret_cast<uintptr_t>(pages.v)) % 16 == 0);
   BEBOP_CHECK(attention::IsAligned(args.q) && attention::IsAligned(args.q_gate) && attention::IsAligned(args.out));
   if (kernel == AttentionKernel::kSplit) {
     attention::SplitAttention(args, stream);

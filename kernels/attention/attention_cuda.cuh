@@ -10,8 +10,9 @@
 
 // What the attention kernels share: their arguments, the packing of rows, and tiles of keys and values in shared memory.
 //
-// Packing: the q heads of a group read the same keys, and so do the rows of a sequence. "Packed row" r of a (sequence, kv head) is window
-// row r / group, q head kv_head·group + r % group; sixteen packed rows make the A operand of an MMA. Limits ascend with r.
+// Packing: the q heads of a group read the same keys, and so do the rows of a sequence. "Packed row" r of a (sequence, kv head)
+// is window row r / group, q head kv_head·group + r % group; sixteen packed rows make the A operand of an MMA. Limits ascend with
+// r.
 namespace bebop::cuda::attention {
 
 inline constexpr int kKeyTile = 64;           // positions of a tile, which starts at a multiple of it
@@ -51,8 +52,8 @@ struct Params {
   float scale;         // of scores: 1/√head_dim
 };
 
-// How the keys of a call are split over blocks. Split i has positions [i·tiles_per_split·kKeyTile, ...). Partial results of batch rows
-// [row_begin, row_end), per (row, q head, split): acc[head_dim] = Σ weight·v and stats = (largest score, Σ weight).
+// How the keys of a call are split over blocks. Split i has positions [i·tiles_per_split·kKeyTile, ...). Partial results of batch
+// rows [row_begin, row_end), per (row, q head, split): acc[head_dim] = Σ weight·v and stats = (largest score, Σ weight).
 struct SplitPlan {
   int32_t tiles_per_split;
   int32_t num_splits;
@@ -66,8 +67,8 @@ struct SplitPlan {
 // Enqueue; the launchers of attention_cuda_split.cu and attention_cuda_prefill.cu.
 // Packed rows that a block of the split kernel takes on this device: a multiple of 16, enough for `packed_rows` if possible.
 int32_t SplitRows(int32_t head_dim, int64_t packed_rows, const Stream& stream);
-void LaunchSplit(const Params<BFloat16>& params, SplitPlan plan, int32_t split_rows, int32_t num_sequences, int32_t max_packed_rows,
-                 Stream& stream);
+void LaunchSplit(const Params<BFloat16>& params, SplitPlan plan, int32_t split_rows, int32_t num_sequences,
+                 int32_t max_packed_rows, Stream& stream);
 inline constexpr int32_t kPrefillRows = 64;  // packed rows of a block
 void LaunchPrefill(const Params<BFloat16>& params, int32_t num_sequences, int32_t max_packed_rows, Stream& stream);
 
@@ -85,8 +86,8 @@ struct PackedRows {
   __device__ int32_t Head(int32_t r) const { return first_head + (first_packed + r) % group; }
 };
 
-// Element offset of 16-byte chunk `chunk` of row `row` in a shared tile with rows of kColumns elements. Chunks are permuted by the row, so
-// that the eight rows of an ldmatrix matrix lie in different banks.
+// Element offset of 16-byte chunk `chunk` of row `row` in a shared tile with rows of kColumns elements. Chunks are permuted by
+// the row, so that the eight rows of an ldmatrix matrix lie in different banks.
 template <int kColumns>
 __device__ inline int Swizzle(int row, int chunk) {
   return row * kColumns + ((chunk ^ (row & 7)) << 3);
@@ -104,8 +105,8 @@ __device__ inline void WaitPending(int pending) {
 }
 
 // Starts the copy of the kKeyTile entries from position `tile_position` on into a shared tile [kKeyTile][kDim]. Entries outside
-// [first_index, last_position] and columns from head_dim on become zeros: what lies there in the pages may be NaN, and page_ids need not
-// reach that far.
+// [first_index, last_position] and columns from head_dim on become zeros: what lies there in the pages may be NaN, and page_ids
+// need not reach that far.
 template <int kDim, int kThreads>
 __device__ inline void FillTile(const Params<BFloat16>& params, const BFloat16* pages, int32_t first_page, int32_t kv_head,
                                 int32_t tile_position, int32_t last_position, BFloat16* tile) {
@@ -146,9 +147,9 @@ __device__ inline void LoadQueries(const Params<BFloat16>& params, const PackedR
   }
 }
 
-// Rows of a block do not all see the whole of a tile that their limits cut, and a weight of 0 would not keep a NaN or infinity of another
-// row's entry out of the product. So such values become 0 in the tile, and first_bad[column] the first entry of the tile that had one: a
-// row whose limit reaches it gets NaN there. REQUIRES: first_bad[] = kNoBad before; barriers around.
+// Rows of a block do not all see the whole of a tile that their limits cut, and a weight of 0 would not keep a NaN or infinity of
+// another row's entry out of the product. So such values become 0 in the tile, and first_bad[column] the first entry of the tile
+// that had one: a row whose limit reaches it gets NaN there. REQUIRES: first_bad[] = kNoBad before; barriers around.
 inline constexpr int32_t kNoBad = std::numeric_limits<int32_t>::max();
 
 template <int kDim, int kThreads>

@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of prefill passes: many rows per sequence. A block has 64 packed rows of one (sequence, kv head) and walks over their keys in
-// tiles of 64 with an online softmax (FlashAttention-2: Dao, 2023, algorithm 1), so nothing but q, k, v, gate and out touches memory.
+// Attention of prefill passes: many rows per sequence. A block has 64 packed rows of one (sequence, kv head) and walks over their
+// keys in tiles of 64 with an online softmax (FlashAttention-2: Dao, 2023, algorithm 1), so nothing but q, k, v, gate and out
+// touches memory.
 //
-// FLOPs: 4·head_dim per (row, q head, visible position). Bytes: 4·head_dim per position for every 64 packed rows, mostly from L2, hence
-// 64 FLOPs a byte of L2. Limiter: tensor cores (mma.sync; wgmma would have about 1.5 times their rate on sm_90).
+// FLOPs: 4·head_dim per (row, q head, visible position). Bytes: 4·head_dim per position for every 64 packed rows, mostly from L2,
+// hence 64 FLOPs a byte of L2. Limiter: tensor cores (mma.sync; wgmma would have about 1.5 times their rate on sm_90).
 //
-// Four warps of 16 packed rows each; scores, weights and the accumulator [16][kDim] stay in registers (128 of them at kDim 256, which is
-// why there are only 64 rows), Q in shared memory. Keys and values alternate in a ring of 2 to 4 slots; two blocks share a multiprocessor
-// where its shared memory allows, so that one's softmax hides behind the other's products. Long tiles start first.
+// Four warps of 16 packed rows each; scores, weights and the accumulator [16][kDim] stay in registers (128 of them at kDim 256,
+// which is why there are only 64 rows), Q in shared memory. Keys and values alternate in a ring of 2 to 4 slots; two blocks share
+// a multiprocessor where its shared memory allows, so that one's softmax hides behind the other's products. Long tiles start
+// first. At most 251 registers, no spills.
 #include "kernels/attention/attention_cuda.cuh"
 
 #include <algorithm>
@@ -61,8 +63,8 @@ __global__ void __launch_bounds__(kThreads, 2) PrefillKernel(const Params<BFloat
   // Item 2t is the keys of tile t, 2t + 1 its values. Always one group, so that counting groups counts items.
   const auto fill = [&](int32_t item) {
     if (item < 2 * num_tiles) {
-      FillTile<kDim, kThreads>(params, item % 2 == 0 ? params.k : params.v, sequence.first_page, kv_head, item / 2 * kKeyTile, last_limit,
-                               slots + fill_slot * kKeyTile * kDim);
+      FillTile<kDim, kThreads>(params, item % 2 == 0 ? params.k : params.v, sequence.first_page, kv_head, item / 2 * kKeyTile,
+                               last_limit, slots + fill_slot * kKeyTile * kDim);
     }
     gpu::CpAsyncCommit();
     fill_slot = next(fill_slot);
@@ -144,7 +146,8 @@ __global__ void __launch_bounds__(kThreads, 2) PrefillKernel(const Params<BFloat
       for (int n = 0; n < kKeyColumns; ++n) {
         weight[n][h] = gpu::PackBf16(exp2f((score[n][2 * h] - base) * (params.scale * kLog2E)),
                                      exp2f((score[n][2 * h + 1] - base) * (params.scale * kLog2E)));
-        tile_sum += gpu::LowBf16(weight[n][h]) + gpu::HighBf16(weight[n][h]);  // the rounded weights, so that they and the sum agree
+        // The rounded weights, so that they and the sum agree.
+        tile_sum += gpu::LowBf16(weight[n][h]) + gpu::HighBf16(weight[n][h]);
       }
       sum[h] = sum[h] * factor + tile_sum;
 #pragma unroll
@@ -217,10 +220,11 @@ void Enqueue(const Params<BFloat16>& params, int32_t num_sequences, int32_t max_
   if (slots < 2) slots = (stream.max_shared_bytes() - Layout::kFixedBytes) / Layout::kSlotBytes;
   slots = std::min<int64_t>(slots, kMaxSlots);
   const int64_t bytes = Layout::kFixedBytes + slots * Layout::kSlotBytes;
-  const dim3 grid(static_cast<unsigned>((max_packed_rows + kPrefillRows - 1) / kPrefillRows), static_cast<unsigned>(params.num_kv_heads),
+  const int32_t row_blocks = (max_packed_rows + kPrefillRows - 1) / kPrefillRows;
+  const dim3 grid(static_cast<unsigned>(row_blocks), static_cast<unsigned>(params.num_kv_heads),
                   static_cast<unsigned>(num_sequences));
-  BEBOP_CUDA_TRY(stream, gpu::Launch(PrefillKernel<kDim>, grid, dim3(kThreads), static_cast<size_t>(bytes), stream.handle(), params,
-                                     static_cast<int32_t>(slots)));
+  BEBOP_CUDA_TRY(stream, gpu::Launch(PrefillKernel<kDim>, grid, dim3(kThreads), static_cast<size_t>(bytes), stream.handle(),
+                                     params, static_cast<int32_t>(slots)));
 }
 
 }  // namespace

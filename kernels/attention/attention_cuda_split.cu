@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of decode and verify passes: few rows per sequence, long keys. Reads each key and value once per (sequence, kv head) for all
-// rows and q heads of the group; partial softmaxes go to the workspace and are merged by MergeKernel (attention_cuda.cu).
+// Attention of decode and verify passes: few rows per sequence, long keys. Reads each key and value once per (sequence, kv head)
+// for all rows and q heads of the group; partial softmaxes go to the workspace and are merged by MergeKernel (attention_cuda.cu).
 //
-// Bytes: 4·head_dim per (position, kv head). FLOPs: 4·head_dim per (position, row, q head), so packed rows / 1 FLOPs a byte: 16 for 4 rows
-// and a group of 4, against a balance of about 180 on an H200. Limiter: memory bandwidth, from 48 packed rows on closely followed by
-// shared-memory bandwidth (the Q fragments of the scores).
+// Bytes: 4·head_dim per (position, kv head). FLOPs: 4·head_dim per (position, row, q head), so one FLOP a byte for each packed
+// row: 16 for 4 rows and a group of 4, against a balance of about 180 on an H200. Limiter: memory bandwidth, from 48 packed rows
+// on closely followed by shared-memory bandwidth (the Q fragments of the scores).
 //
-// A block has a split of the keys of one (sequence, kv head) and up to 80 packed rows (kRowTiles MMA tiles of 16). Keys and values come in
-// tiles of 64 positions (32 KB at head_dim 256) through a ring of 3 to 6 cp.async slots in the order K0 V0 K1 V1 ..., so 64 to 160 KB are
-// under way on each multiprocessor; one block suffices to keep the memory busy. Eight warps:
+// A block has a split of the keys of one (sequence, kv head) and up to 80 packed rows (kRowTiles MMA tiles of 16). Keys and
+// values come in tiles of 64 positions (32 KB at head_dim 256) through a ring of 3 to 6 cp.async slots in the order K0 V0 K1 V1
+// ..., so 64 to 160 KB are under way on each multiprocessor; one block suffices to keep the memory busy. Eight warps:
 //   scores   warp w: keys [16·(w % 4), +16) of the tile, row tiles w / 4, w / 4 + 2, ...
 //   values   warp w: columns [w·kDim/8, +kDim/8), all row tiles; accumulators stay in registers over the whole split
-// Three barriers a tile: keys are there; row maxima are there; weights and values are there.
+// Three barriers a tile: keys are there; row maxima are there; weights and values are there. 94 to 236 registers, no spills.
 //
-// A row's numbers do not depend on the rows beside it: MMA rows are independent, tiles start at absolute multiples of 64, and a tile that a
-// row does not see leaves its registers as they are (factor 1, weights 0).
+// A row's numbers do not depend on the rows beside it: MMA rows are independent, tiles start at absolute multiples of 64, and a
+// tile that a row does not see leaves its registers as they are (factor 1, weights 0).
 #include "kernels/attention/attention_cuda.cuh"
 
 #include <algorithm>
@@ -180,7 +180,9 @@ __global__ void __launch_bounds__(kThreads, 1) SplitKernel(const Params<BFloat16
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float* const maxima = group_max + m * 16 + quad_row + 8 * h;
-        const float max = fmaxf(fmaxf(fmaxf(row_max[m][h], maxima[0]), fmaxf(maxima[kRows], maxima[2 * kRows])), maxima[3 * kRows]);
+        float max = row_max[m][h];
+#pragma unroll
+        for (int g = 0; g < kKeyGroups; ++g) max = fmaxf(max, maxima[g * kRows]);
         base[m][h] = max == -kInfinity ? 0.0f : max;
         factor[m][h] = exp2f((row_max[m][h] - base[m][h]) * (params.scale * kLog2E));
         row_max[m][h] = max;
@@ -290,7 +292,8 @@ __global__ void __launch_bounds__(kThreads, 1) SplitKernel(const Params<BFloat16
       for (int n = 0; n < kColumnTiles; ++n) {
         const int column = (warp * kColumnTiles + n) * 8 + quad_column;
         if (column < params.head_dim) {
-          *reinterpret_cast<float2*>(plan.acc + place * params.head_dim + column) = make_float2(acc[m][n][2 * h], acc[m][n][2 * h + 1]);
+          float2* const to = reinterpret_cast<float2*>(plan.acc + place * params.head_dim + column);
+          *to = make_float2(acc[m][n][2 * h], acc[m][n][2 * h + 1]);
         }
       }
     }
@@ -311,8 +314,10 @@ constexpr Instance MakeInstance() {
 }
 
 // 80 rows: a group of 8 with 9 rows, or of 16 with 5. Smaller head_dims run padded with zeros.
-constexpr Instance kInstances128[] = {MakeInstance<128, 1>(), MakeInstance<128, 2>(), MakeInstance<128, 3>(), MakeInstance<128, 5>()};
-constexpr Instance kInstances256[] = {MakeInstance<256, 1>(), MakeInstance<256, 2>(), MakeInstance<256, 3>(), MakeInstance<256, 5>()};
+constexpr Instance kInstances128[] = {MakeInstance<128, 1>(), MakeInstance<128, 2>(), MakeInstance<128, 3>(),
+                                      MakeInstance<128, 5>()};
+constexpr Instance kInstances256[] = {MakeInstance<256, 1>(), MakeInstance<256, 2>(), MakeInstance<256, 3>(),
+                                      MakeInstance<256, 5>()};
 
 int64_t NumSlots(const Instance& instance, const Stream& stream) {
   return std::min<int64_t>(kMaxSlots, (stream.max_shared_bytes() - instance.fixed_bytes) / instance.slot_bytes);
@@ -334,15 +339,16 @@ int32_t SplitRows(int32_t head_dim, int64_t packed_rows, const Stream& stream) {
   return ChooseInstance(head_dim, packed_rows, stream).rows;
 }
 
-void LaunchSplit(const Params<BFloat16>& params, SplitPlan plan, int32_t split_rows, int32_t num_sequences, int32_t max_packed_rows,
-                 Stream& stream) {
+void LaunchSplit(const Params<BFloat16>& params, SplitPlan plan, int32_t split_rows, int32_t num_sequences,
+                 int32_t max_packed_rows, Stream& stream) {
   const Instance& instance = ChooseInstance(params.head_dim, split_rows, stream);
   plan.num_slots = static_cast<int32_t>(NumSlots(instance, stream));
   const int64_t bytes = instance.fixed_bytes + plan.num_slots * instance.slot_bytes;
   const int32_t row_blocks = (max_packed_rows + instance.rows - 1) / instance.rows;
   const dim3 grid(static_cast<unsigned>(plan.num_splits), static_cast<unsigned>(params.num_kv_heads * row_blocks),
                   static_cast<unsigned>(num_sequences));
-  BEBOP_CUDA_TRY(stream, gpu::Launch(instance.kernel, grid, dim3(kThreads), static_cast<size_t>(bytes), stream.handle(), params, plan));
+  BEBOP_CUDA_TRY(stream, gpu::Launch(instance.kernel, grid, dim3(kThreads), static_cast<size_t>(bytes), stream.handle(), params,
+                                     plan));
 }
 
 }  // namespace bebop::cuda::attention

@@ -27,16 +27,18 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Shape {
   int32_t q_heads, kv_heads, dim, page_tokens;
+
+  std::string Name() const { return "q heads " + std::to_string(q_heads) + " dim " + std::to_string(dim); }
 };
 
-// Rows [first, first + rows) of a stream of tokens. What lies at a position of a stream is a function of (stream, position, head) alone, so
-// the same context can be laid out in any pages and batch.
+// Rows [first, first + rows) of a stream of tokens. What lies at a position of a stream is a function of (stream, position, head)
+// alone, so the same context can be laid out in any pages and batch.
 struct Part {
   int32_t stream, first, rows;
 };
 
-// A call with everything it points to, on the host; values are representable in `dtype`. Pages, beyond what is written, and page tables hold
-// NaN and nothing.
+// A call with everything it points to, on the host; values are representable in `dtype`. Pages, beyond what is written, and page
+// tables hold NaN and nothing.
 class Case {
  public:
   Case(const Shape& shape, DType dtype, const std::vector<Part>& parts, int32_t first_index = 0, int32_t num_chain = 0)
@@ -82,10 +84,14 @@ class Case {
     }
   }
 
+  KvPagesView Pages(void* keys, void* values, DType type) const {
+    return {keys, values, type, num_pages, shape.page_tokens, shape.kv_heads, shape.dim};
+  }
   int64_t Width() const { return int64_t{shape.q_heads} * shape.dim; }
   int32_t PagesFor(int32_t positions) const { return (std::max(positions, 1) + shape.page_tokens - 1) / shape.page_tokens; }
   int64_t Entry(const std::vector<int32_t>& pages, int32_t position, int32_t head) const {
-    return ((int64_t{pages[position / shape.page_tokens]} * shape.kv_heads + head) * shape.page_tokens + position % shape.page_tokens) * shape.dim;
+    const int64_t slab = int64_t{pages[position / shape.page_tokens]} * shape.kv_heads + head;
+    return (slab * shape.page_tokens + position % shape.page_tokens) * shape.dim;
   }
   void FillEntry(int32_t stream, int32_t position, int32_t head, float* key, float* value) const {
     Random random(static_cast<uint64_t>(stream) * 1000003 + static_cast<uint64_t>(position) * 64 + static_cast<uint64_t>(head));
@@ -108,7 +114,9 @@ class Case {
   std::vector<std::vector<float>> chain_k, chain_v;
 
  private:
-  static void Append(const std::vector<float>& values, std::vector<float>* to) { to->insert(to->end(), values.begin(), values.end()); }
+  static void Append(const std::vector<float>& values, std::vector<float>* to) {
+    to->insert(to->end(), values.begin(), values.end());
+  }
 };
 
 std::vector<float> RunOnCpu(Case& c) {
@@ -123,7 +131,7 @@ std::vector<float> RunOnCpu(Case& c) {
   cpu::Attention({.batch = c.batch.View(),
                   .q = FloatMatrix(c.q.data(), rows, c.Width()),
                   .q_gate = FloatMatrix(c.q_gate.data(), rows, 2 * c.Width()),
-                  .pages = {c.k.data(), c.v.data(), DType::kFloat32, c.num_pages, c.shape.page_tokens, c.shape.kv_heads, c.shape.dim},
+                  .pages = c.Pages(c.k.data(), c.v.data(), DType::kFloat32),
                   .num_q_heads = c.shape.q_heads,
                   .first_index = c.first_index,
                   .num_chain = c.num_chain,
@@ -134,8 +142,8 @@ std::vector<float> RunOnCpu(Case& c) {
   return out;
 }
 
-// Device copies of a case, in a batch with padding: a sequence of no rows before each real one, and rows of no sequence at the end; what they
-// point to must not be followed.
+// Device copies of a case, in a batch with padding: a sequence of no rows before each real one, and rows of no sequence at the
+// end; what they point to must not be followed.
 class DeviceCase {
  public:
   static constexpr int32_t kPaddedRows = 3;
@@ -162,7 +170,7 @@ class DeviceCase {
     args.batch = batch_.View();
     args.q = q_.View();
     args.q_gate = q_gate_.View();
-    args.pages = {k_.View().data, v_.View().data, case_.dtype, case_.num_pages, case_.shape.page_tokens, case_.shape.kv_heads, case_.shape.dim};
+    args.pages = case_.Pages(k_.View().data, v_.View().data, case_.dtype);
     args.num_q_heads = case_.shape.q_heads;
     args.first_index = case_.first_index;
     args.num_chain = case_.num_chain;
@@ -216,10 +224,13 @@ std::vector<float> RunOnDevice(const Case& c, cuda::Stream& stream, std::optiona
   return device.Out();
 }
 
-// Compares with the CPU on the same values within docs/numerics.md, "CUDA": with a = the attention-weighted mean of |v|, times the gate,
-//   |device - cpu| <= (w + 2 e + (n + 64) 2^-23) (a + |cpu|) + w |cpu|,   e = (head_dim + 16) 2^-23 |q| max|k| / √head_dim + 2^-21,
-// w = 2^-8 (rounding of weights and of the output) in bf16 and 0 in float32. A score is off by e at most and a weight, relatively, by w + 2e,
-// which moves the mean by as much of the mean |v - out|; the sum over n entries rounds like any (tensor cores truncate: 2^-23).
+// Compares with the CPU on the same values within docs/numerics.md, "CUDA": with a = the attention-weighted mean of |v|, times
+// the gate,
+//   |device - cpu| <= (w + 2 e + (n + 64) 2^-23) (a + |cpu|) + w |cpu|
+//   e = (head_dim + 16) 2^-23 |q| max|k| / √head_dim + 2^-21
+// w = 2^-8 (rounding of weights and of the output) in bf16 and 0 in float32. A score is off by e at most and a weight,
+// relatively, by w + 2e, which moves the mean by as much of the mean |v - out|; the sum over n entries rounds like any (tensor
+// cores truncate: 2^-23).
 void ExpectAgrees(Case& c, const std::vector<float>& actual) {
   const std::vector<float> expected = RunOnCpu(c);
   Case magnitudes = c;
@@ -250,10 +261,11 @@ void ExpectAgrees(Case& c, const std::vector<float>& actual) {
       const double e = (dim + 16) * 0x1.0p-23 * norm(&c.q[at]) * max_key / std::sqrt(double(dim)) + 0x1.0p-21;
       const double relative = 1.01 * (w + 2 * e + (c.batch.row_position[row] + 64) * 0x1.0p-23);
       for (int64_t i = at; i < at + dim; ++i) {
-        const double size = std::fabs(double{expected[i]}), tolerance = relative * (magnitude[i] + size) + (w + 0x1.0p-20) * size + 1e-30;
+        const double size = std::fabs(double{expected[i]});
+        const double tolerance = relative * (magnitude[i] + size) + (w + 0x1.0p-20) * size + 1e-30;
         ASSERT_TRUE(std::fabs(double{actual[i]} - expected[i]) <= tolerance)
-            << "row " << row << " at position " << c.batch.row_position[row] << " head " << h << " dim " << i - at << ": " << actual[i]
-            << ", expected " << expected[i] << " +- " << tolerance;
+            << "row " << row << " at position " << c.batch.row_position[row] << " head " << h << " dim " << i - at << ": "
+            << actual[i] << ", expected " << expected[i] << " +- " << tolerance;
       }
     }
   }
@@ -262,7 +274,8 @@ void ExpectAgrees(Case& c, const std::vector<float>& actual) {
 using AttentionCudaTest = CudaTest;
 
 TEST_F(AttentionCudaTest, SplitKernelAgreesWithCpu) {
-  // head_dims of both instances, whole and padded; groups 1 to 8; 16 to 80 packed rows and more than one block of them; lengths around tiles.
+  // head_dims of both instances, whole and padded; groups 1 to 8; 16 to 80 packed rows and more than one block of them; lengths
+  // around tiles.
   const std::vector<std::pair<Shape, std::vector<Part>>> cases = {
       {{1, 1, 16, 16}, {{0, 0, 1}, {1, 62, 3}, {2, 63, 1}, {3, 64, 1}, {4, 200, 9}}},
       {{4, 2, 64, 64}, {{0, 126, 4}, {1, 127, 1}, {2, 128, 4}, {3, 0, 4}, {4, 15, 2}}},
@@ -276,13 +289,21 @@ TEST_F(AttentionCudaTest, SplitKernelAgreesWithCpu) {
   const auto invariant = MakeInvariantStream();
   for (const auto& [shape, parts] : cases) {
     for (const int32_t first_index : {0, 1}) {
-      SCOPED_TRACE("q heads " + std::to_string(shape.q_heads) + " dim " + std::to_string(shape.dim) + " first " + std::to_string(first_index));
+      SCOPED_TRACE(shape.Name() + " first " + std::to_string(first_index));
       Case c(shape, DType::kBFloat16, parts, first_index);
       ExpectAgrees(c, RunOnDevice(c, stream(), AttentionKernel::kSplit));
       ExpectAgrees(c, RunOnDevice(c, *invariant));
       if (HasFatalFailure()) return;
     }
   }
+}
+
+// More splits than a warp has lanes, and than the merge has groups of threads; for the first row the last one decides by far.
+TEST_F(AttentionCudaTest, ManySplitsAgreeWithCpu) {
+  constexpr int32_t kFirst = 33 * 512 + 30;
+  Case c({1, 1, 16, 64}, DType::kBFloat16, {{0, kFirst, 2}});
+  for (int32_t i = 0; i < 16; ++i) c.k[c.Entry(c.tables[0], kFirst - 2, 0) + i] = c.Round(60 * c.q[i]);
+  ExpectAgrees(c, RunOnDevice(c, *MakeInvariantStream()));
 }
 
 TEST_F(AttentionCudaTest, PrefillKernelAgreesWithCpu) {
@@ -294,7 +315,7 @@ TEST_F(AttentionCudaTest, PrefillKernelAgreesWithCpu) {
   };
   for (const auto& [shape, parts] : cases) {
     for (const int32_t first_index : {0, 1}) {
-      SCOPED_TRACE("q heads " + std::to_string(shape.q_heads) + " dim " + std::to_string(shape.dim) + " first " + std::to_string(first_index));
+      SCOPED_TRACE(shape.Name() + " first " + std::to_string(first_index));
       Case c(shape, DType::kBFloat16, parts, first_index);
       ExpectAgrees(c, RunOnDevice(c, stream(), AttentionKernel::kPrefill));
       if (HasFatalFailure()) return;
@@ -327,8 +348,8 @@ TEST_F(AttentionCudaTest, ChainAgreesWithCpu) {
   }
 }
 
-// A batch-invariant stream gives the rows of a context the same bits in windows of any size (none to 11 drafts), among other sequences, in
-// other pages, and with a workspace that takes the rows in several slices.
+// A batch-invariant stream gives the rows of a context the same bits in windows of any size (none to 11 drafts), among other
+// sequences, in other pages, and with a workspace that takes the rows in several slices.
 TEST_F(AttentionCudaTest, InvariantRowsDependOnTheirContextAlone) {
   constexpr int32_t kFirst = 508, kRows = 12;  // across the border of the first split
   struct Variant {
@@ -351,7 +372,8 @@ TEST_F(AttentionCudaTest, InvariantRowsDependOnTheirContextAlone) {
       if (dim == 256 && variant.windows.size() > 3) continue;
       const Shape shape = {3, 1, dim, variant.page_tokens};
       constexpr int32_t kSplits = 2;
-      cuda::Stream here({.batch_invariant = true, .workspace_bytes = variant.workspace_rows * kSplits * shape.q_heads * (dim * 4 + 8)});
+      const int64_t row_bytes = kSplits * shape.q_heads * (dim * 4 + 8);
+      cuda::Stream here({.batch_invariant = true, .workspace_bytes = variant.workspace_rows * row_bytes});
       std::vector<float> out;
       int32_t done = 0;
       for (const int32_t rows : variant.windows) {
@@ -394,8 +416,9 @@ TEST_F(AttentionCudaTest, NanReachesOnlyTheRowsThatSeeIt) {
             bool harmed = row < kRowsOfEach && row >= kRow && h >= 2;
             if (place == Place::kQuery) harmed = row == kRow && h == 3;
             // A score of -infinity is a weight of 0; a value harms its own column.
-            SCOPED_TRACE("kernel " + std::to_string(static_cast<int>(kernel)) + " place " + std::to_string(static_cast<int>(place)) + " poison " +
-                         std::to_string(poison) + " row " + std::to_string(row) + " head " + std::to_string(h));
+            SCOPED_TRACE("kernel " + std::to_string(static_cast<int>(kernel)) + " place " +
+                         std::to_string(static_cast<int>(place)) + " poison " + std::to_string(poison) + " row " +
+                         std::to_string(row) + " head " + std::to_string(h));
             if (!harmed) {
               ASSERT_TRUE(SameBits(&expected[at], &out[at], shape.dim));
             } else if (place == Place::kValue) {
@@ -448,7 +471,8 @@ TEST_F(AttentionCudaTest, LargeScores) {
       c.q[0] = 4;
       std::fill(c.q_gate.begin(), c.q_gate.end(), 1000.0f);
       for (int32_t position = 0; position < 200; ++position) {
-        c.k[c.Entry(c.tables[0], position, 0)] = c.Round(position == winner ? 30000.0f : -20000.0f - static_cast<float>(position));
+        const float key = position == winner ? 30000.0f : -20000.0f - static_cast<float>(position);
+        c.k[c.Entry(c.tables[0], position, 0)] = c.Round(key);
       }
       const std::vector<float> out = RunOnDevice(c, stream(), kernel);
       EXPECT_TRUE(SameBits(out.data(), &c.v[c.Entry(c.tables[0], winner, 0)], 16)) << "winner " << winner;
@@ -477,7 +501,8 @@ TEST_F(AttentionCudaTest, WorkspaceForNotOneRowIsAnError) {
   cuda::Stream small({.workspace_bytes = 1000});
   cuda::Attention(device.Args(), small);
   EXPECT_FALSE(small.ok());
-  EXPECT_NE(small.error().find("partial results of one row take 1056 bytes, the workspace has 1000"), std::string::npos) << small.error();
+  EXPECT_NE(small.error().find("partial results of one row take 1056 bytes, the workspace has 1000"), std::string::npos)
+      << small.error();
 }
 
 TEST_F(AttentionCudaTest, EmptyBatchDoesNothing) {
