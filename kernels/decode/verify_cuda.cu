@@ -461,39 +461,42 @@ __global__ void __launch_bounds__(kFinishThreads) DrawRows(Params params) {
   __shared__ TwoLevelShared s;
   const int32_t sequence_idx = blockIdx.x;
   const PassArrays& pass = params.pass;
-  const bool drafting = pass.draft_from_row[sequence_idx] >= 0;
   const PassSequence& sequence = pass.sequences[sequence_idx];
   const int32_t slot = sequence.slot, vocab_size = params.slots.vocab_size;
-  bool goes_on = false;
-  int32_t token = 0, position = 0;
-  if (drafting) {
+  bool drawn = false;
+  int32_t token = 0;
+  if (pass.draft_from_row[sequence_idx] >= 0) {
     const SlotRequest& request = params.slots.requests[slot];
-    SlotState& state = params.slots.states[slot];
     const int64_t draft_row = DraftRow(params.slots, slot, params.depth);
     const DeviceDistribution draft = params.slots.draft_rows[draft_row];
-    position = state.num_computed + 1 + params.depth;
-    if (draft.finite != 0) {
-      if (request.temperature == 0.0f || request.rule == VerifyRule::kTargetOnly) {
-        token = static_cast<int32_t>(draft.argmax);
-      } else if (request.rule == VerifyRule::kCoupled) {
-        const int32_t num_chunks = (vocab_size + kChunkIds - 1) / kChunkIds;
-        const int64_t first = static_cast<int64_t>(sequence_idx) * num_chunks;
-        token = static_cast<int32_t>(BestOfChunks(params.scratch.gumbel_value + first, params.scratch.gumbel_id + first, num_chunks));
-      } else {
-        const double* const sums = params.slots.draft_block_sums + draft_row * NumSamplingBlocks(vocab_size);
-        token = SampleInverseCdf(draft, sums, vocab_size, DraftKey(request, state, params.depth), DrawPurpose::kDraft, s);
-      }
-      goes_on = params.depth + 1 < sequence.num_drafts_next;
-      if (threadIdx.x == 0) {
-        const int32_t made = params.depth + 1;
-        state.drafts[params.depth] = static_cast<uint32_t>(token);
-        state.num_drafts_made = made;
-        state.num_drafts = max(0, min(made, request.max_new_tokens - state.num_output - 1));
-        pass.records[sequence_idx].num_drafts_made = made;
-      }
+    drawn = draft.finite != 0;
+    if (!drawn) {
+      token = 0;
+    } else if (request.temperature == 0.0f || request.rule == VerifyRule::kTargetOnly) {
+      token = static_cast<int32_t>(draft.argmax);
+    } else if (request.rule == VerifyRule::kCoupled) {
+      const int32_t num_chunks = (vocab_size + kChunkIds - 1) / kChunkIds;
+      const int64_t first = static_cast<int64_t>(sequence_idx) * num_chunks;
+      token = static_cast<int32_t>(BestOfChunks(params.scratch.gumbel_value + first, params.scratch.gumbel_id + first, num_chunks));
+    } else {
+      const double* const sums = params.slots.draft_block_sums + draft_row * NumSamplingBlocks(vocab_size);
+      const RandomKey key = DraftKey(request, params.slots.states[slot], params.depth);
+      token = SampleInverseCdf(draft, sums, vocab_size, key, DrawPurpose::kDraft, s);
     }
   }
+  __syncthreads();  // all have read what thread 0 now changes
   if (threadIdx.x != 0) return;
+  const bool goes_on = drawn && params.depth + 1 < sequence.num_drafts_next;
+  int32_t position = 0;
+  if (drawn) {
+    SlotState& state = params.slots.states[slot];
+    const int32_t made = params.depth + 1;
+    position = state.num_computed + made;
+    state.drafts[params.depth] = static_cast<uint32_t>(token);
+    state.num_drafts_made = made;
+    state.num_drafts = max(0, min(made, params.slots.requests[slot].max_new_tokens - state.num_output - 1));
+    pass.records[sequence_idx].num_drafts_made = made;
+  }
   SequenceRows rows;
   rows.first_row = sequence_idx;
   rows.num_rows = rows.num_known_rows = goes_on ? 1 : 0;
