@@ -16,7 +16,7 @@
 // and enters shared memory as its two bf16 parts. Warps 0..3 take the k rows of the chunk, warps 4..7 the q rows. One prompt of the 4B model
 // gives 128 blocks; two blocks fit a multiprocessor (112 KB of shared memory each), so one loads while the other computes.
 //
-// Chunks are cut at absolute multiples of 64, so that the cut of a prompt into passes at such multiples changes no bit. A NaN in a row makes
+// Chunks are cut at absolute multiples of 64, so that the cut of a prompt into passes at such multiples changes no bit (ChunkRangeOf). A NaN in a row makes
 // NaN of its whole chunk (the step form spares earlier rows); sequences do not touch each other.
 
 #include "kernels/common/check.h"
@@ -111,12 +111,14 @@ class ChunkBlock {
         warp_(thread_ / kWarp) {}
 
   __device__ void Execute() {
-    LoadState(sequence_.num_replay_rows > 0 ? sequence_.state_dst : sequence_.state_src);
-    int count = kRows - sequence_.first_position % kRows;  // up to the next multiple
-    for (int first = 0; first < sequence_.num_known_rows; first += count, count = kRows) {
-      if (count > sequence_.num_known_rows - first) count = sequence_.num_known_rows - first;
+    const ChunkRange range = ChunkRangeOf(sequence_);
+    LoadState(sequence_.num_replay_rows + range.begin > 0 ? sequence_.state_dst : sequence_.state_src);
+    int count = kRows - (sequence_.first_position + range.begin) % kRows;  // up to the next multiple
+    const int end = sequence_.first_row + range.end;
+    for (int row = sequence_.first_row + range.begin; row < end; row += count, count = kRows) {
+      if (count > end - row) count = end - row;
       SplitState();
-      Fetch(sequence_.first_row + first, count);
+      Fetch(row, count);
       gpu::CpAsyncWait<0>();
       __syncthreads();
       SetScalars(count);
@@ -134,7 +136,7 @@ class ChunkBlock {
       Solve();
       SplitSolution();
       __syncthreads();
-      if (warp_ >= kRowTiles) StoreOutputs(scores, read, sequence_.first_row + first, count);
+      if (warp_ >= kRowTiles) StoreOutputs(scores, read, row, count);
       UpdateState();
       __syncthreads();  // before the next chunk overwrites what was read
     }
@@ -189,6 +191,7 @@ class ChunkBlock {
     constexpr int kValues = 8;  // of 16 bytes
     constexpr int kPieces = kDim / kValues;
     const int64_t key_width = static_cast<int64_t>(args_.state.num_key_heads) * kDim;
+#pragma unroll 1  // the copies do not wait for each other anyway, and registers are scarce
     for (int piece = thread_; piece < kRows * kPieces; piece += kThreads) {
       const int i = piece / kPieces, at = piece % kPieces * kValues;
       const bool valid = i < count;
@@ -468,7 +471,8 @@ class ChunkBlock {
 __global__ void __launch_bounds__(kThreads, 2) ChunkKernel(const DeltaRuleArgs args) {
   BEBOP_DYNAMIC_SHARED(ChunkShared, shared);
   const SequenceRows sequence = args.batch.sequences[blockIdx.y];
-  if (sequence.num_rows == 0 || !TakesChunks(sequence)) return;
+  const ChunkRange range = ChunkRangeOf(sequence);
+  if (sequence.num_rows == 0 || range.begin == range.end) return;
   ChunkBlock(args, sequence, shared).Execute();
 }
 

@@ -21,8 +21,8 @@
 // (12 KB a draft row of the 4B model, a launch of about 2 µs). k and v come from qkv; g and beta go through the stream's workspace, so that
 // a replay sees the very bits that the draft row was run with.
 //
-// Long known runs (prompts) in bf16: three launches, the step form for the replayed rows, the chunked form (delta_rule_chunks_cuda.cu), and
-// the step form for the draft rows. Each returns at once for sequences that do not need it.
+// Long known runs (prompts) in bf16: three launches, the step form for the rows before the chunks, the chunked form
+// (delta_rule_chunks_cuda.cu), and the step form for the rows behind them. Each returns at once for sequences that do not need it.
 
 #include <algorithm>
 #include <type_traits>
@@ -47,8 +47,8 @@ constexpr int kWindowThreads = 256;
 
 // Which rows a launch runs.
 enum class Phase : int32_t {
-  kBeforeChunks,  // all rows of the sequences without chunks, and the replayed rows of the others
-  kAfterChunks,   // the draft rows of the sequences with chunks
+  kBeforeChunks,  // up to the chunks; all rows of the sequences without
+  kAfterChunks,   // behind the chunks
 };
 
 struct StepArgs {
@@ -56,7 +56,7 @@ struct StepArgs {
   float* gates;           // [num_sequences, window, Hv, 2]: g and beta of the draft rows, for the window kernel
   int32_t slice_columns;  // of a block: kWarpColumns per warp
   Phase phase;
-  bool has_chunks;  // known rows of the sequences that TakesChunks names are run elsewhere
+  bool has_chunks;  // ChunkRangeOf of each sequence is run elsewhere
 };
 
 // The tokens of a sequence (replayed rows, then its own rows) that a launch runs, [begin, end). S goes from slot `source` (zeros if < 0) to
@@ -72,12 +72,11 @@ __device__ Run RunOf(const SequenceRows& sequence, Phase phase, bool has_chunks)
   const int32_t committed = sequence.num_replay_rows + sequence.num_known_rows, all = sequence.num_replay_rows + sequence.num_rows;
   const Run nothing = {0, 0, -1, -1};
   if (sequence.num_rows == 0) return nothing;  // padding
-  if (!has_chunks || !TakesChunks(sequence)) {
-    return phase == Phase::kAfterChunks ? nothing : Run{0, all, committed, sequence.state_src};
-  }
-  if (phase == Phase::kAfterChunks) return {committed, all, -1, sequence.state_dst};
-  if (sequence.num_replay_rows == 0) return nothing;
-  return {0, sequence.num_replay_rows, sequence.num_replay_rows, sequence.state_src};
+  const ChunkRange chunks = has_chunks ? ChunkRangeOf(sequence) : ChunkRange{0, 0};
+  if (chunks.begin == chunks.end) return phase == Phase::kAfterChunks ? nothing : Run{0, all, committed, sequence.state_src};
+  const int32_t before = sequence.num_replay_rows + chunks.begin, behind = sequence.num_replay_rows + chunks.end;
+  if (phase == Phase::kBeforeChunks) return before == 0 ? nothing : Run{0, before, before, sequence.state_src};
+  return {behind, all, behind < committed ? committed : -1, sequence.state_dst};  // the chunks have stored their state
 }
 
 // What a row means to a block, whatever the column.
@@ -453,7 +452,7 @@ void LaunchAll(const DeltaRuleArgs& args, bool exact, Stream& stream) {
       .slice_columns =
           SliceColumns(int64_t{batch.num_sequences} * state.num_value_heads, state.value_head_dim, stream.num_multiprocessors()),
       .phase = Phase::kBeforeChunks,
-      .has_chunks = std::is_same_v<T, Bf16Bits> && exact && batch.max_sequence_rows > kMaxStepKnownRows,
+      .has_chunks = std::is_same_v<T, Bf16Bits> && exact && batch.max_sequence_rows > kMaxStepRows,
   };
   const int32_t slices = (state.value_head_dim + step.slice_columns - 1) / step.slice_columns;
   const dim3 grid(static_cast<unsigned>(slices), static_cast<unsigned>(state.num_value_heads), static_cast<unsigned>(batch.num_sequences));
@@ -469,7 +468,7 @@ void LaunchAll(const DeltaRuleArgs& args, bool exact, Stream& stream) {
   launch(Phase::kBeforeChunks);
   if (step.has_chunks) {
     DeltaRuleChunks(args, stream);
-    if (state.window > 0) launch(Phase::kAfterChunks);
+    launch(Phase::kAfterChunks);
   }
   if (state.window == 0) return;
   const dim3 window_grid(static_cast<unsigned>(std::min(state.window, batch.max_sequence_rows)), grid.z);

@@ -9,14 +9,27 @@
 // What the device's step form (delta_rule_cuda.cu) and chunked form (delta_rule_chunks_cuda.cu) share. For these two files only.
 namespace bebop::cuda {
 
-// Known rows of a sequence beyond which they take the chunked form, where there is one. A chunk of 64 rows costs the chunked kernel about
-// as much as 30 steps.
-inline constexpr int32_t kMaxStepKnownRows = 32;
+// A chunk is what a pass has of the rows between two absolute multiples of 64. Shorter ones take the step form: a chunk costs as much as some
+// 30 steps, however short. This depends on positions and where the pass ends, not on where it begins at such a multiple, so cuts there
+// change no bit.
+inline constexpr int32_t kMaxStepRows = 32;
 inline constexpr int32_t kChunkRows = 64;
-inline constexpr int32_t kChunkHeadDim = 128;  // the one dk and dv with a chunked form
+inline constexpr int32_t kChunkHeadDim = 128;  // the one dk and dv with a chunked form (in bf16)
 
-// Does this sequence take the chunked form in a call that has one? Apart from its known rows it takes the step form.
-__host__ __device__ inline bool TakesChunks(const SequenceRows& sequence) { return sequence.num_known_rows > kMaxStepKnownRows; }
+// The known rows [begin, end) of a sequence that take the chunked form in a call that has one; those before and behind are short chunks. In
+// device and host code.
+struct ChunkRange {
+  int32_t begin;
+  int32_t end;
+};
+__host__ __device__ inline ChunkRange ChunkRangeOf(const SequenceRows& sequence) {
+  const int32_t known = sequence.num_known_rows;
+  const int32_t left = (kChunkRows - sequence.first_position % kChunkRows) % kChunkRows;  // up to the first multiple
+  if (left >= known) return known > kMaxStepRows ? ChunkRange{0, known} : ChunkRange{known, known};
+  const int32_t behind = (known - left) % kChunkRows;  // from the last multiple on
+  const ChunkRange range = {left > kMaxStepRows ? 0 : left, behind > kMaxStepRows ? known : known - behind};
+  return range.begin < range.end ? range : ChunkRange{known, known};
+}
 
 // Values as they are stored: float, or the bits of bf16 (types in shared memory are trivial).
 using Bf16Bits = uint16_t;
@@ -55,8 +68,8 @@ __device__ inline float* MatrixOf(const LinearStateView& state, int64_t slot, in
   return state.matrix + (slot * state.num_value_heads + head) * state.key_head_dim * state.value_head_dim;
 }
 
-// Enqueues the known rows of all sequences that take the chunked form. Their state before is in slot state_dst where rows were replayed
-// (the step form has replayed them), else in slot state_src. REQUIRES: bf16, dk = dv = kChunkHeadDim, rows aligned to 16 bytes.
+// Enqueues ChunkRangeOf of all sequences. The state before is in slot state_dst where the step form has run rows, else in slot state_src.
+// REQUIRES: bf16, dk = dv = kChunkHeadDim, rows aligned to 16 bytes.
 void DeltaRuleChunks(const DeltaRuleArgs& args, Stream& stream);
 
 }  // namespace bebop::cuda

@@ -20,7 +20,7 @@ using testing::Random;
 using testing::RoundToBFloat16;
 using testing::SameBits;
 
-constexpr int32_t kMaxStepKnownRows = 32;  // beyond, bf16 heads of 128 take the chunked form
+constexpr int32_t kMaxStepRows = 32;  // of a chunk; longer ones of bf16 heads of 128 take the chunked form
 constexpr int32_t kChunkRows = 64;
 constexpr double kBf16Unit = 0x1.0p-8;
 
@@ -83,7 +83,14 @@ Exact Recur(const Shape& shape, const Inputs& in, const OwnedLinearState& state,
   for (int32_t n = 0; n < batch.num_sequences; ++n) {
     const SequenceRows& sequence = batch.sequences[n];
     if (sequence.num_rows == 0) continue;
-    const bool chunks = has_chunks && sequence.num_known_rows > kMaxStepKnownRows;
+    // Rows of the pass, known ones, between the same two multiples of 64.
+    const auto chunk_size = [&](int32_t i) {
+      int32_t size = 0;
+      for (int32_t j = 0; j < sequence.num_known_rows; ++j) {
+        size += (sequence.first_position + j) / kChunkRows == (sequence.first_position + i) / kChunkRows;
+      }
+      return size;
+    };
     std::vector<double>& stored = exact.matrix[sequence.state_dst];
     for (int32_t h = 0; h < shape.value_heads; ++h) {
       const int32_t key_head = h / (shape.value_heads / shape.key_heads);
@@ -124,7 +131,7 @@ Exact Recur(const Shape& shape, const Inputs& in, const OwnedLinearState& state,
         for (int32_t i = 0; i < dk; ++i) key[i] = k[i] / std::sqrt(kk);
 
         double overlap = 0;
-        const bool in_chunk = chunks && t >= replay && t < committed;
+        const bool in_chunk = has_chunks && t >= replay && t < committed && chunk_size(t - replay) > kMaxStepRows;
         if (in_chunk) {
           if ((sequence.first_position + t - replay) % kChunkRows == 0) chunk_keys.clear();
           for (const std::vector<double>& earlier : chunk_keys) {
@@ -349,12 +356,14 @@ TEST_F(DeltaRuleCudaTest, ChunksAgreeWithDouble) {
     batch.Add({.num_rows = 40, .num_known_rows = 36, .first_position = 63, .state_src = 3, .state_dst = 5});
     batch.Add({.num_rows = 32, .num_known_rows = 32, .first_position = 0, .state_src = -1, .state_dst = 6});
     batch.Add({.num_rows = 64, .num_known_rows = 64, .num_replay_rows = 2, .first_position = 128, .state_src = 3, .state_dst = 7});
+    batch.Add({.num_rows = 90, .num_known_rows = 87, .num_replay_rows = 1, .first_position = 54, .state_src = 8, .state_dst = 8});
+    batch.Add({.num_rows = 40, .num_known_rows = 40, .first_position = 44, .state_src = -1, .state_dst = 9});
     batch.row_sequence.push_back(-1), batch.row_position.push_back(0);
     Inputs in(shape, batch.num_rows(), DType::kBFloat16, random);
     for (float& a : in.a) a += gate_shift;
     in.a = RoundToBFloat16(in.a);
     OwnedLinearState state(kMixedSlots, shape.window, shape.key_heads, shape.value_heads, 128, 128, 4);
-    for (const int32_t slot : {1, 2, 3}) FillSlot(slot, shape, DType::kBFloat16, random, &state);
+    for (const int32_t slot : {1, 2, 3, 8}) FillSlot(slot, shape, DType::kBFloat16, random, &state);
     const Outcome outcome = Check(shape, in, batch, DType::kBFloat16, 8, &state);
     // Measured, not derived: 2e-6 on the emulated device; without the low halves of S, Δ or the decayed Δ some 1e-3.
     EXPECT_LT(outcome.matrix_rms_error, 1e-5) << "gates " << gate_shift;
@@ -413,6 +422,8 @@ TEST_F(DeltaRuleCudaTest, CutsAtMultiplesOf64ChangeNoBit) {
   const std::vector<float> expected = run({0, 171}, false);
   EXPECT_TRUE(SameBits(run({0, 64, 171}, true), expected));
   EXPECT_TRUE(SameBits(run({0, 128, 171}, false), expected));
+  // A short chunk behind the last multiple takes the step form in a pass of its own too.
+  EXPECT_TRUE(SameBits(run({0, 64, 150}, false), run({0, 128, 150}, true)));
   // Chunks end at 128 wherever the pass begins.
   EXPECT_TRUE(SameBits(run({0, 90, 128, 171}, false), run({0, 90, 171}, false)));
 }
