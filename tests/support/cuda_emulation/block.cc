@@ -38,6 +38,8 @@ namespace {
 
 constexpr size_t kStackBytes = 128 << 10;
 constexpr size_t kGuardBytes = 4096;
+constexpr int kStackOffsets = 127;
+constexpr size_t kStackOffsetBytes = 448;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 enum class State : uint8_t { kNew, kRunnable, kAtBarrier, kInWarp, kDone };
@@ -190,8 +192,10 @@ void JumpTo(int next, fcontext_t* save) {
   Thread& thread = block.threads[next];
   if (thread.state == State::kNew) {
     thread.stack = TakeStack();
-    thread.context = make_fcontext(reinterpret_cast<void*>(block.stacks + (thread.stack + 1) * kStackBytes), kStackBytes - kGuardBytes,
-                                   FiberMain);
+    // Stacks begin at different distances from their ends, or all of them would share a few lines of the cache.
+    const size_t offset = static_cast<size_t>(thread.stack % kStackOffsets) * kStackOffsetBytes;
+    thread.context = make_fcontext(reinterpret_cast<void*>(block.stacks + static_cast<size_t>(thread.stack + 1) * kStackBytes - offset),
+                                   kStackBytes - kGuardBytes - offset, FiberMain);
     thread.state = State::kRunnable;
   }
   SetCurrent(next);
