@@ -69,7 +69,14 @@ class CudaBackend final : public Backend {
     if (number >= count) {
       return absl::InvalidArgumentError(absl::StrCat("device: ", options.device, " is not in this machine; it has ", count, ", numbered from 0"));
     }
-    auto stream = std::make_unique<cuda::Stream>(cuda::StreamOptions{.device = number, .batch_invariant = options.batch_invariant});
+    const cuda::StreamOptions stream_options{.device = number, .batch_invariant = options.batch_invariant};
+    size_t free_bytes = 0, total_bytes = 0;
+    if (cudaSetDevice(number) == cudaSuccess && cudaMemGetInfo(&free_bytes, &total_bytes) == cudaSuccess &&
+        static_cast<int64_t>(free_bytes) < stream_options.workspace_bytes) {
+      return absl::ResourceExhaustedError(absl::StrCat("device: ", options.device, ": ", free_bytes, " of ", total_bytes,
+                                                       " bytes are free, and the workspace alone takes ", stream_options.workspace_bytes));
+    }
+    auto stream = std::make_unique<cuda::Stream>(stream_options);
     cudaDeviceProp properties{};
     BEBOP_CUDA_TRY(*stream, cudaGetDeviceProperties(&properties, number));
     if (!stream->ok()) return absl::InternalError(absl::StrCat("device error: ", stream->error()));
