@@ -1,18 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // Causal depthwise convolution and SiLU with the rolling history of lazy commit.
 //
-// A thread owns four neighbouring channels (8 bytes of bf16), keeps their last K-1 inputs in registers and walks down the rows. Two kinds of
-// blocks share one launch:
+// A thread owns four neighbouring channels (8 bytes of bf16), keeps their last K-1 inputs in registers and walks down the rows.
+// Two kinds of blocks share one launch:
 //
-//   head blocks, one per sequence and 512 channels: the first kHeadRows rows of the sequence and everything that touches the slots. A thread
-//     reads the K-1 history rows before it writes any, and no other thread sees those channels of that sequence, so src == dst is safe.
-//     The new history is read from x, which nobody writes: rows of x that other blocks convolve are no hazard.
-//   tail blocks, one per kTailRows rows of the batch and 512 channels: rows from the kHeadRows-th of their sequence on. Their inputs lie in
+//   head blocks, one per sequence and 512 channels: the first kHeadRows rows of the sequence and everything that touches the
+//   slots. A thread
+//     reads the K-1 history rows before it writes any, and no other thread sees those channels of that sequence, so src == dst is
+//     safe. The new history is read from x, which nobody writes: rows of x that other blocks convolve are no hazard.
+//   tail blocks, one per kTailRows rows of the batch and 512 channels: rows from the kHeadRows-th of their sequence on. Their
+//   inputs lie in
 //     x, right above them, so they need no slot. Launched only where max_sequence_rows says that there may be such rows.
 //
-// Bytes: T·C read and written once (the K-1 rows above a tail block come from L2), and (2(K-1) + drafts)·C of history per sequence. In a
-// decode step with γ = 3 and 128 sequences of the 4B model: 36 MB a layer, 9 µs at 4.2 TB/s, beside 130 µs of delta rule. Each row's taps are
-// added by one fused chain in the header's order whatever block it falls to, so its bits depend on nothing but its inputs.
+// Bytes: T·C read and written once (the K-1 rows above a tail block come from L2), and (2(K-1) + drafts)·C of history per
+// sequence. In a decode step with γ = 3 and 128 sequences of the 4B model: 36 MB a layer, 9 µs at 4.2 TB/s, beside 130 µs of
+// delta rule. Each row's taps are added by one fused chain in the header's order whatever block it falls to, so its bits depend
+// on nothing but its inputs.
 
 #include "kernels/causal_conv/causal_conv.h"
 #include "kernels/common/check.h"
@@ -39,8 +42,8 @@ struct alignas(sizeof(T) * kChannels) Channels {
   T value[kChannels];
 };
 
-// The weights of a thread's channels and the inputs above the next row. Indices are constants of unrolled loops throughout: registers have no
-// index. `width` is at most kMaxWidth, and a constant in the hot instance.
+// The weights of a thread's channels and the inputs above the next row. Indices are constants of unrolled loops throughout:
+// registers have no index. `width` is at most kMaxWidth, and a constant in the hot instance.
 template <typename T, int kChannels, int kMaxWidth>
 struct Convolution {
   using Row = Channels<T, kChannels>;
@@ -74,8 +77,9 @@ struct Convolution {
       for (int j = 0; j < kMaxWidth; ++j) {
         if (j < width) sum = fmaf(weight[j][c], past[j][c], sum);
       }
-      // Rounded explicitly, as head and tail blocks must not differ in what the compiler fuses. The quick quotient (2 ulp) has no slow path,
-      // which would cost registers; where its divisor is too large for it (sums below -87), it gives 0 for a result below 1e-35.
+      // Rounded explicitly, as head and tail blocks must not differ in what the compiler fuses. The quick quotient (2 ulp) has no
+      // slow path, which would cost registers; where its divisor is too large for it (sums below -87), it gives 0 for a result
+      // below 1e-35.
       Store(__fdividef(sum, __fadd_rn(1.0f, expf(-sum))), &out.value[c]);
     }
 #pragma unroll
@@ -93,7 +97,8 @@ __device__ inline const Channels<T, kChannels>* RowAt(const TensorView& view, in
 }
 
 template <typename T, int kChannels, int kMaxWidth>
-__device__ void ConvolveHead(const CausalConvArgs& args, const SequenceRows& sequence, int width, int64_t num_channels, int64_t channel) {
+__device__ void ConvolveHead(const CausalConvArgs& args, const SequenceRows& sequence, int width, int64_t num_channels,
+                             int64_t channel) {
   using Row = Channels<T, kChannels>;
   const int past = width - 1;
   const int64_t slot_rows = past + args.state.window;
@@ -166,8 +171,8 @@ __device__ void ConvolveTail(const CausalConvArgs& args, int64_t first_row, int 
   }
 }
 
-// Block y below num_sequences: that sequence's head; above: the tail rows from (y - num_sequences)·kTailRows on. kWidth taps, or any number
-// up to kMaxConvWidth if 0.
+// Block y below num_sequences: that sequence's head; above: the tail rows from (y - num_sequences)·kTailRows on. kWidth taps, or
+// any number up to kMaxConvWidth if 0.
 template <typename T, int kChannels, int kWidth>
 __global__ void __launch_bounds__(kThreads) CausalConvKernel(CausalConvArgs args, int64_t num_channels) {
   const int64_t channel = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kChannels;
@@ -179,7 +184,8 @@ __global__ void __launch_bounds__(kThreads) CausalConvKernel(CausalConvArgs args
     const SequenceRows sequence = args.batch.sequences[block];
     if (sequence.num_rows > 0) ConvolveHead<T, kChannels, kMaxWidth>(args, sequence, width, num_channels, channel);
   } else {
-    ConvolveTail<T, kChannels, kMaxWidth>(args, static_cast<int64_t>(block - args.batch.num_sequences) * kTailRows, width, channel);
+    ConvolveTail<T, kChannels, kMaxWidth>(args, static_cast<int64_t>(block - args.batch.num_sequences) * kTailRows, width,
+                                          channel);
   }
 }
 
@@ -189,7 +195,8 @@ void LaunchConv(const CausalConvArgs& args, int64_t num_channels, Stream& stream
   const int64_t per_block = int64_t{kThreads} * kChannels;
   const dim3 grid(static_cast<unsigned>((num_channels + per_block - 1) / per_block),
                   static_cast<unsigned>(args.batch.num_sequences + tails));
-  BEBOP_CUDA_TRY(stream, gpu::Launch(CausalConvKernel<T, kChannels, kWidth>, grid, dim3(kThreads), 0, stream.handle(), args, num_channels));
+  BEBOP_CUDA_TRY(
+      stream, gpu::Launch(CausalConvKernel<T, kChannels, kWidth>, grid, dim3(kThreads), 0, stream.handle(), args, num_channels));
 }
 
 template <typename T>

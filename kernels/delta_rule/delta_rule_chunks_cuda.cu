@@ -1,23 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gated delta rule, chunked form for long known runs (prompts) in bf16, after Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (2024),
-// section 3.3. With G_i = g_1 + .. + g_i inside a chunk of at most 64 rows, S the state before it, k̂ and q̂ normalised:
+// Gated delta rule, chunked form for long known runs (prompts) in bf16, after Yang, Kautz, Hatamizadeh, "Gated Delta Networks"
+// (2024), section 3.3. With G_i = g_1 + .. + g_i inside a chunk of at most 64 rows, S the state before it, k̂ and q̂ normalised:
 //
 //   (I + A) Δ = diag(β) (V - diag(e^G) K̂ S),   A_ij = β_i e^(G_i - G_j) (k̂_i · k̂_j) for j < i, else 0
 //   O = diag(e^G) Q̂ S + P Δ,                   P_ij = e^(G_i - G_j) (q̂_i · k̂_j) for j <= i, else 0
 //   S ← e^(G_n) S + K̂ᵀ diag(e^(G_n - G)) Δ
 //
-// Products run on the tensor cores with float32 sums. Raw k and q are bf16 and thus exact; their norms are applied to the sums. S, Δ and P
-// are float32: as factors each is split into two bf16 numbers (16 bits of the fraction), which costs 9 instead of 5.5 million multiply-adds a
-// chunk and head (9 % of 4B's layers at the tensor cores' rate) and keeps the chunked form as close to the step form as float32 sums
-// are to each other. The triangular system is solved in float32: the four 16x16 diagonal blocks are inverted, then substitution by blocks.
-// G is a double, as differences of large sums would lose the small decays between neighbours.
+// Products run on the tensor cores with float32 sums. Raw k and q are bf16 and thus exact; their norms are applied to the sums.
+// S, Δ and P are float32: as factors each is split into two bf16 numbers (16 bits of the fraction), which costs 9.5 instead of 6
+// million multiply-adds a chunk and head (3 % of what a row of 4B takes) and keeps the chunked form as close to the step form as
+// float32 sums are to each other. The triangular system is solved in float32: the four 16x16 diagonal blocks are inverted, then
+// substitution by blocks. G is a double, as differences of large sums would lose the small decays between neighbours.
 //
-// A block of 8 warps owns 32 columns of one head of one sequence and walks over its chunks; S stays in its registers (16 rows of dk a warp)
-// and enters shared memory as its two bf16 parts. Warps 0..3 take the k rows of the chunk, warps 4..7 the q rows. One prompt of the 4B model
-// gives 128 blocks; two blocks fit a multiprocessor (112 KB of shared memory each), so one loads while the other computes.
+// A block of 8 warps owns 32 columns of one head of one sequence and walks over its chunks; S stays in its registers (16 rows of
+// dk a warp) and enters shared memory as its two bf16 parts. Warps 0..3 take the k rows of the chunk, warps 4..7 the q rows. One
+// prompt of the 4B model gives 128 blocks; two blocks fit a multiprocessor (112 KB of shared memory each), so one loads while the
+// other computes.
 //
-// Chunks are cut at absolute multiples of 64, so that the cut of a prompt into passes at such multiples changes no bit (ChunkRangeOf). A NaN in a row makes
-// NaN of its whole chunk (the step form spares earlier rows); sequences do not touch each other.
+// Chunks are cut at absolute multiples of 64, so that the cut of a prompt into passes at such multiples changes no bit
+// (ChunkRangeOf). A NaN in a row makes NaN of its whole chunk (the step form spares earlier rows); sequences do not touch each
+// other.
 
 #include "kernels/common/check.h"
 #include "kernels/common/cuda_stream.h"
@@ -51,11 +53,11 @@ struct ChunkShared {
   Bf16Bits k[kRows * kKeyStride];
   Bf16Bits q[kRows * kKeyStride];
   Bf16Bits v[kRows * kColumnStride];
-  Bf16Bits state[2][kDim * kColumnStride];      // S in two parts
-  Bf16Bits delta[2][kRows * kColumnStride];     // Δ with k's norm, for the outputs
-  Bf16Bits decayed[2][kRows * kColumnStride];   // the same times e^(G_n - G), for the state
-  float system[kRows * kSystemStride];          // A
-  float solution[kRows * kSolutionStride];      // the right-hand side, then Δ
+  Bf16Bits state[2][kDim * kColumnStride];           // S in two parts
+  Bf16Bits delta[2][kRows * kColumnStride];          // Δ with k's norm, for the outputs
+  Bf16Bits decayed[2][kRows * kColumnStride];        // the same times e^(G_n - G), for the state
+  float system[kRows * kSystemStride];               // A
+  float solution[kRows * kSolutionStride];           // the right-hand side, then Δ
   float inverse[kRowTiles][kTile * kInverseStride];  // of the diagonal blocks of I + A
   float beta[kRows];
   float decay[kRows];    // e^G
@@ -149,7 +151,8 @@ class ChunkBlock {
   __device__ int PairColumn() const { return lane_ % 4 * 2; }
 
   __device__ float* StateAt(int64_t slot, int tile, int half) const {
-    return MatrixOf(args_.state, slot, head_) + (warp_ * kTile + GroupRow() + half * 8) * kDim + first_column_ + tile * 8 + PairColumn();
+    return MatrixOf(args_.state, slot, head_) + (warp_ * kTile + GroupRow() + half * 8) * kDim + first_column_ + tile * 8 +
+           PairColumn();
   }
   __device__ void LoadState(int32_t slot) {
 #pragma unroll
@@ -203,8 +206,8 @@ class ChunkBlock {
     static_assert(kRows * kColumnPieces == kThreads);
     const int i = thread_ / kColumnPieces, at = thread_ % kColumnPieces * kValues;
     const bool valid = i < count;
-    const Bf16Bits* const from =
-        RowOf<Bf16Bits>(args_.qkv, row + (valid ? i : 0)) + 2 * key_width + static_cast<int64_t>(head_) * kDim + first_column_ + at;
+    const Bf16Bits* const from = RowOf<Bf16Bits>(args_.qkv, row + (valid ? i : 0)) + 2 * key_width +
+                                 static_cast<int64_t>(head_) * kDim + first_column_ + at;
     gpu::CpAsync16(&shared_.v[i * kColumnStride + at], from, valid);
     gpu::CpAsyncCommit();
     if (thread_ < kRows) {
@@ -276,7 +279,9 @@ class ChunkBlock {
   }
 
   // e^(G_i - G_j), i >= j.
-  __device__ float DecayBetween(int i, int j) const { return expf(static_cast<float>(shared_.log_decay[i] - shared_.log_decay[j])); }
+  __device__ float DecayBetween(int i, int j) const {
+    return expf(static_cast<float>(shared_.log_decay[i] - shared_.log_decay[j]));
+  }
 
   // A and the right-hand side of the warp's 16 rows.
   __device__ void StoreSystem(const float (&scores)[2 * kRowTiles][4], const float (&read)[kColumnTiles][4]) {
@@ -346,8 +351,8 @@ class ChunkBlock {
     }
   }
 
-  // Solves (I + A) Δ = R by blocks of 16 rows. A warp has four columns to itself, so it needs no other warp; a lane has rows r and r + 8 of
-  // the block.
+  // Solves (I + A) Δ = R by blocks of 16 rows. A warp has four columns to itself, so it needs no other warp; a lane has rows r
+  // and r + 8 of the block.
   __device__ void Solve() {
     const int row = lane_ / 4, column = warp_ * 4 + lane_ % 4;
     float* const solution = shared_.solution + column;
@@ -360,11 +365,12 @@ class ChunkBlock {
         rest[half] = solution[i * kSolutionStride];
       }
       for (int j = 0; j < block * kTile; j += 4) {
-        const float x[4] = {solution[j * kSolutionStride], solution[(j + 1) * kSolutionStride], solution[(j + 2) * kSolutionStride],
-                            solution[(j + 3) * kSolutionStride]};
+        const float x[4] = {solution[j * kSolutionStride], solution[(j + 1) * kSolutionStride],
+                            solution[(j + 2) * kSolutionStride], solution[(j + 3) * kSolutionStride]};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float4 a = *reinterpret_cast<const float4*>(&shared_.system[(block * kTile + row + half * 8) * kSystemStride + j]);
+          const float4 a =
+              *reinterpret_cast<const float4*>(&shared_.system[(block * kTile + row + half * 8) * kSystemStride + j]);
           rest[half] = fmaf(-a.w, x[3], fmaf(-a.z, x[2], fmaf(-a.y, x[1], fmaf(-a.x, x[0], rest[half]))));
         }
       }
@@ -377,7 +383,8 @@ class ChunkBlock {
       for (int j = 0; j < kTile; ++j) {
         const float x = solution[(block * kTile + j) * kSolutionStride];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) sum[half] = fmaf(shared_.inverse[block][(row + half * 8) * kInverseStride + j], x, sum[half]);
+        for (int half = 0; half < 2; ++half)
+          sum[half] = fmaf(shared_.inverse[block][(row + half * 8) * kInverseStride + j], x, sum[half]);
       }
       __syncwarp();
 #pragma unroll
@@ -402,7 +409,8 @@ class ChunkBlock {
   }
 
   // O = read + P Δ for the warp's 16 rows. low · low is left out (2^-16 of the product).
-  __device__ void StoreOutputs(const float (&scores)[2 * kRowTiles][4], float (&read)[kColumnTiles][4], int64_t row, int count) const {
+  __device__ void StoreOutputs(const float (&scores)[2 * kRowTiles][4], float (&read)[kColumnTiles][4], int64_t row,
+                               int count) const {
     const int row_tile = warp_ - kRowTiles;
 #pragma unroll
     for (int step = 0; step < kRowTiles; ++step) {
@@ -479,7 +487,8 @@ __global__ void __launch_bounds__(kThreads, 2) ChunkKernel(const DeltaRuleArgs a
 }  // namespace
 
 void DeltaRuleChunks(const DeltaRuleArgs& args, Stream& stream) {
-  const dim3 grid(static_cast<unsigned>(args.state.num_value_heads * (kDim / kColumns)), static_cast<unsigned>(args.batch.num_sequences));
+  const dim3 grid(static_cast<unsigned>(args.state.num_value_heads * (kDim / kColumns)),
+                  static_cast<unsigned>(args.batch.num_sequences));
   BEBOP_CUDA_TRY(stream, gpu::Launch(ChunkKernel, grid, dim3(kThreads), sizeof(ChunkShared), stream.handle(), args));
 }
 

@@ -1,28 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gated delta rule, step form with lazy commit: replays the accepted rows of the last window, runs the known rows, stores the state once, and
-// goes on through the draft rows without storing.
+// Gated delta rule, step form with lazy commit: replays the accepted rows of the last window, runs the known rows, stores the
+// state once, and goes on through the draft rows without storing.
 //
-// Bound by the state's bytes. A head of 128 x 128 float32 is read once and written once (128 KB), whatever the rows: 4B at 128 sequences
-// moves 537 MB a layer, 128 µs at 4.2 TB/s. Arithmetic is 3 instructions per element and replayed row and 4 per row with an output
-// (4 rows with 2 replayed: 0.4 of the time on an H200's float32 units, beside it), so it hides as long as other blocks load meanwhile.
+// Bound by the state's bytes. A head of 128 x 128 float32 is read once and written once (128 KB), whatever the rows: 4B at 128
+// sequences moves 537 MB a layer, 128 µs at 4.2 TB/s. Arithmetic is 3 instructions per element and replayed row and 4 per row
+// with an output (4 rows with 2 replayed: 0.4 of the time on an H200's float32 units, beside it), so it hides as long as other
+// blocks load meanwhile.
 //
-// A block works on 16 to 64 columns of one head of one sequence. A warp holds 16 columns in registers: lane = 4 g + c holds columns
-// 4c..4c+3 of rows 32 j + 4 g + i (i < 4), so that a warp's load of 16 bytes a lane covers whole sectors, k and q come from shared memory
-// four rows at a time, and 64 registers hold the state. All 16 loads of a lane are in flight before anything else is done. Eight lanes share
-// a column; Sᵀk and Sᵀq are exchanged by halves (7 shuffles for the 8 sums of a lane, not 24). The order of every sum follows from dk alone:
-// not from the slice, the batch or the kind of row (replayed, known, draft), and roundings are explicit, so that the states committed from a
-// window are bit for bit those of token-by-token decoding.
+// A block works on 16 to 64 columns of one head of one sequence. A warp holds 16 columns in registers: lane = 4 g + c holds
+// columns 4c..4c+3 of rows 32 j + 4 g + i (i < 4), so that a warp's load of 16 bytes a lane covers whole sectors, k and q come
+// from shared memory four rows at a time, and 64 registers hold the state. All 16 loads of a lane are in flight before anything
+// else is done. Eight lanes share a column; Sᵀk and Sᵀq are exchanged by halves (7 shuffles for the 8 sums of a lane, not 24).
+// The order of every sum follows from dk alone: not from the slice, the batch or the kind of row (replayed, known, draft), and
+// roundings are explicit, so that the states committed from a window are bit for bit those of token-by-token decoding.
 //
-// o = (e^g S + k δᵀ)ᵀ q = e^g (Sᵀq) + δ (k·q): both sums of a row need one pass over S before the update, and the norms of q and k go with
-// the sums.
+// o = (e^g S + k δᵀ)ᵀ q = e^g (Sᵀq) + δ (k·q): both sums of a row need one pass over S before the update, and the norms of q and
+// k go with the sums.
 //
-// Races. All heads of a group and all slices read a slot's window while they replay it, and with src == dst the draft rows of this pass go to
-// the same memory. No block can know when the others are done, so nobody writes a window here: a second small kernel does it after this one
-// (12 KB a draft row of the 4B model, a launch of about 2 µs). k and v come from qkv; g and beta go through the stream's workspace, so that
-// a replay sees the very bits that the draft row was run with.
+// Races. All heads of a group and all slices read a slot's window while they replay it, and with src == dst the draft rows of
+// this pass go to the same memory. No block can know when the others are done, so nobody writes a window here: a second small
+// kernel does it after this one (12 KB a draft row of the 4B model, a launch of about 2 µs). k and v come from qkv; g and beta go
+// through the stream's workspace, so that a replay sees the very bits that the draft row was run with.
 //
 // Long known runs (prompts) in bf16: three launches, the step form for the rows before the chunks, the chunked form
-// (delta_rule_chunks_cuda.cu), and the step form for the rows behind them. Each returns at once for sequences that do not need it.
+// (delta_rule_chunks_cuda.cu), and the step form for the rows behind them. Each returns at once for sequences that do not need
+// it.
 
 #include <algorithm>
 #include <type_traits>
@@ -59,8 +61,8 @@ struct StepArgs {
   bool has_chunks;  // ChunkRangeOf of each sequence is run elsewhere
 };
 
-// The tokens of a sequence (replayed rows, then its own rows) that a launch runs, [begin, end). S goes from slot `source` (zeros if < 0) to
-// slot state_dst before token `commit` (after the last one if that is `end`; not at all if negative).
+// The tokens of a sequence (replayed rows, then its own rows) that a launch runs, [begin, end). S goes from slot `source` (zeros
+// if < 0) to slot state_dst before token `commit` (after the last one if that is `end`; not at all if negative).
 struct Run {
   int32_t begin;
   int32_t end;
@@ -69,7 +71,8 @@ struct Run {
 };
 
 __device__ Run RunOf(const SequenceRows& sequence, Phase phase, bool has_chunks) {
-  const int32_t committed = sequence.num_replay_rows + sequence.num_known_rows, all = sequence.num_replay_rows + sequence.num_rows;
+  const int32_t committed = sequence.num_replay_rows + sequence.num_known_rows,
+                all = sequence.num_replay_rows + sequence.num_rows;
   const Run nothing = {0, 0, -1, -1};
   if (sequence.num_rows == 0) return nothing;  // padding
   const ChunkRange chunks = has_chunks ? ChunkRangeOf(sequence) : ChunkRange{0, 0};
@@ -82,8 +85,8 @@ __device__ Run RunOf(const SequenceRows& sequence, Phase phase, bool has_chunks)
 // What a row means to a block, whatever the column.
 template <typename T>
 struct TokenScalars {
-  T* out;         // of the slice's first column; null for a replayed row
-  float decay;    // e^g
+  T* out;       // of the slice's first column; null for a replayed row
+  float decay;  // e^g
   float beta;
   float k_scale;  // 1 / |k|
   float q_scale;  // 1 / (|q| √dk)
@@ -160,8 +163,8 @@ class StepBlock {
   __device__ int FirstColumn() const {                                  // of the head
     return slice_begin_ + warp_ * kWarpColumns + lane_ % kLaneColumns * kLaneColumns;
   }
-  // Where row FirstRow() of this lane's columns lies. Other rows follow at offsets that are constants in the exact instance (one address
-  // instead of sixteen).
+  // Where row FirstRow() of this lane's columns lies. Other rows follow at offsets that are constants in the exact instance (one
+  // address instead of sixteen).
   __device__ float* LaneState(int32_t slot) const {
     return MatrixOf(step_.call.state, slot, head_) + static_cast<int64_t>(FirstRow()) * Stride() + FirstColumn();
   }
@@ -198,8 +201,8 @@ class StepBlock {
       for (int i = 0; i < 4; ++i) {
         float* const at = to + (j * kWarp + i) * Stride();
         if constexpr (kExact) {
-          gpu::StoreStream16(at, make_uint4(__float_as_uint(s_[j][i][0]), __float_as_uint(s_[j][i][1]), __float_as_uint(s_[j][i][2]),
-                                            __float_as_uint(s_[j][i][3])));
+          gpu::StoreStream16(at, make_uint4(__float_as_uint(s_[j][i][0]), __float_as_uint(s_[j][i][1]),
+                                            __float_as_uint(s_[j][i][2]), __float_as_uint(s_[j][i][3])));
         } else if (j * kWarp + FirstRow() + i < key_dim_) {
 #pragma unroll
           for (int c = 0; c < kLaneColumns; ++c) {
@@ -219,7 +222,8 @@ class StepBlock {
   __device__ Source SourceOf(int token) const {
     const LinearStateView& state = step_.call.state;
     const int64_t key_width = static_cast<int64_t>(state.num_key_heads) * key_dim_;
-    const int64_t key = static_cast<int64_t>(key_head_) * key_dim_, value = static_cast<int64_t>(head_) * value_dim_ + slice_begin_;
+    const int64_t key = static_cast<int64_t>(key_head_) * key_dim_,
+                  value = static_cast<int64_t>(head_) * value_dim_ + slice_begin_;
     if (token < sequence_.num_replay_rows) {
       const int64_t kept = static_cast<int64_t>(sequence_.state_src) * state.window + token;
       return {static_cast<const T*>(state.window_k) + kept * key_width + key, nullptr,
@@ -330,8 +334,8 @@ class StepBlock {
       }
     }
 
-    // Sums over the eight lanes of a column (bits 2 to 4 of the lane). Each exchange halves the sums that a lane still has to do with: after
-    // it, lanes with bit 4 have Sᵀq and the others Sᵀk, of the column that bits 3 and 2 name.
+    // Sums over the eight lanes of a column (bits 2 to 4 of the lane). Each exchange halves the sums that a lane still has to do
+    // with: after it, lanes with bit 4 have Sᵀq and the others Sᵀk, of the column that bits 3 and 2 name.
     const bool is_q = (lane_ & 16) != 0, upper = (lane_ & 8) != 0, odd = (lane_ & 4) != 0;
     float four[4], two[2];
 #pragma unroll
@@ -415,7 +419,8 @@ __global__ void __launch_bounds__(kWindowThreads) WindowKernel(const DeltaRuleAr
   T* const window_v = static_cast<T*>(state.window_v) + kept * value_width;
   constexpr int kValues = 16 / sizeof(T);
   const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
-  if (aligned(k) && aligned(v) && aligned(window_k) && aligned(window_v) && key_width % kValues == 0 && value_width % kValues == 0) {
+  if (aligned(k) && aligned(v) && aligned(window_k) && aligned(window_v) && key_width % kValues == 0 &&
+      value_width % kValues == 0) {
     for (int i = thread * kValues; i < key_width; i += kWindowThreads * kValues) {
       *reinterpret_cast<uint4*>(window_k + i) = *reinterpret_cast<const uint4*>(k + i);
     }
@@ -431,7 +436,8 @@ __global__ void __launch_bounds__(kWindowThreads) WindowKernel(const DeltaRuleAr
   for (int i = thread; i < gate_values; i += kWindowThreads) state.window_gate[kept * gate_values + i] = from[i];
 }
 
-// Widest slices that still give every multiprocessor four blocks (with 64 columns: as many as fit at a time). Bits do not depend on it.
+// Widest slices that still give every multiprocessor four blocks (with 64 columns: as many as fit at a time). Bits do not depend
+// on it.
 int32_t SliceColumns(int64_t heads, int32_t value_dim, int num_multiprocessors) {
   for (int32_t columns = kMaxSliceColumns; columns > kWarpColumns; columns /= 2) {
     if (columns - kWarpColumns >= value_dim) continue;  // a warp or more without columns
@@ -440,7 +446,9 @@ int32_t SliceColumns(int64_t heads, int32_t value_dim, int num_multiprocessors) 
   return kWarpColumns;
 }
 
-bool RowsAligned(const void* data, int64_t stride_bytes) { return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride_bytes % 16 == 0; }
+bool RowsAligned(const void* data, int64_t stride_bytes) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride_bytes % 16 == 0;
+}
 
 template <typename T>
 void LaunchAll(const DeltaRuleArgs& args, bool exact, Stream& stream) {
@@ -455,7 +463,8 @@ void LaunchAll(const DeltaRuleArgs& args, bool exact, Stream& stream) {
       .has_chunks = std::is_same_v<T, Bf16Bits> && exact && batch.max_sequence_rows > kMaxStepRows,
   };
   const int32_t slices = (state.value_head_dim + step.slice_columns - 1) / step.slice_columns;
-  const dim3 grid(static_cast<unsigned>(slices), static_cast<unsigned>(state.num_value_heads), static_cast<unsigned>(batch.num_sequences));
+  const dim3 grid(static_cast<unsigned>(slices), static_cast<unsigned>(state.num_value_heads),
+                  static_cast<unsigned>(batch.num_sequences));
   const dim3 block(static_cast<unsigned>(step.slice_columns / kWarpColumns * kWarp));
   const auto launch = [&](Phase phase) {
     step.phase = phase;
@@ -492,9 +501,9 @@ void DeltaRule(const DeltaRuleArgs& args, Stream& stream) {
   const int64_t bytes = ElementBytes(dtype);
   const int64_t key_width = int64_t{state.num_key_heads} * state.key_head_dim;
   const bool exact = state.key_head_dim == kChunkHeadDim && state.value_head_dim == kChunkHeadDim &&
-                     RowsAligned(args.qkv.data, args.qkv.row_stride * bytes) && RowsAligned(args.out.data, args.out.row_stride * bytes) &&
-                     RowsAligned(state.window_k, key_width * bytes) && RowsAligned(state.window_v, args.out.cols * bytes) &&
-                     RowsAligned(state.matrix, 16);
+                     RowsAligned(args.qkv.data, args.qkv.row_stride * bytes) &&
+                     RowsAligned(args.out.data, args.out.row_stride * bytes) && RowsAligned(state.window_k, key_width * bytes) &&
+                     RowsAligned(state.window_v, args.out.cols * bytes) && RowsAligned(state.matrix, 16);
   if (dtype == DType::kFloat32) {
     LaunchAll<float>(args, exact, stream);
   } else {

@@ -9,15 +9,15 @@
 // What the device's step form (delta_rule_cuda.cu) and chunked form (delta_rule_chunks_cuda.cu) share. For these two files only.
 namespace bebop::cuda {
 
-// A chunk is what a pass has of the rows between two absolute multiples of 64. Shorter ones take the step form: a chunk costs as much as some
-// 30 steps, however short. This depends on positions and where the pass ends, not on where it begins at such a multiple, so cuts there
-// change no bit.
+// A chunk is what a pass has of the rows between two absolute multiples of 64. Shorter ones take the step form: a chunk costs as
+// much as some 30 steps, however short. This depends on positions and where the pass ends, not on where it begins at such a
+// multiple, so cuts there change no bit.
 inline constexpr int32_t kMaxStepRows = 32;
 inline constexpr int32_t kChunkRows = 64;
 inline constexpr int32_t kChunkHeadDim = 128;  // the one dk and dv with a chunked form (in bf16)
 
-// The known rows [begin, end) of a sequence that take the chunked form in a call that has one; those before and behind are short chunks. In
-// device and host code.
+// The known rows [begin, end) of a sequence that take the chunked form in a call that has one; those before and behind are short
+// chunks. In device and host code.
 struct ChunkRange {
   int32_t begin;
   int32_t end;
@@ -48,7 +48,8 @@ struct Gate {
   float beta;
 };
 
-// Every rounding is explicit, so that all kernels get the same bits from the same inputs. The quick quotient is good to 2 ulp, and to 1e-38.
+// Every rounding is explicit, so that all kernels get the same bits from the same inputs. The quick quotient is good to 2 ulp,
+// and to 1e-38.
 template <typename T>
 __device__ inline Gate GateOf(const DeltaRuleArgs& args, int64_t row, int32_t head) {
   const float x = __fadd_rn(ToValue(RowOf<T>(args.a, row)[head]), args.dt_bias[head]);
@@ -68,8 +69,8 @@ __device__ inline float* MatrixOf(const LinearStateView& state, int64_t slot, in
   return state.matrix + (slot * state.num_value_heads + head) * state.key_head_dim * state.value_head_dim;
 }
 
-// Enqueues ChunkRangeOf of all sequences. The state before is in slot state_dst where the step form has run rows, else in slot state_src.
-// REQUIRES: bf16, dk = dv = kChunkHeadDim, rows aligned to 16 bytes.
+// Enqueues ChunkRangeOf of all sequences. The state before is in slot state_dst where the step form has run rows, else in slot
+// state_src. REQUIRES: bf16, dk = dv = kChunkHeadDim, rows aligned to 16 bytes.
 void DeltaRuleChunks(const DeltaRuleArgs& args, Stream& stream);
 
 }  // namespace bebop::cuda

@@ -69,13 +69,14 @@ class Layer {
 
 class CausalConvCudaTest : public CudaTest {};
 
-// One batch of everything: prompts beyond the head's rows, decode steps in place and into other slots, two children of one parent, drafts
-// alone, fewer known rows than taps, padded sequences. The CPU runs the same; what a device may not touch keeps its bits.
+// One batch of everything: prompts beyond the head's rows, decode steps in place and into other slots, two children of one
+// parent, drafts alone, fewer known rows than taps, padded sequences. The CPU runs the same; what a device may not touch keeps
+// its bits.
 TEST_F(CausalConvCudaTest, AgreesWithTheCpu) {
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
-    for (const Shape& shape : {Shape{2, 4, 16, 20, 4, 8, 8}, Shape{1, 3, 13, 11, 4, 5, 3}, Shape{1, 2, 8, 16, 1, 4, 8},
-                               Shape{2, 2, 8, 24, 2, 3, 8}, Shape{1, 1, 16, 8, 3, 8, 8}, Shape{1, 2, 8, 12, 8, 8, 8},
-                               Shape{4, 8, 32, 40, 4, 3, 8}}) {
+    for (const Shape& shape :
+         {Shape{2, 4, 16, 20, 4, 8, 8}, Shape{1, 3, 13, 11, 4, 5, 3}, Shape{1, 2, 8, 16, 1, 4, 8}, Shape{2, 2, 8, 24, 2, 3, 8},
+          Shape{1, 1, 16, 8, 3, 8, 8}, Shape{1, 2, 8, 12, 8, 8, 8}, Shape{4, 8, 32, 40, 4, 3, 8}}) {
       constexpr int32_t kNumSlots = 12;
       Random random(static_cast<uint64_t>(shape.width * 100 + shape.key_dim));
       Layer layer(shape, kNumSlots, dtype, random);
@@ -98,7 +99,8 @@ TEST_F(CausalConvCudaTest, AgreesWithTheCpu) {
       const int32_t rows = batch.num_rows(), channels = layer.channels;
       const std::vector<float> x = Stored(random.Normals(int64_t{rows} * channels), dtype);
 
-      OwnedLinearState expected_state(kNumSlots, window, shape.key_heads, shape.value_heads, shape.key_dim, shape.value_dim, shape.width);
+      OwnedLinearState expected_state(kNumSlots, window, shape.key_heads, shape.value_heads, shape.key_dim, shape.value_dim,
+                                      shape.width);
       expected_state.conv_inputs = layer.host.conv_inputs;
       expected_state.view.conv_inputs = expected_state.conv_inputs.data();
       OwnedBatch cpu_batch = batch;
@@ -126,7 +128,8 @@ TEST_F(CausalConvCudaTest, AgreesWithTheCpu) {
           // Both sum `width` products and take a SiLU of slope 1.1 at most and 8 ulp; the device rounds to its type.
           const double tolerance = 2 * 1.1 * (shape.width + 1) * kUnit * magnitudes[i] + 16 * kUnit * std::fabs(expected[i]) +
                                    (dtype == DType::kBFloat16 ? 0x1.0p-8 * std::fabs(expected[i]) : 0.0);
-          ASSERT_NEAR(y[i], expected[i], tolerance) << DTypeName(dtype) << " width " << shape.width << " row " << t << " channel " << c;
+          ASSERT_NEAR(y[i], expected[i], tolerance)
+              << DTypeName(dtype) << " width " << shape.width << " row " << t << " channel " << c;
         }
       }
       EXPECT_TRUE(SameBits(layer.host.conv_inputs, expected_state.conv_inputs)) << DTypeName(dtype) << " width " << shape.width;

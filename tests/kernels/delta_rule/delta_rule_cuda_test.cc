@@ -61,17 +61,17 @@ void FillSlot(int32_t slot, const Shape& shape, DType dtype, Random& random, Own
   put(state->window_gate, gates);
 }
 
-// The recurrence in double, with bounds of a float computation's error. A step contracts differences of S (by its decay at least), so a
-// bound E of the error of S's columns becomes e^g E + ε, where ε is what the step itself adds; `largest` (L below) is the largest norm of a
-// column of S and of |v| so far.
+// The recurrence in double, with bounds of a float computation's error. A step contracts differences of S (by its decay at
+// least), so a bound E of the error of S's columns becomes e^g E + ε, where ε is what the step itself adds; `largest` (L below)
+// is the largest norm of a column of S and of |v| so far.
 //
 //   Step form: ε = (dk + 32) u L: sums over dk of terms |S||k|, and some thirty roundings of scalars and of S.
-//   Chunked form: δ_i comes from δ_j of the chunk's earlier rows: ε = ((4.5 dk + 32)(1 + 2a) u + (2 + 2a) 2^-16) L with a = Σ_j |k̂_i·k̂_j|:
-//   sums over dk, twice with the low halves, for S and for each of the A_ij (|δ_j| <= 2L), where a tensor-core step adds 16 products and the
-//   sum so far, each cut off at 2u of the largest; and the splits of S, δ and P into bf16 parts.
+//   Chunked form: δ_i comes from δ_j of the chunk's earlier rows: ε = ((4.5 dk + 32)(1 + 2a) u + (2 + 2a) 2^-16) L with a = Σ_j
+//   |k̂_i·k̂_j|: sums over dk, twice with the low halves, for S and for each of the A_ij (|δ_j| <= 2L), where a tensor-core step
+//   adds 16 products and the sum so far, each cut off at 2u of the largest; and the splits of S, δ and P into bf16 parts.
 struct Exact {
-  std::vector<double> out, out_error;        // [T, Hv*dv], [T, Hv]
-  std::map<int32_t, std::vector<double>> matrix;  // by slot written
+  std::vector<double> out, out_error;                   // [T, Hv*dv], [T, Hv]
+  std::map<int32_t, std::vector<double>> matrix;        // by slot written
   std::map<int32_t, std::vector<double>> matrix_error;  // [Hv]
 };
 
@@ -112,8 +112,8 @@ Exact Recur(const Shape& shape, const Inputs& in, const OwnedLinearState& state,
         const int64_t kept = int64_t{sequence.state_src} * shape.window + t, row = sequence.first_row + t - replay;
         const bool replayed = t < replay;
         const float* q = replayed ? nullptr : &in.qkv[static_cast<size_t>(row * shape.channels() + key_head * dk)];
-        const float* k = replayed ? &state.window_k[static_cast<size_t>((kept * shape.key_heads + key_head) * dk)]
-                                  : q + shape.key_heads * dk;
+        const float* k =
+            replayed ? &state.window_k[static_cast<size_t>((kept * shape.key_heads + key_head) * dk)] : q + shape.key_heads * dk;
         const float* v = replayed ? &state.window_v[static_cast<size_t>((kept * shape.value_heads + h) * dv)]
                                   : &in.qkv[static_cast<size_t>(row * shape.channels() + 2 * shape.key_heads * dk + h * dv)];
         double g, beta, qq = 1e-6, kk = 1e-6;
@@ -156,11 +156,12 @@ Exact Recur(const Shape& shape, const Inputs& in, const OwnedLinearState& state,
           largest = std::max({largest, std::sqrt(norm), double{std::fabs(v[c])}});
           if (!replayed) exact.out[static_cast<size_t>(row * shape.value_width() + h * dv + c)] = sq;
         }
-        const double local = in_chunk ? (4.5 * dk + 32) * (1 + 2 * overlap) * kUnit + (2 + 2 * overlap) * 0x1.0p-16
-                                      : (dk + 32) * kUnit;
+        const double local =
+            in_chunk ? (4.5 * dk + 32) * (1 + 2 * overlap) * kUnit + (2 + 2 * overlap) * 0x1.0p-16 : (dk + 32) * kUnit;
         error = std::exp(g) * error + local * largest;
         // |q̂| = 1/√dk.
-        if (!replayed) exact.out_error[static_cast<size_t>(row * shape.value_heads + h)] = (error + local * largest) / std::sqrt(dk);
+        if (!replayed)
+          exact.out_error[static_cast<size_t>(row * shape.value_heads + h)] = (error + local * largest) / std::sqrt(dk);
       }
     }
   }
@@ -168,22 +169,24 @@ Exact Recur(const Shape& shape, const Inputs& in, const OwnedLinearState& state,
 }
 
 struct Outcome {
-  std::vector<float> out;  // [T, Hv*dv]; rows that nobody writes are NaN
+  std::vector<float> out;                          // [T, Hv*dv]; rows that nobody writes are NaN
   double out_rms_error = 0, matrix_rms_error = 0;  // relative to the values' rms
 };
 
 class DeltaRuleCudaTest : public CudaTest {
  protected:
   // Runs `batch` on the device; the slots go there and back through `state`.
-  std::vector<float> Run(const Shape& shape, const Inputs& in, const OwnedBatch& batch, DType dtype, int64_t gap, OwnedLinearState* state) {
+  std::vector<float> Run(const Shape& shape, const Inputs& in, const OwnedBatch& batch, DType dtype, int64_t gap,
+                         OwnedLinearState* state) {
     const int64_t rows = batch.num_rows();
     const DeviceMatrix qkv(in.qkv, rows, shape.channels(), dtype, gap), a(in.a, rows, shape.value_heads, dtype, gap),
         b(in.b, rows, shape.value_heads, dtype, gap), out(rows, shape.value_width(), dtype, gap);
     const DeviceArray<float> a_log(in.a_log), dt_bias(in.dt_bias);
     const DeviceBatchCopy device_batch(batch);
     const DeviceLinearState device_state(*state, dtype);
-    cuda::DeltaRule({device_batch.View(), qkv.View(), a.View(), b.View(), a_log.data(), dt_bias.data(), device_state.View(), out.View()},
-                    stream());
+    cuda::DeltaRule(
+        {device_batch.View(), qkv.View(), a.View(), b.View(), a_log.data(), dt_bias.data(), device_state.View(), out.View()},
+        stream());
     BEBOP_CUDA_TRY(stream(), cudaStreamSynchronize(stream().handle()));
     device_state.Download(state);
     EXPECT_TRUE(qkv.GapsUntouched() && a.GapsUntouched() && b.GapsUntouched() && out.GapsUntouched());
@@ -191,11 +194,12 @@ class DeltaRuleCudaTest : public CudaTest {
   }
 
   // The same against the double recurrence: outputs, committed states, windows, and that nothing else changes.
-  Outcome Check(const Shape& shape, const Inputs& in, const OwnedBatch& batch, DType dtype, int64_t gap, OwnedLinearState* state) {
+  Outcome Check(const Shape& shape, const Inputs& in, const OwnedBatch& batch, DType dtype, int64_t gap,
+                OwnedLinearState* state) {
     const bool has_chunks = dtype == DType::kBFloat16 && shape.key_dim == 128 && shape.value_dim == 128 && gap % 8 == 0;
     const Exact exact = Recur(shape, in, *state, batch.View(), has_chunks);
-    OwnedLinearState before(state->view.num_slots, shape.window, shape.key_heads, shape.value_heads, shape.key_dim, shape.value_dim,
-                            state->view.conv_width);
+    OwnedLinearState before(state->view.num_slots, shape.window, shape.key_heads, shape.value_heads, shape.key_dim,
+                            shape.value_dim, state->view.conv_width);
     before.matrix = state->matrix, before.conv_inputs = state->conv_inputs, before.window_k = state->window_k;
     before.window_v = state->window_v, before.window_gate = state->window_gate;
     Outcome outcome;
@@ -213,8 +217,8 @@ class DeltaRuleCudaTest : public CudaTest {
         const double rounding = dtype == DType::kBFloat16 ? kBf16Unit * (std::fabs(exact.out[at]) + bound) : 0.0;
         const double error = std::fabs(outcome.out[at] - exact.out[at]);
         if (!(error <= bound + rounding)) {
-          ADD_FAILURE() << DTypeName(dtype) << " dk " << shape.key_dim << " dv " << shape.value_dim << " row " << t << " column " << i << ": "
-                        << outcome.out[at] << " for " << exact.out[at] << ", bound " << bound + rounding;
+          ADD_FAILURE() << DTypeName(dtype) << " dk " << shape.key_dim << " dv " << shape.value_dim << " row " << t << " column "
+                        << i << ": " << outcome.out[at] << " for " << exact.out[at] << ", bound " << bound + rounding;
           return outcome;
         }
         error_sum += error * error;
@@ -230,8 +234,8 @@ class DeltaRuleCudaTest : public CudaTest {
         const double bound = exact.matrix_error.at(slot)[i / static_cast<size_t>(shape.key_dim * shape.value_dim)];
         const double error = std::fabs(got[i] - matrix[i]);
         if (!(error <= bound)) {
-          ADD_FAILURE() << DTypeName(dtype) << " dk " << shape.key_dim << " dv " << shape.value_dim << " slot " << slot << " S " << i << ": "
-                        << got[i] << " for " << matrix[i] << ", bound " << bound;
+          ADD_FAILURE() << DTypeName(dtype) << " dk " << shape.key_dim << " dv " << shape.value_dim << " slot " << slot << " S "
+                        << i << ": " << got[i] << " for " << matrix[i] << ", bound " << bound;
           return outcome;
         }
         error_sum += error * error;
@@ -245,7 +249,8 @@ class DeltaRuleCudaTest : public CudaTest {
     const int64_t key_width = shape.key_heads * shape.key_dim;
     for (const SequenceRows& sequence : batch.sequences) {
       for (int32_t i = 0; i < sequence.num_rows - sequence.num_known_rows; ++i) {
-        const int64_t row = sequence.first_row + sequence.num_known_rows + i, kept = int64_t{sequence.state_dst} * shape.window + i;
+        const int64_t row = sequence.first_row + sequence.num_known_rows + i,
+                      kept = int64_t{sequence.state_dst} * shape.window + i;
         const float* k = &in.qkv[static_cast<size_t>(row * shape.channels() + key_width)];
         expect(&before.window_k[static_cast<size_t>(kept * key_width)], k, key_width);
         expect(&before.window_v[static_cast<size_t>(kept * shape.value_width())], k + key_width, shape.value_width());
@@ -262,8 +267,8 @@ class DeltaRuleCudaTest : public CudaTest {
       }
       if (sequence.num_rows == 0) continue;
       const int64_t size = before.MatrixSize();
-      expect(&before.matrix[static_cast<size_t>(sequence.state_dst * size)], &state->matrix[static_cast<size_t>(sequence.state_dst * size)],
-             size);
+      expect(&before.matrix[static_cast<size_t>(sequence.state_dst * size)],
+             &state->matrix[static_cast<size_t>(sequence.state_dst * size)], size);
     }
     EXPECT_TRUE(SameBits(before.matrix, state->matrix) && SameBits(before.conv_inputs, state->conv_inputs));
     EXPECT_TRUE(SameBits(before.window_k, state->window_k) && SameBits(before.window_v, state->window_v));
@@ -272,7 +277,8 @@ class DeltaRuleCudaTest : public CudaTest {
   }
 };
 
-// Everything in one batch: fresh sequences, replay in place and into other slots, two children of one parent, drafts alone, padding.
+// Everything in one batch: fresh sequences, replay in place and into other slots, two children of one parent, drafts alone,
+// padding.
 OwnedBatch MixedBatch(int32_t window) {
   OwnedBatch batch;
   batch.Add({.num_rows = 9, .num_known_rows = 9, .state_src = -1, .state_dst = 0});
@@ -292,9 +298,14 @@ constexpr int32_t kMixedSlots = 11;  // 10 belongs to nobody
 
 TEST_F(DeltaRuleCudaTest, StepsAgreeWithDouble) {
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
-    for (const auto& [shape, gap] :
-         {std::pair{Shape{1, 1, 16, 16, 4}, 8}, {Shape{2, 4, 24, 80, 8}, 8}, {Shape{2, 6, 32, 13, 3}, 3}, {Shape{1, 3, 80, 24, 1}, 8},
-          {Shape{1, 2, 128, 128, 8}, 8}, {Shape{1, 1, 128, 128, 4}, 3}, {Shape{1, 1, 256, 64, 2}, 8}, {Shape{1, 1, 16, 256, 2}, 8}}) {
+    for (const auto& [shape, gap] : {std::pair{Shape{1, 1, 16, 16, 4}, 8},
+                                     {Shape{2, 4, 24, 80, 8}, 8},
+                                     {Shape{2, 6, 32, 13, 3}, 3},
+                                     {Shape{1, 3, 80, 24, 1}, 8},
+                                     {Shape{1, 2, 128, 128, 8}, 8},
+                                     {Shape{1, 1, 128, 128, 4}, 3},
+                                     {Shape{1, 1, 256, 64, 2}, 8},
+                                     {Shape{1, 1, 16, 256, 2}, 8}}) {
       Random random(static_cast<uint64_t>(shape.key_dim * 1000 + shape.value_dim));
       const OwnedBatch batch = MixedBatch(shape.window);
       const Inputs in(shape, batch.num_rows(), dtype, random);
@@ -333,12 +344,14 @@ TEST_F(DeltaRuleCudaTest, AgreesWithTheCpu) {
     if (batch.row_sequence[t] < 0) continue;
     for (int32_t i = 0; i < shape.value_width(); ++i) {
       const size_t at = static_cast<size_t>(t * shape.value_width() + i);
-      ASSERT_NEAR(out[at], cpu_out[at], 2 * exact.out_error[static_cast<size_t>(t * 4 + i / 128)]) << "row " << t << " column " << i;
+      ASSERT_NEAR(out[at], cpu_out[at], 2 * exact.out_error[static_cast<size_t>(t * 4 + i / 128)])
+          << "row " << t << " column " << i;
     }
   }
   for (const auto& [slot, bounds] : exact.matrix_error) {
     const std::vector<float> got = state.Matrix(slot), expected = cpu_state.Matrix(slot);
-    for (size_t i = 0; i < got.size(); ++i) ASSERT_NEAR(got[i], expected[i], 2 * bounds[i / (128 * 128)]) << "slot " << slot << " S " << i;
+    for (size_t i = 0; i < got.size(); ++i)
+      ASSERT_NEAR(got[i], expected[i], 2 * bounds[i / (128 * 128)]) << "slot " << slot << " S " << i;
   }
 }
 
@@ -355,7 +368,8 @@ TEST_F(DeltaRuleCudaTest, ChunksAgreeWithDouble) {
     batch.Add({.num_rows = 130, .num_known_rows = 130, .first_position = 64, .state_src = 3, .state_dst = 4});
     batch.Add({.num_rows = 40, .num_known_rows = 36, .first_position = 63, .state_src = 3, .state_dst = 5});
     batch.Add({.num_rows = 32, .num_known_rows = 32, .first_position = 0, .state_src = -1, .state_dst = 6});
-    batch.Add({.num_rows = 64, .num_known_rows = 64, .num_replay_rows = 2, .first_position = 128, .state_src = 3, .state_dst = 7});
+    batch.Add(
+        {.num_rows = 64, .num_known_rows = 64, .num_replay_rows = 2, .first_position = 128, .state_src = 3, .state_dst = 7});
     batch.Add({.num_rows = 90, .num_known_rows = 87, .num_replay_rows = 1, .first_position = 54, .state_src = 8, .state_dst = 8});
     batch.Add({.num_rows = 40, .num_known_rows = 40, .first_position = 44, .state_src = -1, .state_dst = 9});
     batch.row_sequence.push_back(-1), batch.row_position.push_back(0);
@@ -410,7 +424,8 @@ TEST_F(DeltaRuleCudaTest, CutsAtMultiplesOf64ChangeNoBit) {
       part(all.qkv, in.qkv, shape.channels());
       part(all.a, in.a, 2);
       part(all.b, in.b, 2);
-      batch.Add({.num_rows = rows, .num_known_rows = rows, .first_position = cuts[i], .state_src = i == 0 ? -1 : 1, .state_dst = 1});
+      batch.Add(
+          {.num_rows = rows, .num_known_rows = rows, .first_position = cuts[i], .state_src = i == 0 ? -1 : 1, .state_dst = 1});
       if (company) batch.Add({.num_rows = 40, .num_known_rows = 38, .state_src = -1, .state_dst = 2});
       const std::vector<float> out = Run(shape, in, batch, DType::kBFloat16, 8, &state);
       outs.insert(outs.end(), out.begin(), out.begin() + rows * shape.value_width());
@@ -440,7 +455,8 @@ TEST_F(DeltaRuleCudaTest, BatchMatesChangeNoBit) {
       OwnedBatch batch;
       Inputs in(shape, 4 * num_sequences, dtype, others);
       in.a_log = one.a_log, in.dt_bias = one.dt_bias;
-      for (int32_t s = 0; s + 1 < num_sequences; ++s) batch.Add({.num_rows = 4, .num_known_rows = 1, .state_src = -1, .state_dst = s});
+      for (int32_t s = 0; s + 1 < num_sequences; ++s)
+        batch.Add({.num_rows = 4, .num_known_rows = 1, .state_src = -1, .state_dst = s});
       batch.Add({.num_rows = 4, .num_known_rows = 2, .state_src = -1, .state_dst = num_sequences - 1});
       if (num_sequences > 1) in.qkv[1] = kNan;
       std::copy(one.qkv.begin(), one.qkv.end(), in.qkv.end() - static_cast<std::ptrdiff_t>(one.qkv.size()));

@@ -36,7 +36,8 @@ class Layer {
         out(count, shape_.value_width(), dtype_);
     const DeviceBatchCopy device_batch(batch);
     cuda::CausalConv({device_batch.View(), x.View(), weight_.data(), state_.View(), y.View()}, stream_);
-    cuda::DeltaRule({device_batch.View(), y.View(), a.View(), b.View(), a_log_.data(), dt_bias_.data(), state_.View(), out.View()}, stream_);
+    cuda::DeltaRule(
+        {device_batch.View(), y.View(), a.View(), b.View(), a_log_.data(), dt_bias_.data(), state_.View(), out.View()}, stream_);
     BEBOP_CUDA_TRY(stream_, cudaStreamSynchronize(stream_.handle()));
     EXPECT_TRUE(y.GapsUntouched() && out.GapsUntouched());
     return out.Values();
@@ -86,11 +87,11 @@ TEST_P(LazyCommitCudaTest, ForksLeaveTheParentAlone) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Shapes, LazyCommitCudaTest,
-                         ::testing::Combine(::testing::Values(Case{{2, 2, 16, 16, 4}, 0.0f},      // the smallest
-                                                              Case{{1, 3, 24, 40, 4}, 0.0f},      // ragged, three slices a head
-                                                              Case{{1, 2, 32, 48, 3}, -12.0f},    // decay near 1
-                                                              Case{{1, 2, 48, 32, 2}, 12.0f},     // decay near 0
-                                                              Case{{1, 2, 128, 128, 4}, 0.0f}),   // the real heads
+                         ::testing::Combine(::testing::Values(Case{{2, 2, 16, 16, 4}, 0.0f},     // the smallest
+                                                              Case{{1, 3, 24, 40, 4}, 0.0f},     // ragged, three slices a head
+                                                              Case{{1, 2, 32, 48, 3}, -12.0f},   // decay near 1
+                                                              Case{{1, 2, 48, 32, 2}, 12.0f},    // decay near 0
+                                                              Case{{1, 2, 128, 128, 4}, 0.0f}),  // the real heads
                                             ::testing::Values(DType::kFloat32, DType::kBFloat16)));
 
 }  // namespace

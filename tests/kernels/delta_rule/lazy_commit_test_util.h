@@ -5,7 +5,8 @@
 
 #include "tests/kernels/kernel_test_util.h"
 
-// What the lazy-commit tests of the CPU and of a device share. A `Layer` is a causal convolution and a delta rule with their state:
+// What the lazy-commit tests of the CPU and of a device share. A `Layer` is a causal convolution and a delta rule with their
+// state:
 //   std::vector<float> Run(const OwnedBatch&, Rows&)            outputs [T, Hv*dv]
 //   std::vector<float> RunOne(SequenceRows, Rows&)              the same for one sequence
 //   const OwnedLinearState& State()                             all slots as they are now
@@ -67,8 +68,8 @@ struct Case {
   float gate_shift;  // moves a: -12: decay near 1; +12: decay near 0
 };
 
-// Runs windows with random drafts, acceptances and slots: prompts, decode steps, and passes of drafts alone. `reference` has one slot, `layer`
-// three; both are fresh and of the same constants. Prompts have up to long_prompt + 19 rows.
+// Runs windows with random drafts, acceptances and slots: prompts, decode steps, and passes of drafts alone. `reference` has one
+// slot, `layer` three; both are fresh and of the same constants. Prompts have up to long_prompt + 19 rows.
 template <typename Layer>
 void CheckRandomWindows(Layer& reference, Layer& layer, const Case& test_case, int32_t num_tokens, int32_t long_prompt) {
   const auto [shape, gate_shift] = test_case;
