@@ -122,26 +122,27 @@ void ForgetAll() {
   checks.epoch = 1;
 }
 
-Stamp StampNow(uint32_t bytes, bool atomic) {
-  const int thread = running.thread;
-  const uint32_t clock = checks.clocks[static_cast<size_t>(thread / kWarpLanes)].of[thread % kWarpLanes][thread % kWarpLanes];
-  return Stamp{checks.epoch} << 40 | Stamp{clock} << 15 | Stamp{static_cast<uint32_t>(thread)} << 5 | Stamp{atomic} << 4 | bytes;
+// The stamp of an access by the present thread, but for the bytes.
+inline Stamp Who(bool atomic) {
+  const uint32_t thread = static_cast<uint32_t>(running.thread);
+  const uint32_t clock = checks.clocks[thread / kWarpLanes].of[thread % kWarpLanes][thread % kWarpLanes];
+  return Stamp{checks.epoch} << 40 | Stamp{clock} << 15 | Stamp{thread} << 5 | Stamp{atomic} << 4;
 }
 
 // Whether the present thread may not rely on the stamped access of this block having happened before.
-bool Unordered(Stamp stamp) {
-  if (EpochOf(stamp) != checks.epoch) return false;
+inline bool Unordered(Stamp stamp) {
+  if (EpochOf(stamp) != checks.epoch) [[likely]] return false;
   const int other = ThreadOf(stamp), self = running.thread;
   if (other == self) return false;
   if (other / kWarpLanes != self / kWarpLanes) return true;
   return checks.clocks[static_cast<size_t>(self / kWarpLanes)].of[self % kWarpLanes][other % kWarpLanes] < ClockOf(stamp);
 }
 
-bool Conflicts(Stamp earlier, uint32_t bytes, bool atomic) {
+inline bool Conflicts(Stamp earlier, uint32_t bytes, bool atomic) {
   return (BytesOf(earlier) & bytes) != 0 && !(atomic && AtomicOf(earlier)) && Unordered(earlier);
 }
 
-[[noreturn]] void Race(const char* memory, const char* present, const char* earlier, Stamp stamp, uintptr_t address, const void* place) {
+[[noreturn, gnu::cold, gnu::noinline]] void Race(const char* memory, const char* present, const char* earlier, Stamp stamp, uintptr_t address, const void* place) {
   Violation(std::string("race on ") + memory + " memory at " + Hex(address) + ": the thread " + present + " it, thread " +
                 ThreadName(ThreadOf(stamp)) + " " + earlier + " it, and no barrier is between",
             place);
@@ -149,20 +150,37 @@ bool Conflicts(Stamp earlier, uint32_t bytes, bool atomic) {
 
 // ---- Shared memory ----
 
-void AccessWord(Cell& cell, uint32_t bytes, Access access, bool relaxed, uintptr_t address, const void* place, bool is_static) {
-  const bool atomic = relaxed || access == Access::kAtomic;
-  const Stamp now = StampNow(bytes, atomic);
-  if (cell.pending == checks.block_epoch) {
-    Violation("an access to shared memory at " + Hex(address) + " that an asynchronous copy is still writing", place);
+[[noreturn, gnu::cold, gnu::noinline]] void PendingCopy(uintptr_t address, const void* place) {
+  Violation("an access to shared memory at " + Hex(address) + " that an asynchronous copy is still writing", place);
+}
+[[noreturn, gnu::cold, gnu::noinline]] void Uninitialized(uintptr_t address, const void* place) {
+  Violation("reads shared memory at " + Hex(address) + " that its block has not written", place);
+}
+
+// The first write of the block to a word of shared memory.
+[[gnu::noinline]] void FirstWrite(Cell& cell, const void* place, bool is_static) {
+  cell.initialized = checks.block_epoch << 4;
+  if (!is_static) return;
+  checks.static_used += 4;
+  if (checks.static_used > kMaxStaticSharedBytes || checks.static_used + running.shared_bytes > running.shared_limit) {
+    Violation("the kernel's static shared memory (" + std::to_string(checks.static_used) + " bytes and more) with its dynamic one (" +
+                  std::to_string(running.shared_bytes) + ") exceeds what the launch may have, " + std::to_string(running.shared_limit) +
+                  " (static alone: 49152)",
+              place);
   }
+}
+
+inline void AccessWord(Cell& cell, Stamp who, uint32_t bytes, Access access, uintptr_t address, const void* place, bool is_static) {
+  const bool atomic = AtomicOf(who);
+  if (cell.pending == checks.block_epoch) PendingCopy(address, place);
+  // The thread has just read it: who could have written since would have been told then.
+  if (access == Access::kRead && (cell.reads[0] & kWhoMask) == who && (cell.reads[0] & bytes) == bytes) return;
   if (Conflicts(cell.write, bytes, atomic)) Race("shared", access == Access::kRead ? "reads" : "writes", "wrote", cell.write, address, place);
-  if (access != Access::kWrite &&
-      (cell.initialized >> 4 != checks.block_epoch || (cell.initialized & bytes) != bytes)) {
-    Violation("reads shared memory at " + Hex(address) + " that its block has not written", place);
-  }
+  if (access != Access::kWrite && (cell.initialized >> 4 != checks.block_epoch || (cell.initialized & bytes) != bytes)) Uninitialized(address, place);
+  const Stamp now = who | bytes;
   if (access == Access::kRead) {
     for (Stamp& read : cell.reads) {
-      if ((read & kWhoMask) == (now & kWhoMask)) {
+      if ((read & kWhoMask) == who) {
         read |= bytes;
         return;
       }
@@ -179,27 +197,20 @@ void AccessWord(Cell& cell, uint32_t bytes, Access access, bool relaxed, uintptr
   for (const Stamp read : cell.reads) {
     if (Conflicts(read, bytes, atomic)) Race("shared", "writes", "read", read, address, place);
   }
-  if (cell.initialized >> 4 != checks.block_epoch) {
-    cell.initialized = checks.block_epoch << 4;
-    if (is_static) {
-      checks.static_used += 4;
-      if (checks.static_used > kMaxStaticSharedBytes || checks.static_used + running.shared_bytes > running.shared_limit) {
-        Violation("the kernel's static shared memory (" + std::to_string(checks.static_used) + " bytes and more) with its dynamic one (" +
-                      std::to_string(running.shared_bytes) + ") exceeds what the launch may have, " + std::to_string(running.shared_limit) +
-                      " (static alone: 49152)",
-                  place);
-      }
-    }
-  }
+  if (cell.initialized >> 4 != checks.block_epoch) FirstWrite(cell, place, is_static);
   cell.initialized |= bytes;
-  cell.write = (cell.write & kWhoMask) == (now & kWhoMask) ? cell.write | bytes : now;
+  cell.write = (cell.write & kWhoMask) == who ? cell.write | bytes : now;
 }
 
 // Calls action(cell, bytes of its word, address) for the words of an access.
 template <typename Action>
-void ForWords(Cell* cells, uintptr_t begin, uintptr_t address, size_t bytes, Action&& action) {
+inline void ForWords(Cell* cells, uintptr_t begin, uintptr_t address, size_t bytes, Action&& action) {
   uintptr_t offset = address - begin;
   const uintptr_t end = offset + bytes;
+  if (((offset | bytes) & 3) == 0) {
+    for (; offset < end; offset += 4) action(cells[offset / 4], 15u, begin + offset);
+    return;
+  }
   while (offset < end) {
     const uintptr_t word_end = std::min<uintptr_t>(end, (offset | 3) + 1);
     const uint32_t mask = ((1u << (word_end - offset)) - 1) << (offset & 3);
@@ -213,17 +224,20 @@ bool InStatic(uintptr_t address) { return address - checks.static_begin < checks
 
 // ---- Global memory ----
 
-void AccessGlobal(uintptr_t address, size_t bytes, Access access, bool relaxed, const void* place) {
+[[noreturn, gnu::cold, gnu::noinline]] void OutOfBounds(const Allocation* allocation, uintptr_t address, size_t bytes, Access access,
+                                                        const void* place) {
+  const std::string what = std::string(access == Access::kRead ? "reads " : "writes ") + std::to_string(bytes) + " bytes at " + Hex(address);
+  if (allocation == nullptr) Violation(what + ", where nothing is allocated", place);
+  Violation(what + ", " + (allocation->freed ? "freed memory: " : "out of bounds: ") + "offset " +
+                std::to_string(static_cast<int64_t>(address - allocation->begin)) + " of an allocation of " +
+                std::to_string(allocation->end - allocation->begin) + " bytes",
+            place);
+}
+
+inline void AccessGlobal(uintptr_t address, size_t bytes, Access access, bool relaxed, const void* place) {
   const Allocation* const allocation = FindAllocation(address);
-  if (allocation == nullptr) {
-    Violation("an access of " + std::to_string(bytes) + " bytes at " + Hex(address) + ", where nothing is allocated", place);
-  }
-  if (allocation->freed || address < allocation->begin || address + bytes > allocation->end) {
-    Violation(std::string(access == Access::kRead ? "reads " : "writes ") + std::to_string(bytes) + " bytes at " + Hex(address) + ", " +
-                  (allocation->freed ? "freed memory: " : "out of bounds: ") + "offset " +
-                  std::to_string(static_cast<int64_t>(address - allocation->begin)) + " of an allocation of " +
-                  std::to_string(allocation->end - allocation->begin) + " bytes",
-              place);
+  if (allocation == nullptr || allocation->freed || address < allocation->begin || address + bytes > allocation->end) {
+    OutOfBounds(allocation, address, bytes, access, place);
   }
   const bool atomic = relaxed || access == Access::kAtomic;
   if (access == Access::kAtomic) checks.acquired = true;
@@ -254,7 +268,7 @@ void AccessGlobal(uintptr_t address, size_t bytes, Access access, bool relaxed, 
       }
     }
     if (access != Access::kRead) {
-      const Stamp now = StampNow(mask, atomic);
+      const Stamp now = Who(atomic) | mask;
       write = (write & kWhoMask) == (now & kWhoMask) ? write | mask : now;
     }
     at = word_end;
@@ -271,11 +285,13 @@ void CheckAny(uintptr_t address, size_t bytes, Access access, bool relaxed, cons
                     std::to_string(running.shared_bytes) + " bytes of dynamic shared memory",
                 place);
     }
+    const Stamp who = Who(relaxed || access == Access::kAtomic);
     ForWords(checks.dynamic_cells, running.shared_begin, address, bytes,
-             [&](Cell& cell, uint32_t mask, uintptr_t at) { AccessWord(cell, mask, access, relaxed, at, place, false); });
+             [&](Cell& cell, uint32_t mask, uintptr_t at) { AccessWord(cell, who, mask, access, at, place, false); });
   } else if (InStatic(address)) {
+    const Stamp who = Who(relaxed || access == Access::kAtomic);
     ForWords(checks.static_cells, checks.static_begin, address, bytes,
-             [&](Cell& cell, uint32_t mask, uintptr_t at) { AccessWord(cell, mask, access, relaxed, at, place, true); });
+             [&](Cell& cell, uint32_t mask, uintptr_t at) { AccessWord(cell, who, mask, access, at, place, true); });
   } else if (address < checks.image_begin || address >= checks.image_end || access != Access::kRead) {
     Violation(std::string(access == Access::kRead ? "reads " : "writes ") + std::to_string(bytes) + " bytes of the host's memory at " +
                   Hex(address) + (address < 4096 ? " (a null pointer)" : ""),
@@ -365,7 +381,7 @@ void CheckCopyStart(const void* shared) {
 void CheckCopyEnd(const void* shared) {
   ForSharedWords(shared, [](Cell& cell, uint32_t bytes, uintptr_t) {
     cell.pending = 0;
-    cell.write = StampNow(bytes, false);
+    cell.write = Who(false) | bytes;
   });
 }
 
@@ -473,7 +489,7 @@ struct TypeMismatch {
   uint8_t log_alignment;
   uint8_t check_kind;
 };
-struct OutOfBounds {
+struct IndexOutOfBounds {
   SourceLocation location;
   const TypeDescriptor* array;
   const TypeDescriptor* index;
@@ -484,10 +500,10 @@ void __ubsan_handle_type_mismatch_v1(TypeMismatch* data, uintptr_t pointer) {
             std::to_string(1u << data->log_alignment) + "\n  in " + data->location.file + ":" + std::to_string(data->location.line));
 }
 void __ubsan_handle_type_mismatch_v1_abort(TypeMismatch* data, uintptr_t pointer) { __ubsan_handle_type_mismatch_v1(data, pointer); }
-void __ubsan_handle_out_of_bounds(OutOfBounds* data, uintptr_t index) {
+void __ubsan_handle_out_of_bounds(IndexOutOfBounds* data, uintptr_t index) {
   Violation("index " + std::to_string(static_cast<int64_t>(index)) + " is out of bounds of an array of type " + data->array->name + "\n  in " +
             data->location.file + ":" + std::to_string(data->location.line));
 }
-void __ubsan_handle_out_of_bounds_abort(OutOfBounds* data, uintptr_t index) { __ubsan_handle_out_of_bounds(data, index); }
+void __ubsan_handle_out_of_bounds_abort(IndexOutOfBounds* data, uintptr_t index) { __ubsan_handle_out_of_bounds(data, index); }
 
 }  // extern "C"

@@ -26,8 +26,18 @@ inline constexpr uintptr_t kArenaBytes = uintptr_t{1} << 38;
 void* AllocateMemory(size_t bytes, MemoryKind kind);
 // False when `pointer` is not the start of a living allocation of this kind.
 bool ReleaseMemory(void* pointer, MemoryKind kind);
-// The allocation, living or freed, whose pages hold the address; null where there is none.
-const Allocation* FindAllocation(uintptr_t address);
+// For FindAllocation: index into the allocations plus one, of each page of the arena.
+inline constexpr uintptr_t kArenaPageBytes = 4096;
+extern uint32_t* page_owner;
+extern Allocation* allocations;
+
+// The allocation, living or freed, whose pages hold the address; null where there is none. Takes no lock: an entry is complete before its
+// address is known to anyone.
+inline const Allocation* FindAllocation(uintptr_t address) {
+  if (arena_begin == 0 || address - arena_begin >= kArenaBytes) return nullptr;
+  const uint32_t owner = page_owner[(address - arena_begin) / kArenaPageBytes];
+  return owner == 0 ? nullptr : &allocations[owner - 1];
+}
 
 void SetDeviceMemoryBytes(size_t bytes);
 size_t DeviceMemoryBytes();
