@@ -413,6 +413,15 @@ class Loop {
       Write(states_, slot, state);
       if (fits) {
         entry.live = &live;
+        // A draft whose row was not finite: rejected, whoever made it.
+        if (scenario_.broken_rows && entry.pass.num_drafts > 0 && random_.Below(10) == 0) {
+          const int32_t place = random_.Below(entry.pass.num_drafts);
+          live.drafts[place].view.finite = false;
+          const int64_t row = int64_t{slot} * scenario_.max_drafts + place;
+          DeviceDistribution draft = draft_rows_.Download()[row];
+          draft.finite = 0;
+          Write(draft_rows_, row, draft);
+        }
       } else {
         ++num_without_pages_;
       }

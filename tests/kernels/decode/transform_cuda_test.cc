@@ -353,51 +353,107 @@ TEST_F(TransformCudaTest, TopPWithSumsThatMeetTheGoal) {
   Check(rows);
 }
 
-// The total is tuned with light ids behind the others, until top_p * total lies within a few ulps of the CPU's own sum down to some weight: there
-// the order of additions decides where the border is.
-TEST_F(TransformCudaTest, TopPWhereRoundingDecides) {
-  std::vector<RowCase> rows;
-  for (uint64_t seed = 1; seed <= 16; ++seed) {
-    Random random(seed);
-    RowCase row;
-    const int32_t vocab_size = 60, num_heavy = 50;
-    row.logits.assign(vocab_size, -kInfinity);
-    for (int32_t i = 0; i < num_heavy; ++i) row.logits[i] = random.Uniform(-2.0f, 0.0f);
-    row.logits[random.Below(num_heavy)] = 0.0f;
-    const float top_p = 0.75f + 0.001f * static_cast<float>(seed);
-    // The CPU's sum down to each weight, in its order (16 interleaved sums over the candidates, which are all heavy ids in order).
-    const Reference heavy(row);
-    const auto mass_from = [&](float threshold) {
-      double lanes[16] = {};
-      for (int32_t i = 0; i < num_heavy; ++i) lanes[i % 16] += heavy.weight[i] < threshold ? 0.0f : heavy.weight[i];
-      for (int32_t width = 8; width > 0; width /= 2) {
-        for (int32_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-      }
-      return lanes[0];
-    };
-    // The weight down to which the sum exceeds the goal by least: the total may only grow.
-    double best = 1e300;
-    for (int32_t i = 0; i < num_heavy; ++i) {
-      const double mass = mass_from(heavy.weight[i]);
-      if (mass > static_cast<double>(top_p) * heavy.out.total) best = std::min(best, mass);
-    }
-    const double wanted_total = best / static_cast<double>(top_p);
+// The total is tuned with light ids behind the others until top_p * total lies within a few ulps of `sum`, a sum of the heavy ids: there the order
+// of additions decides where the border is, or how many equal weights at it stay. One row for each of several neighbouring totals.
+void AddTunedRows(RowCase row, int32_t num_heavy, float top_p, double sum, std::vector<RowCase>* rows) {
+  const int32_t vocab_size = static_cast<int32_t>(row.logits.size());
+  const double wanted_total = sum / static_cast<double>(top_p);
+  const double ulp = std::nextafter(wanted_total, 1e300) - wanted_total;
+  const std::vector<float> heavy = row.logits;
+  for (int32_t nudge = -4; nudge <= 4; ++nudge) {
+    row.logits = heavy;
+    row.request.top_p = 1.0f;  // the totals below are those before top-p
+    const double total = wanted_total + nudge * ulp;
     for (int32_t i = num_heavy; i < vocab_size; ++i) {
-      const double missing = wanted_total - Reference(row).out.total;
-      if (!(missing > 0.0)) break;
+      if (!(total > Reference(row).out.total)) break;
       // The largest logit with which the total does not pass what is wanted: bisection over floats.
       float low = -80.0f, high = -3.1f;
       for (int32_t step = 0; step < 40; ++step) {
         row.logits[i] = 0.5f * (low + high);
-        (Reference(row).out.total > wanted_total ? high : low) = row.logits[i];
+        (Reference(row).out.total > total ? high : low) = row.logits[i];
       }
       row.logits[i] = low;
     }
     const double goal = static_cast<double>(top_p) * Reference(row).out.total;
-    row.request.top_p = top_p;  // until here the totals are those before top-p
-    if (std::abs(goal - best) < 8e-15) rows.push_back(row);  // else too much was missing
+    row.request.top_p = top_p;
+    if (std::abs(goal - sum) <= 16.0 * ulp) rows->push_back(row);  // else more was missing than the light ids weigh
   }
-  ASSERT_GE(rows.size(), 4u);
+}
+
+std::vector<double> MassesAboveGoal(const RowCase& row, const std::vector<float>& values, float top_p) {
+  const Reference heavy(row);
+  std::vector<double> masses;
+  for (const float value : values) {
+    double mass = 0.0;
+    for (const float weight : heavy.weight) mass += weight < value ? 0.0f : weight;
+    if (mass > static_cast<double>(top_p) * heavy.out.total) masses.push_back(mass);
+  }
+  std::sort(masses.begin(), masses.end());
+  return masses;
+}
+
+TEST_F(TransformCudaTest, TopPWhereRoundingDecidesTheBorder) {
+  std::vector<RowCase> rows;
+  for (uint64_t seed = 1; seed <= 16; ++seed) {
+    Random random(seed);
+    RowCase row;
+    row.logits.assign(60, -kInfinity);
+    for (int32_t i = 0; i < 50; ++i) row.logits[i] = random.Uniform(-2.0f, 0.0f);
+    row.logits[random.Below(50)] = 0.0f;
+    const float top_p = 0.75f + 0.001f * static_cast<float>(seed);
+    AddTunedRows(row, 50, top_p, MassesAboveGoal(row, Reference(row).weight, top_p)[0], &rows);
+  }
+  ASSERT_GE(rows.size(), 60u);
+  Check(rows);
+}
+
+// The same with so many candidates that the CPU drops some on its way.
+TEST_F(TransformCudaTest, TopPWhereRoundingDecidesAmongMany) {
+  std::vector<RowCase> rows;
+  for (uint64_t seed = 1; seed <= 3; ++seed) {
+    Random random(seed);
+    RowCase row;
+    row.logits.assign(2920, -kInfinity);
+    for (int32_t i = 0; i < 2900; ++i) row.logits[i] = random.Uniform(-2.0f, 0.0f);
+    row.logits[random.Below(2900)] = 0.0f;
+    const float top_p = 0.75f + 0.001f * static_cast<float>(seed);
+    AddTunedRows(row, 2900, top_p, MassesAboveGoal(row, Reference(row).weight, top_p)[0], &rows);
+  }
+  ASSERT_GE(rows.size(), 12u);
+  Check(rows);
+}
+
+// Thirty equal weights at the border, of which the goal is met with a whole number, to within rounding.
+TEST_F(TransformCudaTest, TopPWhereRoundingDecidesTheTies) {
+  std::vector<RowCase> rows;
+  for (uint64_t seed = 1; seed <= 16; ++seed) {
+    Random random(seed);
+    RowCase row;
+    row.logits.assign(60, -kInfinity);
+    for (int32_t i = 0; i < 50; ++i) row.logits[i] = i % 5 < 2 ? random.Uniform(-0.5f, 0.0f) : -0.7f;
+    row.logits[random.Below(10) * 5] = 0.0f;
+    const Reference heavy(row);
+    const float tied = heavy.weight[2];
+    double above = 0.0;
+    for (const float weight : heavy.weight) above += weight > tied ? weight : 0.0f;
+    const float top_p = 0.75f + 0.001f * static_cast<float>(seed);
+    const double count = std::ceil((static_cast<double>(top_p) * heavy.out.total - above) / static_cast<double>(tied));
+    AddTunedRows(row, 50, top_p, above + count * static_cast<double>(tied), &rows);
+  }
+  ASSERT_GE(rows.size(), 60u);
+  Check(rows);
+}
+
+// A logit just below the maximum with the same weight 1, at a lower id: argmax stays first.
+TEST_F(TransformCudaTest, ArgmaxComesFirstAmongEqualWeights) {
+  RowCase row;
+  row.logits = {-1e-9f, -3.0f, 0.0f, -1e-9f, 0.0f};
+  ASSERT_EQ(Reference(row).weight[0], 1.0f);
+  std::vector<RowCase> rows;
+  for (const float top_p : {0.1f, 0.3f, 0.6f, 0.8f}) {
+    row.request.top_p = top_p;
+    rows.push_back(row);
+  }
   Check(rows);
 }
 
