@@ -39,11 +39,20 @@ std::string WriteSmallConfigFolder() {
   return folder;
 }
 
-SteppedEngine::SteppedEngine(const Options& options) : config_(SmallConfig()) {
+SteppedEngine::SteppedEngine(const Options& options) : SteppedEngine(options, Backend{}) {}
+
+SteppedEngine::SteppedEngine(const Options& options, Backend backend) : config_(SmallConfig()), backend_(std::move(backend)) {
   pool_ = std::make_unique<ThreadPool>(options.num_threads);
-  memory_ = MakeHostMemory();
-  ops_ = MakeCpuOps(pool_.get());
-  auto weights = MakeDummyWeights(config_, options.dtype, options.weight_seed, *pool_, memory_.get());
+  if (backend_.make_executor == nullptr) {
+    backend_.memory = MakeHostMemory();
+    backend_.ops = MakeCpuOps(pool_.get());
+    backend_.make_executor = [](const ModelConfig& config, const ModelExecutorOptions& executor, Model* model, ModelStateStorage* storage,
+                                DeviceMemory* memory, ThreadPool* pool) -> absl::StatusOr<std::unique_ptr<Executor>> {
+      return std::make_unique<ModelExecutor>(config, executor, model, storage, memory, pool);
+    };
+  }
+  DeviceMemory* const memory = backend_.memory.get();
+  auto weights = MakeDummyWeights(config_, options.dtype, options.weight_seed, *pool_, memory);
   BEBOP_CHECK(weights.ok());
   weights_ = *std::move(weights);
   ModelStateOptions state;
@@ -52,10 +61,11 @@ SteppedEngine::SteppedEngine(const Options& options) : config_(SmallConfig()) {
   state.page_tokens = options.page_tokens;
   state.num_slots = options.max_num_seqs + 2;
   state.window = options.max_draft_tokens;
-  auto storage = ModelStateStorage::Create(config_, state, memory_.get());
+  state.input_dtype = backend_.activation_dtype;
+  auto storage = ModelStateStorage::Create(config_, state, memory);
   BEBOP_CHECK(storage.ok());
   storage_ = *std::move(storage);
-  auto model = Model::Create(config_, options.max_step_tokens, DType::kFloat32, ops_.get(), memory_.get());
+  auto model = Model::Create(config_, options.max_step_tokens, backend_.activation_dtype, backend_.ops.get(), memory);
   BEBOP_CHECK(model.ok());
   model_ = *std::move(model);
   model_->SetWeights(weights_.get());
@@ -64,10 +74,13 @@ SteppedEngine::SteppedEngine(const Options& options) : config_(SmallConfig()) {
   executor.max_step_tokens = options.max_step_tokens;
   executor.page_table_entries = 4 * options.num_pages;
   executor.max_draft_tokens = options.max_draft_tokens;
-  executor_ = std::make_unique<ModelExecutor>(config_, executor, model_.get(), storage_.get(), memory_.get(), pool_.get());
+  auto made = backend_.make_executor(config_, executor, model_.get(), storage_.get(), memory, pool_.get());
+  BEBOP_CHECK(made.ok());
+  executor_ = *std::move(made);
   EngineCoreOptions core;
   core.scheduler.max_num_seqs = options.max_num_seqs;
-  core.scheduler.max_model_len = 256;
+  core.scheduler.max_model_len = kMaxModelLen;
+  core.scheduler.lookahead_tokens = options.lookahead_tokens;
   core.scheduler.max_step_tokens = options.max_step_tokens;
   core.scheduler.num_pages = options.num_pages;
   core.scheduler.page_tokens = options.page_tokens;
@@ -76,13 +89,18 @@ SteppedEngine::SteppedEngine(const Options& options) : config_(SmallConfig()) {
   core.vocab_size = config_.vocab_size;
   core.max_draft_tokens = options.max_draft_tokens;
   core.eos_token_ids = config_.eos_token_ids;
+  core.token_bytes = options.token_bytes;
   core_ = std::make_unique<EngineCore>(std::move(core), &clock_, executor_.get());
+}
+
+absl::StatusOr<bool> SteppedEngine::Step() {
+  clock_.now += absl::Milliseconds(1);
+  return core_->Step();
 }
 
 void SteppedEngine::RunToEnd() {
   for (int step = 0; step < 100000; ++step) {
-    clock_.now += absl::Milliseconds(1);
-    const absl::StatusOr<bool> worked = core_->Step();
+    const absl::StatusOr<bool> worked = Step();
     BEBOP_CHECK(worked.ok());
     if (!*worked) {
       BEBOP_CHECK(core_->Idle());

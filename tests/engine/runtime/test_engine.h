@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "engine/base/clock.h"
@@ -17,6 +19,9 @@
 #include "kernels/common/thread_pool.h"
 
 namespace bebop::test {
+
+// Of the engines below.
+inline constexpr int32_t kMaxModelLen = 256;
 
 // A small hybrid model: 2 linear and 1 full layer, GQA 2, grouped value heads, key width != value width, V = 97, one MTP layer.
 ModelConfig SmallConfig();
@@ -49,7 +54,7 @@ class ScoreCollector final : public ScoreObserver {
   bool finished = false;
 };
 
-// The whole engine without its thread: dummy weights, real kernels, EngineCore over ModelExecutor, stepped by hand.
+// The whole engine without its thread: dummy weights, real kernels, EngineCore over an executor, stepped by hand.
 class SteppedEngine {
  public:
   struct Options {
@@ -61,11 +66,27 @@ class SteppedEngine {
     int32_t page_tokens = 4;
     int32_t max_draft_tokens = kMaxDraftTokens;
     uint64_t weight_seed = 1;
+    int32_t lookahead_tokens = 0;
+    std::function<std::string_view(uint32_t)> token_bytes;
   };
-  explicit SteppedEngine(const Options& options);
+  // A backend other than the CPU.
+  struct Backend {
+    std::unique_ptr<DeviceMemory> memory;
+    std::unique_ptr<Ops> ops;
+    DType activation_dtype = DType::kFloat32;
+    std::function<absl::StatusOr<std::unique_ptr<Executor>>(const ModelConfig&, const ModelExecutorOptions&, Model*, ModelStateStorage*,
+                                                            DeviceMemory*, ThreadPool*)>
+        make_executor;
+  };
+  explicit SteppedEngine(const Options& options);  // on the CPU
+  SteppedEngine(const Options& options, Backend backend);
 
   EngineCore& core() { return *core_; }
   ModelWeights& weights() { return *weights_; }
+  const ModelStateStorage& storage() { return *storage_; }
+  DeviceMemory& memory() { return *backend_.memory; }
+  // One step; false when there was nothing to do.
+  absl::StatusOr<bool> Step();
   // Steps until nothing is left to do. Fails the test after far too many steps.
   void RunToEnd();
   // Submits, runs to the end, returns the samples by index.
@@ -81,12 +102,11 @@ class SteppedEngine {
   const ModelConfig config_;
   ManualClock clock_;
   std::unique_ptr<ThreadPool> pool_;
-  std::unique_ptr<DeviceMemory> memory_;
-  std::unique_ptr<Ops> ops_;
+  Backend backend_;
   std::unique_ptr<ModelWeights> weights_;
   std::unique_ptr<ModelStateStorage> storage_;
   std::unique_ptr<Model> model_;
-  std::unique_ptr<ModelExecutor> executor_;
+  std::unique_ptr<Executor> executor_;
   std::unique_ptr<EngineCore> core_;
 };
 
