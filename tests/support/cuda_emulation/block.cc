@@ -136,7 +136,8 @@ uint32_t Random(uint32_t bound) {  // xorshift64*; the bias of the multiplicatio
   block.random ^= block.random >> 12;
   block.random ^= block.random << 25;
   block.random ^= block.random >> 27;
-  return static_cast<uint32_t>((static_cast<uint64_t>(static_cast<uint32_t>(block.random * 0x2545f4914f6cdd1du >> 32)) * bound) >> 32);
+  return static_cast<uint32_t>((static_cast<uint64_t>(static_cast<uint32_t>(block.random * 0x2545f4914f6cdd1du >> 32)) * bound) >>
+                               32);
 }
 
 void FiberMain(transfer_t transfer);
@@ -160,8 +161,8 @@ std::string WaitingThreads() {
       text += "\n  thread " + ThreadName(t) + " waits at the barrier of line " + std::to_string(thread.line);
       ++listed;
     } else if (thread.state == State::kInWarp) {
-      text += "\n  thread " + ThreadName(t) + " waits in " + WarpOperationName(thread.operation) + " of line " + std::to_string(thread.line) +
-              " with mask " + Hex(uintptr_t{thread.mask});
+      text += "\n  thread " + ThreadName(t) + " waits in " + WarpOperationName(thread.operation) + " of line " +
+              std::to_string(thread.line) + " with mask " + Hex(uintptr_t{thread.mask});
       ++listed;
     }
   }
@@ -170,7 +171,8 @@ std::string WaitingThreads() {
 
 int TakeNext() {
   if (block.num_runnable == 0) Violation("deadlock: every thread of the block waits for another" + WaitingThreads());
-  const int index = block.policy == Policy::kUniform ? static_cast<int>(Random(static_cast<uint32_t>(block.num_runnable))) : block.num_runnable - 1;
+  const int index = block.policy == Policy::kUniform ? static_cast<int>(Random(static_cast<uint32_t>(block.num_runnable)))
+                                                     : block.num_runnable - 1;
   const int thread = block.runnable[index];
   block.runnable[index] = block.runnable[--block.num_runnable];
   return thread;
@@ -194,8 +196,9 @@ void JumpTo(int next, fcontext_t* save) {
     thread.stack = TakeStack();
     // Stacks begin at different distances from their ends, or all of them would share a few lines of the cache.
     const size_t offset = static_cast<size_t>(thread.stack % kStackOffsets) * kStackOffsetBytes;
-    thread.context = make_fcontext(reinterpret_cast<void*>(block.stacks + static_cast<size_t>(thread.stack + 1) * kStackBytes - offset),
-                                   kStackBytes - kGuardBytes - offset, FiberMain);
+    thread.context =
+        make_fcontext(reinterpret_cast<void*>(block.stacks + static_cast<size_t>(thread.stack + 1) * kStackBytes - offset),
+                      kStackBytes - kGuardBytes - offset, FiberMain);
     thread.state = State::kRunnable;
   }
   SetCurrent(next);
@@ -258,7 +261,8 @@ void RunBlock() {
     warp.exited = 0;
     warp.num_meetings = 0;
   }
-  // Half of the blocks mix their threads evenly; the others let each run as far as it gets, in the threads' order or in a random one.
+  // Half of the blocks mix their threads evenly; the others let each run as far as it gets, in the threads' order or in a random
+  // one.
   const uint32_t choice = Random(4);
   block.policy = choice < 2 ? Policy::kUniform : Policy::kRunAhead;
   block.num_runnable = block.num_threads;
@@ -268,7 +272,8 @@ void RunBlock() {
     block.runnable[t] = static_cast<uint16_t>(block.num_threads - 1 - t);
   }
   if (choice == 2) {
-    for (int t = block.num_threads - 1; t > 0; --t) std::swap(block.runnable[t], block.runnable[Random(static_cast<uint32_t>(t + 1))]);
+    for (int t = block.num_threads - 1; t > 0; --t)
+      std::swap(block.runnable[t], block.runnable[Random(static_cast<uint32_t>(t + 1))]);
   }
   CheckStartBlock();
   in_kernel = true;
@@ -280,7 +285,8 @@ void Initialize() {
   if (block.stacks != 0) return;
   const size_t bytes = kMaxThreads * kStackBytes;
   void* const stacks = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  // 16 bytes off a multiple of 128: dynamic shared memory follows static shared memory on a device, and no more than 16 is promised.
+  // 16 bytes off a multiple of 128: dynamic shared memory follows static shared memory on a device, and no more than 16 is
+  // promised.
   void* const shared = mmap(nullptr, kMaxSharedBytes + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (stacks == MAP_FAILED || shared == MAP_FAILED) Fatal("no memory for the threads of a block");
   block.stacks = reinterpret_cast<uintptr_t>(stacks);
@@ -346,15 +352,17 @@ std::string ThreadName(int thread) {
 
 std::string CurrentThread() {
   if (!in_kernel) return "";
-  return "kernel " + NameOfCode(block.call->function()) + "\n  block (" + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + "," +
-         std::to_string(blockIdx.z) + "), thread " + ThreadName(running.thread) + ", seed " + std::to_string(Seed());
+  return "kernel " + NameOfCode(block.call->function()) + "\n  block (" + std::to_string(blockIdx.x) + "," +
+         std::to_string(blockIdx.y) + "," + std::to_string(blockIdx.z) + "), thread " + ThreadName(running.thread) + ", seed " +
+         std::to_string(Seed());
 }
 
 // ---- Barriers ----
 
 int Barrier(BarrierKind kind, int predicate, int line) {
   const int self = running.thread;
-  if (block.num_finished > 0) Violation("a barrier (line " + std::to_string(line) + ") after other threads of the block have returned");
+  if (block.num_finished > 0)
+    Violation("a barrier (line " + std::to_string(line) + ") after other threads of the block have returned");
   if (block.num_at_barrier == 0) {
     block.barrier_line = line;
     block.barrier_kind = kind;
@@ -372,10 +380,18 @@ int Barrier(BarrierKind kind, int predicate, int line) {
     return block.barrier_result;
   }
   switch (kind) {
-    case BarrierKind::kPlain: block.barrier_result = 0; break;
-    case BarrierKind::kCount: block.barrier_result = block.barrier_sum; break;
-    case BarrierKind::kAnd: block.barrier_result = block.barrier_sum == block.num_threads; break;
-    case BarrierKind::kOr: block.barrier_result = block.barrier_sum > 0; break;
+    case BarrierKind::kPlain:
+      block.barrier_result = 0;
+      break;
+    case BarrierKind::kCount:
+      block.barrier_result = block.barrier_sum;
+      break;
+    case BarrierKind::kAnd:
+      block.barrier_result = block.barrier_sum == block.num_threads;
+      break;
+    case BarrierKind::kOr:
+      block.barrier_result = block.barrier_sum > 0;
+      break;
   }
   block.num_at_barrier = 0;
   CheckBarrier();
@@ -409,16 +425,26 @@ int LaneOfThread() { return running.thread % kWarpLanes; }
 
 const char* WarpOperationName(WarpOperation operation) {
   switch (operation) {
-    case WarpOperation::kSync: return "__syncwarp";
-    case WarpOperation::kShuffle: return "__shfl_sync";
-    case WarpOperation::kBallot: return "__ballot_sync";
-    case WarpOperation::kAny: return "__any_sync";
-    case WarpOperation::kAll: return "__all_sync";
-    case WarpOperation::kMatchAny: return "__match_any_sync";
-    case WarpOperation::kLoadMatrix: return "LdMatrix";
-    case WarpOperation::kMmaBf16: return "MmaBf16";
-    case WarpOperation::kMmaTf32: return "MmaTf32";
-    default: return "__reduce_sync";
+    case WarpOperation::kSync:
+      return "__syncwarp";
+    case WarpOperation::kShuffle:
+      return "__shfl_sync";
+    case WarpOperation::kBallot:
+      return "__ballot_sync";
+    case WarpOperation::kAny:
+      return "__any_sync";
+    case WarpOperation::kAll:
+      return "__all_sync";
+    case WarpOperation::kMatchAny:
+      return "__match_any_sync";
+    case WarpOperation::kLoadMatrix:
+      return "LdMatrix";
+    case WarpOperation::kMmaBf16:
+      return "MmaBf16";
+    case WarpOperation::kMmaTf32:
+      return "MmaTf32";
+    default:
+      return "__reduce_sync";
   }
 }
 
@@ -427,8 +453,8 @@ namespace {
 float Bf16(uint32_t pair, int half) { return std::bit_cast<float>(half == 0 ? pair << 16 : pair & 0xffff0000u); }
 float Tf32(uint32_t bits) { return std::bit_cast<float>(bits & 0xffffe000u); }
 
-// The fragments of the PTX manual for mma.m16n8k16 and mma.m16n8k8: lane l holds row l / 4 (and that plus 8) and, of each group of eight
-// columns of b16 or four of b32, the pair or the one at l % 4. `kHalves` values a register.
+// The fragments of the PTX manual for mma.m16n8k16 and mma.m16n8k8: lane l holds row l / 4 (and that plus 8) and, of each group
+// of eight columns of b16 or four of b32, the pair or the one at l % 4. `kHalves` values a register.
 template <int kDepth, int kHalves>
 void ComputeMma(Thread* lanes) {
   float a[16][kDepth], b[kDepth][8];
@@ -480,14 +506,30 @@ uint64_t Reduce(WarpOperation operation, const Thread* lanes, uint32_t mask) {
     const uint32_t value = static_cast<uint32_t>(lanes[std::countr_zero(rest)].value);
     const int32_t signed_value = static_cast<int32_t>(value), signed_result = static_cast<int32_t>(result);
     switch (operation) {
-      case WarpOperation::kAddUnsigned: result += value; break;
-      case WarpOperation::kMinUnsigned: result = std::min(result, value); break;
-      case WarpOperation::kMaxUnsigned: result = std::max(result, value); break;
-      case WarpOperation::kMinSigned: result = static_cast<uint32_t>(std::min(signed_result, signed_value)); break;
-      case WarpOperation::kMaxSigned: result = static_cast<uint32_t>(std::max(signed_result, signed_value)); break;
-      case WarpOperation::kAndBits: result &= value; break;
-      case WarpOperation::kOrBits: result |= value; break;
-      default: result ^= value; break;
+      case WarpOperation::kAddUnsigned:
+        result += value;
+        break;
+      case WarpOperation::kMinUnsigned:
+        result = std::min(result, value);
+        break;
+      case WarpOperation::kMaxUnsigned:
+        result = std::max(result, value);
+        break;
+      case WarpOperation::kMinSigned:
+        result = static_cast<uint32_t>(std::min(signed_result, signed_value));
+        break;
+      case WarpOperation::kMaxSigned:
+        result = static_cast<uint32_t>(std::max(signed_result, signed_value));
+        break;
+      case WarpOperation::kAndBits:
+        result &= value;
+        break;
+      case WarpOperation::kOrBits:
+        result |= value;
+        break;
+      default:
+        result ^= value;
+        break;
     }
   }
   return result;
@@ -506,8 +548,8 @@ void Complete(WarpOperation operation, int warp, uint32_t mask) {
       each_lane([&](int lane) {
         const int source = lanes[lane].source;
         if (source < 0 || source >= kWarpLanes || (mask >> source & 1u) == 0) {
-          Violation("__shfl_sync of line " + std::to_string(lanes[lane].line) + ": lane " + std::to_string(lane) + " reads lane " +
-                    std::to_string(source) + ", which is not in the mask " + Hex(uintptr_t{mask}));
+          Violation("__shfl_sync of line " + std::to_string(lanes[lane].line) + ": lane " + std::to_string(lane) +
+                    " reads lane " + std::to_string(source) + ", which is not in the mask " + Hex(uintptr_t{mask}));
         }
         lanes[lane].result = lanes[source].value;
       });
@@ -517,7 +559,9 @@ void Complete(WarpOperation operation, int warp, uint32_t mask) {
     case WarpOperation::kAll: {
       uint32_t votes = 0;
       each_lane([&](int lane) { votes |= static_cast<uint32_t>(lanes[lane].value) << lane; });
-      const uint64_t result = operation == WarpOperation::kBallot ? votes : operation == WarpOperation::kAny ? votes != 0 : votes == mask;
+      const uint64_t result = operation == WarpOperation::kBallot ? votes
+                              : operation == WarpOperation::kAny  ? votes != 0
+                                                                  : votes == mask;
       each_lane([&](int lane) { lanes[lane].result = result; });
       break;
     }
@@ -531,8 +575,12 @@ void Complete(WarpOperation operation, int warp, uint32_t mask) {
     case WarpOperation::kLoadMatrix:
       ComputeLoadMatrix(lanes, static_cast<int>(lanes[0].value & 0xf), (lanes[0].value & 0x10) != 0);
       break;
-    case WarpOperation::kMmaBf16: ComputeMma<16, 2>(lanes); break;
-    case WarpOperation::kMmaTf32: ComputeMma<8, 1>(lanes); break;
+    case WarpOperation::kMmaBf16:
+      ComputeMma<16, 2>(lanes);
+      break;
+    case WarpOperation::kMmaTf32:
+      ComputeMma<8, 1>(lanes);
+      break;
     default: {
       const uint64_t result = Reduce(operation, lanes, mask);
       each_lane([&](int lane) { lanes[lane].result = result; });
@@ -549,8 +597,8 @@ uint64_t MeetWarp(WarpOperation operation, uint32_t mask, int line, uint64_t val
   Warp& warp = block.warps[warp_index];
   const uint32_t bit = 1u << (self % kWarpLanes);
   const auto complaint = [&](const char* what) {
-    Violation(std::string(WarpOperationName(operation)) + " of line " + std::to_string(line) + " with mask " + Hex(uintptr_t{mask}) + ": " + what +
-              WaitingThreads());
+    Violation(std::string(WarpOperationName(operation)) + " of line " + std::to_string(line) + " with mask " +
+              Hex(uintptr_t{mask}) + ": " + what + WaitingThreads());
   };
   if ((mask & bit) == 0) complaint("the lane is not in its own mask");
   if ((mask & ~warp.lanes) != 0) complaint("the mask names lanes that the block does not have");
@@ -560,7 +608,8 @@ uint64_t MeetWarp(WarpOperation operation, uint32_t mask, int line, uint64_t val
     Meeting& other = warp.meetings[m];
     if (other.mask == mask) meeting = &other;
     // Lanes of the mask may be in a meeting that will end without this one; not in one that waits for it.
-    if (other.mask != mask && (other.mask & bit) != 0 && (other.arrived & mask) != 0) complaint("lanes of the mask wait in another operation");
+    if (other.mask != mask && (other.mask & bit) != 0 && (other.arrived & mask) != 0)
+      complaint("lanes of the mask wait in another operation");
   }
   if (meeting == nullptr) {
     meeting = &warp.meetings[warp.num_meetings++];

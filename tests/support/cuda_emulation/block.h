@@ -7,18 +7,19 @@
 #include <cstdint>
 #include <string>
 
-// Runs kernels: blocks one after another, in random order, the threads of a block as fibers that switch where they wait for each other.
+// Runs kernels: blocks one after another, in random order, the threads of a block as fibers that switch where they wait for each
+// other.
 namespace bebop::emulation {
 
 class KernelCall;
 
-inline constexpr int kMaxThreads = 1024;                       // a block's
+inline constexpr int kMaxThreads = 1024;  // a block's
 inline constexpr int kWarpLanes = 32;
-inline constexpr size_t kMaxSharedBytes = 227 * 1024;          // a block's, with opting in
+inline constexpr size_t kMaxSharedBytes = 227 * 1024;  // a block's, with opting in
 inline constexpr size_t kMaxStaticSharedBytes = 48 * 1024;
 
-// Runs one launch to its end on the calling thread, which must be the device's. `shared_limit`: what static and dynamic shared memory may
-// sum up to.
+// Runs one launch to its end on the calling thread, which must be the device's. `shared_limit`: what static and dynamic shared
+// memory may sum up to.
 void RunKernel(const KernelCall& call, dim3 grid, dim3 block, size_t shared_bytes, size_t shared_limit);
 
 // Also in cuda_emulation_control.h.
@@ -32,12 +33,12 @@ std::string ThreadName(int thread);
 
 // For the checks (checks.cc).
 struct Running {
-  uintptr_t stacks_begin = 0;     // of all fibers
+  uintptr_t stacks_begin = 0;  // of all fibers
   uintptr_t stacks_bytes = 0;
-  uintptr_t shared_begin = 0;     // dynamic shared memory
+  uintptr_t shared_begin = 0;  // dynamic shared memory
   uintptr_t shared_bytes = 0;
-  uintptr_t shared_limit = 0;     // what static and dynamic shared memory may sum up to
-  int thread = 0;                 // index in the block
+  uintptr_t shared_limit = 0;  // what static and dynamic shared memory may sum up to
+  int thread = 0;              // index in the block
 };
 extern Running running;
 extern constinit thread_local bool in_kernel;  // this OS thread runs threads of a kernel now

@@ -14,13 +14,14 @@
 #include "memory.h"
 #include "violation.h"
 
-// The checks of every access that a kernel makes. Kernel files are compiled with -fsanitize=thread, which calls __tsan_read4(address) and
-// the like before each access to memory that others might see; the definitions at the end of this file take ThreadSanitizer's place.
+// The checks of every access that a kernel makes. Kernel files are compiled with -fsanitize=thread, which calls
+// __tsan_read4(address) and the like before each access to memory that others might see; the definitions at the end of this file
+// take ThreadSanitizer's place.
 //
-// Time: `epoch` counts barriers, blocks and launches, so that one number tells whether an access was in this launch, in this block, and
-// since the last barrier. Within an epoch only __syncwarp orders threads: each lane has a vector clock of its warp. An access leaves a
-// stamp (epoch, clock, thread, bytes) with the word it touched; two accesses to the same bytes that no epoch and no clock orders, one of
-// them a write, are a race, whatever order they happened to run in.
+// Time: `epoch` counts barriers, blocks and launches, so that one number tells whether an access was in this launch, in this
+// block, and since the last barrier. Within an epoch only __syncwarp orders threads: each lane has a vector clock of its warp. An
+// access leaves a stamp (epoch, clock, thread, bytes) with the word it touched; two accesses to the same bytes that no epoch and
+// no clock orders, one of them a write, are a race, whatever order they happened to run in.
 
 namespace bebop::emulation {
 namespace {
@@ -131,7 +132,8 @@ inline Stamp Who(bool atomic) {
 
 // Whether the present thread may not rely on the stamped access of this block having happened before.
 inline bool Unordered(Stamp stamp) {
-  if (EpochOf(stamp) != checks.epoch) [[likely]] return false;
+  if (EpochOf(stamp) != checks.epoch) [[likely]]
+    return false;
   const int other = ThreadOf(stamp), self = running.thread;
   if (other == self) return false;
   if (other / kWarpLanes != self / kWarpLanes) return true;
@@ -142,7 +144,8 @@ inline bool Conflicts(Stamp earlier, uint32_t bytes, bool atomic) {
   return (BytesOf(earlier) & bytes) != 0 && !(atomic && AtomicOf(earlier)) && Unordered(earlier);
 }
 
-[[noreturn, gnu::cold, gnu::noinline]] void Race(const char* memory, const char* present, const char* earlier, Stamp stamp, uintptr_t address, const void* place) {
+[[noreturn, gnu::cold, gnu::noinline]] void Race(const char* memory, const char* present, const char* earlier, Stamp stamp,
+                                                 uintptr_t address, const void* place) {
   Violation(std::string("race on ") + memory + " memory at " + Hex(address) + ": the thread " + present + " it, thread " +
                 ThreadName(ThreadOf(stamp)) + " " + earlier + " it, and no barrier is between",
             place);
@@ -163,20 +166,23 @@ inline bool Conflicts(Stamp earlier, uint32_t bytes, bool atomic) {
   if (!is_static) return;
   checks.static_used += 4;
   if (checks.static_used > kMaxStaticSharedBytes || checks.static_used + running.shared_bytes > running.shared_limit) {
-    Violation("the kernel's static shared memory (" + std::to_string(checks.static_used) + " bytes and more) with its dynamic one (" +
-                  std::to_string(running.shared_bytes) + ") exceeds what the launch may have, " + std::to_string(running.shared_limit) +
-                  " (static alone: 49152)",
+    Violation("the kernel's static shared memory (" + std::to_string(checks.static_used) +
+                  " bytes and more) with its dynamic one (" + std::to_string(running.shared_bytes) +
+                  ") exceeds what the launch may have, " + std::to_string(running.shared_limit) + " (static alone: 49152)",
               place);
   }
 }
 
-inline void AccessWord(Cell& cell, Stamp who, uint32_t bytes, Access access, uintptr_t address, const void* place, bool is_static) {
+inline void AccessWord(Cell& cell, Stamp who, uint32_t bytes, Access access, uintptr_t address, const void* place,
+                       bool is_static) {
   const bool atomic = AtomicOf(who);
   if (cell.pending == checks.block_epoch) PendingCopy(address, place);
   // The thread has just read it: who could have written since would have been told then.
   if (access == Access::kRead && (cell.reads[0] & kWhoMask) == who && (cell.reads[0] & bytes) == bytes) return;
-  if (Conflicts(cell.write, bytes, atomic)) Race("shared", access == Access::kRead ? "reads" : "writes", "wrote", cell.write, address, place);
-  if (access != Access::kWrite && (cell.initialized >> 4 != checks.block_epoch || (cell.initialized & bytes) != bytes)) Uninitialized(address, place);
+  if (Conflicts(cell.write, bytes, atomic))
+    Race("shared", access == Access::kRead ? "reads" : "writes", "wrote", cell.write, address, place);
+  if (access != Access::kWrite && (cell.initialized >> 4 != checks.block_epoch || (cell.initialized & bytes) != bytes))
+    Uninitialized(address, place);
   const Stamp now = who | bytes;
   if (access == Access::kRead) {
     for (Stamp& read : cell.reads) {
@@ -224,9 +230,10 @@ bool InStatic(uintptr_t address) { return address - checks.static_begin < checks
 
 // ---- Global memory ----
 
-[[noreturn, gnu::cold, gnu::noinline]] void OutOfBounds(const Allocation* allocation, uintptr_t address, size_t bytes, Access access,
-                                                        const void* place) {
-  const std::string what = std::string(access == Access::kRead ? "reads " : "writes ") + std::to_string(bytes) + " bytes at " + Hex(address);
+[[noreturn, gnu::cold, gnu::noinline]] void OutOfBounds(const Allocation* allocation, uintptr_t address, size_t bytes,
+                                                        Access access, const void* place) {
+  const std::string what =
+      std::string(access == Access::kRead ? "reads " : "writes ") + std::to_string(bytes) + " bytes at " + Hex(address);
   if (allocation == nullptr) Violation(what + ", where nothing is allocated", place);
   Violation(what + ", " + (allocation->freed ? "freed memory: " : "out of bounds: ") + "offset " +
                 std::to_string(static_cast<int64_t>(address - allocation->begin)) + " of an allocation of " +
@@ -281,8 +288,8 @@ void CheckAny(uintptr_t address, size_t bytes, Access access, bool relaxed, cons
     AccessGlobal(address, bytes, access, relaxed, place);
   } else if (InDynamic(address)) {
     if (address + bytes > running.shared_begin + running.shared_bytes) {
-      Violation("an access of " + std::to_string(bytes) + " bytes at offset " + std::to_string(address - running.shared_begin) + " of " +
-                    std::to_string(running.shared_bytes) + " bytes of dynamic shared memory",
+      Violation("an access of " + std::to_string(bytes) + " bytes at offset " + std::to_string(address - running.shared_begin) +
+                    " of " + std::to_string(running.shared_bytes) + " bytes of dynamic shared memory",
                 place);
     }
     const Stamp who = Who(relaxed || access == Access::kAtomic);
@@ -293,8 +300,8 @@ void CheckAny(uintptr_t address, size_t bytes, Access access, bool relaxed, cons
     ForWords(checks.static_cells, checks.static_begin, address, bytes,
              [&](Cell& cell, uint32_t mask, uintptr_t at) { AccessWord(cell, who, mask, access, at, place, true); });
   } else if (address < checks.image_begin || address >= checks.image_end || access != Access::kRead) {
-    Violation(std::string(access == Access::kRead ? "reads " : "writes ") + std::to_string(bytes) + " bytes of the host's memory at " +
-                  Hex(address) + (address < 4096 ? " (a null pointer)" : ""),
+    Violation(std::string(access == Access::kRead ? "reads " : "writes ") + std::to_string(bytes) +
+                  " bytes of the host's memory at " + Hex(address) + (address < 4096 ? " (a null pointer)" : ""),
               place);
   }
 }
@@ -359,7 +366,8 @@ void CheckAligned(const void* pointer, size_t alignment, const char* what) {
 
 void CheckShared(const void* pointer, const char* what) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
-  if (!InDynamic(address) && !InStatic(address)) Violation(std::string(what) + " at " + Hex(pointer) + " is not in shared memory");
+  if (!InDynamic(address) && !InStatic(address))
+    Violation(std::string(what) + " at " + Hex(pointer) + " is not in shared memory");
 }
 
 void CheckGlobal(const void* pointer, const char* what) {
@@ -408,18 +416,20 @@ inline void Hook(void* pointer, size_t bytes, Access access, bool relaxed, const
 
 extern "C" {
 
-#define BEBOP_HOOKS(bytes)                                                                                                        \
-  void __tsan_read##bytes(void* pointer) { Hook(pointer, bytes, Access::kRead, false, __builtin_return_address(0)); }            \
-  void __tsan_write##bytes(void* pointer) { Hook(pointer, bytes, Access::kWrite, false, __builtin_return_address(0)); }          \
-  void __tsan_unaligned_read##bytes(void* pointer) { Hook(pointer, bytes, Access::kRead, false, __builtin_return_address(0)); }  \
-  void __tsan_unaligned_write##bytes(void* pointer) { Hook(pointer, bytes, Access::kWrite, false, __builtin_return_address(0)); } \
-  void __tsan_volatile_read##bytes(void* pointer) { Hook(pointer, bytes, Access::kRead, true, __builtin_return_address(0)); }    \
-  void __tsan_volatile_write##bytes(void* pointer) { Hook(pointer, bytes, Access::kWrite, true, __builtin_return_address(0)); }  \
-  void __tsan_unaligned_volatile_read##bytes(void* pointer) {                                                                     \
-    Hook(pointer, bytes, Access::kRead, true, __builtin_return_address(0));                                                       \
-  }                                                                                                                               \
-  void __tsan_unaligned_volatile_write##bytes(void* pointer) {                                                                    \
-    Hook(pointer, bytes, Access::kWrite, true, __builtin_return_address(0));                                                      \
+#define BEBOP_HOOKS(bytes)                                                                                                      \
+  void __tsan_read##bytes(void* pointer) { Hook(pointer, bytes, Access::kRead, false, __builtin_return_address(0)); }           \
+  void __tsan_write##bytes(void* pointer) { Hook(pointer, bytes, Access::kWrite, false, __builtin_return_address(0)); }         \
+  void __tsan_unaligned_read##bytes(void* pointer) { Hook(pointer, bytes, Access::kRead, false, __builtin_return_address(0)); } \
+  void __tsan_unaligned_write##bytes(void* pointer) {                                                                           \
+    Hook(pointer, bytes, Access::kWrite, false, __builtin_return_address(0));                                                   \
+  }                                                                                                                             \
+  void __tsan_volatile_read##bytes(void* pointer) { Hook(pointer, bytes, Access::kRead, true, __builtin_return_address(0)); }   \
+  void __tsan_volatile_write##bytes(void* pointer) { Hook(pointer, bytes, Access::kWrite, true, __builtin_return_address(0)); } \
+  void __tsan_unaligned_volatile_read##bytes(void* pointer) {                                                                   \
+    Hook(pointer, bytes, Access::kRead, true, __builtin_return_address(0));                                                     \
+  }                                                                                                                             \
+  void __tsan_unaligned_volatile_write##bytes(void* pointer) {                                                                  \
+    Hook(pointer, bytes, Access::kWrite, true, __builtin_return_address(0));                                                    \
   }
 BEBOP_HOOKS(1)
 BEBOP_HOOKS(2)
@@ -439,32 +449,34 @@ void __tsan_vptr_read(void**) {}
 // The launchers in kernel files are host code, whose shared pointers and once-initialized variables use atomics.
 void __tsan_atomic_thread_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 void __tsan_atomic_signal_fence(int) {}
-#define BEBOP_ATOMICS(bits, type)                                                                                                   \
-  type __tsan_atomic##bits##_load(const volatile type* pointer, int) { return __atomic_load_n(pointer, __ATOMIC_SEQ_CST); }        \
-  void __tsan_atomic##bits##_store(volatile type* pointer, type value, int) { __atomic_store_n(pointer, value, __ATOMIC_SEQ_CST); } \
-  type __tsan_atomic##bits##_exchange(volatile type* pointer, type value, int) {                                                    \
-    return __atomic_exchange_n(pointer, value, __ATOMIC_SEQ_CST);                                                                   \
-  }                                                                                                                                 \
-  type __tsan_atomic##bits##_fetch_add(volatile type* pointer, type value, int) {                                                   \
-    return __atomic_fetch_add(pointer, value, __ATOMIC_SEQ_CST);                                                                    \
-  }                                                                                                                                 \
-  type __tsan_atomic##bits##_fetch_sub(volatile type* pointer, type value, int) {                                                   \
-    return __atomic_fetch_sub(pointer, value, __ATOMIC_SEQ_CST);                                                                    \
-  }                                                                                                                                 \
-  type __tsan_atomic##bits##_fetch_and(volatile type* pointer, type value, int) {                                                   \
-    return __atomic_fetch_and(pointer, value, __ATOMIC_SEQ_CST);                                                                    \
-  }                                                                                                                                 \
-  type __tsan_atomic##bits##_fetch_or(volatile type* pointer, type value, int) {                                                    \
-    return __atomic_fetch_or(pointer, value, __ATOMIC_SEQ_CST);                                                                     \
-  }                                                                                                                                 \
-  type __tsan_atomic##bits##_fetch_xor(volatile type* pointer, type value, int) {                                                   \
-    return __atomic_fetch_xor(pointer, value, __ATOMIC_SEQ_CST);                                                                    \
-  }                                                                                                                                 \
-  int __tsan_atomic##bits##_compare_exchange_strong(volatile type* pointer, type* expected, type value, int, int) {                 \
-    return __atomic_compare_exchange_n(pointer, expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                        \
-  }                                                                                                                                 \
-  int __tsan_atomic##bits##_compare_exchange_weak(volatile type* pointer, type* expected, type value, int, int) {                   \
-    return __atomic_compare_exchange_n(pointer, expected, value, true, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                         \
+#define BEBOP_ATOMICS(bits, type)                                                                                           \
+  type __tsan_atomic##bits##_load(const volatile type* pointer, int) { return __atomic_load_n(pointer, __ATOMIC_SEQ_CST); } \
+  void __tsan_atomic##bits##_store(volatile type* pointer, type value, int) {                                               \
+    __atomic_store_n(pointer, value, __ATOMIC_SEQ_CST);                                                                     \
+  }                                                                                                                         \
+  type __tsan_atomic##bits##_exchange(volatile type* pointer, type value, int) {                                            \
+    return __atomic_exchange_n(pointer, value, __ATOMIC_SEQ_CST);                                                           \
+  }                                                                                                                         \
+  type __tsan_atomic##bits##_fetch_add(volatile type* pointer, type value, int) {                                           \
+    return __atomic_fetch_add(pointer, value, __ATOMIC_SEQ_CST);                                                            \
+  }                                                                                                                         \
+  type __tsan_atomic##bits##_fetch_sub(volatile type* pointer, type value, int) {                                           \
+    return __atomic_fetch_sub(pointer, value, __ATOMIC_SEQ_CST);                                                            \
+  }                                                                                                                         \
+  type __tsan_atomic##bits##_fetch_and(volatile type* pointer, type value, int) {                                           \
+    return __atomic_fetch_and(pointer, value, __ATOMIC_SEQ_CST);                                                            \
+  }                                                                                                                         \
+  type __tsan_atomic##bits##_fetch_or(volatile type* pointer, type value, int) {                                            \
+    return __atomic_fetch_or(pointer, value, __ATOMIC_SEQ_CST);                                                             \
+  }                                                                                                                         \
+  type __tsan_atomic##bits##_fetch_xor(volatile type* pointer, type value, int) {                                           \
+    return __atomic_fetch_xor(pointer, value, __ATOMIC_SEQ_CST);                                                            \
+  }                                                                                                                         \
+  int __tsan_atomic##bits##_compare_exchange_strong(volatile type* pointer, type* expected, type value, int, int) {         \
+    return __atomic_compare_exchange_n(pointer, expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                \
+  }                                                                                                                         \
+  int __tsan_atomic##bits##_compare_exchange_weak(volatile type* pointer, type* expected, type value, int, int) {           \
+    return __atomic_compare_exchange_n(pointer, expected, value, true, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                 \
   }
 BEBOP_ATOMICS(8, uint8_t)
 BEBOP_ATOMICS(16, uint16_t)
@@ -497,12 +509,15 @@ struct IndexOutOfBounds {
 
 void __ubsan_handle_type_mismatch_v1(TypeMismatch* data, uintptr_t pointer) {
   Violation("misaligned access to a " + std::string(data->type->name) + " at " + Hex(pointer) + ", which is no multiple of " +
-            std::to_string(1u << data->log_alignment) + "\n  in " + data->location.file + ":" + std::to_string(data->location.line));
+            std::to_string(1u << data->log_alignment) + "\n  in " + data->location.file + ":" +
+            std::to_string(data->location.line));
 }
-void __ubsan_handle_type_mismatch_v1_abort(TypeMismatch* data, uintptr_t pointer) { __ubsan_handle_type_mismatch_v1(data, pointer); }
+void __ubsan_handle_type_mismatch_v1_abort(TypeMismatch* data, uintptr_t pointer) {
+  __ubsan_handle_type_mismatch_v1(data, pointer);
+}
 void __ubsan_handle_out_of_bounds(IndexOutOfBounds* data, uintptr_t index) {
-  Violation("index " + std::to_string(static_cast<int64_t>(index)) + " is out of bounds of an array of type " + data->array->name + "\n  in " +
-            data->location.file + ":" + std::to_string(data->location.line));
+  Violation("index " + std::to_string(static_cast<int64_t>(index)) + " is out of bounds of an array of type " +
+            data->array->name + "\n  in " + data->location.file + ":" + std::to_string(data->location.line));
 }
 void __ubsan_handle_out_of_bounds_abort(IndexOutOfBounds* data, uintptr_t index) { __ubsan_handle_out_of_bounds(data, index); }
 

@@ -9,9 +9,9 @@ namespace bebop::emulation {
 
 void CheckStartKernel();
 void CheckStartBlock();
-void CheckBarrier();                           // all threads of the block have come to a barrier
-void CheckSyncWarp(int warp, uint32_t mask);   // these lanes have come to a __syncwarp
-void CheckCopyStart(const void* shared);       // 16 bytes will be written by the present thread some time before its wait
+void CheckBarrier();                          // all threads of the block have come to a barrier
+void CheckSyncWarp(int warp, uint32_t mask);  // these lanes have come to a __syncwarp
+void CheckCopyStart(const void* shared);      // 16 bytes will be written by the present thread some time before its wait
 void CheckCopyEnd(const void* shared);
 
 void CheckAligned(const void* pointer, size_t alignment, const char* what);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// cuBLASLt on the emulated device: matrix products of bfloat16 or float32 with float32 sums, as kernels/linear asks for them. What the
-// library would refuse (types, sizes, strides, broken promises of alignment, too small a workspace) is refused with its status; what would
-// be a fault on a device (operands outside of device memory) is a violation. Kinds of products that the engine does not use are "not
-// supported". The workspace is filled with NaN by each product: nothing may be expected to survive in it.
+// cuBLASLt on the emulated device: matrix products of bfloat16 or float32 with float32 sums, as kernels/linear asks for them.
+// What the library would refuse (types, sizes, strides, broken promises of alignment, too small a workspace) is refused with its
+// status; what would be a fault on a device (operands outside of device memory) is a violation. Kinds of products that the engine
+// does not use are "not supported". The workspace is filled with NaN by each product: nothing may be expected to survive in it.
 #include <cublasLt.h>
 
 #include <algorithm>
@@ -49,7 +49,8 @@ struct Algorithm {
 constexpr uint64_t kMagic = 0x6265626f70616c67;
 constexpr uint64_t kWantedWorkspaceBytes = 1 << 20;
 static_assert(sizeof(Layout) <= sizeof(cublasLtMatrixLayoutOpaque_t) && sizeof(Product) <= sizeof(cublasLtMatmulDescOpaque_t) &&
-              sizeof(Preference) <= sizeof(cublasLtMatmulPreferenceOpaque_t) && sizeof(Algorithm) <= sizeof(cublasLtMatmulAlgo_t));
+              sizeof(Preference) <= sizeof(cublasLtMatmulPreferenceOpaque_t) &&
+              sizeof(Algorithm) <= sizeof(cublasLtMatmulAlgo_t));
 
 template <typename Content, typename Opaque>
 Content Get(const Opaque& opaque) {
@@ -126,7 +127,8 @@ std::vector<float> Unpack(const View& view, bool by_rows) {
   const int64_t lines = by_rows ? view.rows : view.cols, count = by_rows ? view.cols : view.rows;
   std::vector<float> values(static_cast<size_t>(lines * count));
   for (int64_t line = 0; line < lines; ++line) {
-    for (int64_t i = 0; i < count; ++i) values[static_cast<size_t>(line * count + i)] = by_rows ? view.At(line, i) : view.At(i, line);
+    for (int64_t i = 0; i < count; ++i)
+      values[static_cast<size_t>(line * count + i)] = by_rows ? view.At(line, i) : view.At(i, line);
   }
   return values;
 }
@@ -152,7 +154,7 @@ void WriteElement(char* data, int64_t index, int32_t type, float value) {
   }
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const uint16_t half = (bits & 0x7fffffffu) > 0x7f800000u ? static_cast<uint16_t>((bits >> 16) | 0x40u)
-                                                         : static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+                                                           : static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
   std::memcpy(data + index * 2, &half, 2);
 }
 
@@ -173,7 +175,8 @@ struct Call {
       RequireDeviceMemory(workspace, workspace_bytes, "the workspace");
       std::memset(workspace, 0xff, workspace_bytes);
     }
-    const View a_view = ViewOf(a, a_layout, product.transpose_a == CUBLAS_OP_T), b_view = ViewOf(b, b_layout, product.transpose_b == CUBLAS_OP_T);
+    const View a_view = ViewOf(a, a_layout, product.transpose_a == CUBLAS_OP_T),
+               b_view = ViewOf(b, b_layout, product.transpose_b == CUBLAS_OP_T);
     const View c_view = ViewOf(c, c_layout, false), d_view = ViewOf(d, d_layout, false);
     const std::vector<float> a_rows = Unpack(a_view, true), b_cols = Unpack(b_view, false);
     const int64_t depth = a_view.cols;
@@ -195,9 +198,10 @@ bool SoundLayout(const Layout& layout) {
 // Whether the library has an algorithm for such a product.
 cublasStatus_t CheckProduct(const Product& product, const Layout& a, const Layout& b, const Layout& c, const Layout& d) {
   if (!SoundLayout(a) || !SoundLayout(b) || !SoundLayout(c) || !SoundLayout(d)) return CUBLAS_STATUS_INVALID_VALUE;
-  const View a_view = ViewOf(nullptr, a, product.transpose_a == CUBLAS_OP_T), b_view = ViewOf(nullptr, b, product.transpose_b == CUBLAS_OP_T);
-  const bool fits = a_view.cols == b_view.rows && a_view.rows == static_cast<int64_t>(d.rows) && b_view.cols == static_cast<int64_t>(d.cols) &&
-                    c.rows == d.rows && c.cols == d.cols && c.order == d.order;
+  const View a_view = ViewOf(nullptr, a, product.transpose_a == CUBLAS_OP_T),
+             b_view = ViewOf(nullptr, b, product.transpose_b == CUBLAS_OP_T);
+  const bool fits = a_view.cols == b_view.rows && a_view.rows == static_cast<int64_t>(d.rows) &&
+                    b_view.cols == static_cast<int64_t>(d.cols) && c.rows == d.rows && c.cols == d.cols && c.order == d.order;
   if (!fits) return CUBLAS_STATUS_INVALID_VALUE;
   const bool from_bf16 = a.type == CUDA_R_16BF && b.type == CUDA_R_16BF && (d.type == CUDA_R_16BF || d.type == CUDA_R_32F);
   const bool from_float = a.type == CUDA_R_32F && b.type == CUDA_R_32F && d.type == CUDA_R_32F;
@@ -218,12 +222,18 @@ extern "C" {
 
 const char* cublasLtGetStatusName(cublasStatus_t status) {
   switch (status) {
-    case CUBLAS_STATUS_SUCCESS: return "CUBLAS_STATUS_SUCCESS";
-    case CUBLAS_STATUS_NOT_INITIALIZED: return "CUBLAS_STATUS_NOT_INITIALIZED";
-    case CUBLAS_STATUS_INVALID_VALUE: return "CUBLAS_STATUS_INVALID_VALUE";
-    case CUBLAS_STATUS_EXECUTION_FAILED: return "CUBLAS_STATUS_EXECUTION_FAILED";
-    case CUBLAS_STATUS_NOT_SUPPORTED: return "CUBLAS_STATUS_NOT_SUPPORTED";
-    default: return "CUBLAS_STATUS_INTERNAL_ERROR";
+    case CUBLAS_STATUS_SUCCESS:
+      return "CUBLAS_STATUS_SUCCESS";
+    case CUBLAS_STATUS_NOT_INITIALIZED:
+      return "CUBLAS_STATUS_NOT_INITIALIZED";
+    case CUBLAS_STATUS_INVALID_VALUE:
+      return "CUBLAS_STATUS_INVALID_VALUE";
+    case CUBLAS_STATUS_EXECUTION_FAILED:
+      return "CUBLAS_STATUS_EXECUTION_FAILED";
+    case CUBLAS_STATUS_NOT_SUPPORTED:
+      return "CUBLAS_STATUS_NOT_SUPPORTED";
+    default:
+      return "CUBLAS_STATUS_INTERNAL_ERROR";
   }
 }
 const char* cublasLtGetStatusString(cublasStatus_t status) { return cublasLtGetStatusName(status); }
@@ -243,7 +253,8 @@ cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) {
 
 // ---- Descriptions ----
 
-cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* layout, cudaDataType type, uint64_t rows, uint64_t cols, int64_t leading) {
+cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* layout, cudaDataType type, uint64_t rows, uint64_t cols,
+                                          int64_t leading) {
   if (layout == nullptr) return CUBLAS_STATUS_INVALID_VALUE;
   *layout = new cublasLtMatrixLayoutOpaque_t{};
   Put(Layout{.rows = rows, .cols = cols, .leading = leading, .type = type, .order = CUBLASLT_ORDER_COL}, *layout);
@@ -253,37 +264,46 @@ cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) {
   delete layout;
   return CUBLAS_STATUS_SUCCESS;
 }
-cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout, cublasLtMatrixLayoutAttribute_t attribute, const void* value,
-                                                size_t bytes) {
+cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout, cublasLtMatrixLayoutAttribute_t attribute,
+                                                const void* value, size_t bytes) {
   if (layout == nullptr) return CUBLAS_STATUS_INVALID_VALUE;
   Layout content = Get<Layout>(*layout);
   cublasStatus_t status = CUBLAS_STATUS_NOT_SUPPORTED;
   switch (attribute) {
-    case CUBLASLT_MATRIX_LAYOUT_ROWS: status = Store(value, bytes, &content.rows); break;
-    case CUBLASLT_MATRIX_LAYOUT_COLS: status = Store(value, bytes, &content.cols); break;
-    case CUBLASLT_MATRIX_LAYOUT_LD: status = Store(value, bytes, &content.leading); break;
+    case CUBLASLT_MATRIX_LAYOUT_ROWS:
+      status = Store(value, bytes, &content.rows);
+      break;
+    case CUBLASLT_MATRIX_LAYOUT_COLS:
+      status = Store(value, bytes, &content.cols);
+      break;
+    case CUBLASLT_MATRIX_LAYOUT_LD:
+      status = Store(value, bytes, &content.leading);
+      break;
     case CUBLASLT_MATRIX_LAYOUT_ORDER:
       status = Store(value, bytes, &content.order);
       if (content.order != CUBLASLT_ORDER_COL && content.order != CUBLASLT_ORDER_ROW) return CUBLAS_STATUS_NOT_SUPPORTED;
       break;
-    default: break;
+    default:
+      break;
   }
   if (status == CUBLAS_STATUS_SUCCESS) Put(content, layout);
   return status;
 }
 
-cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* product, cublasComputeType_t compute_type, cudaDataType_t scale_type) {
+cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* product, cublasComputeType_t compute_type,
+                                        cudaDataType_t scale_type) {
   if (product == nullptr) return CUBLAS_STATUS_INVALID_VALUE;
   *product = new cublasLtMatmulDescOpaque_t{};
-  Put(Product{.compute_type = compute_type, .scale_type = scale_type, .transpose_a = CUBLAS_OP_N, .transpose_b = CUBLAS_OP_N}, *product);
+  Put(Product{.compute_type = compute_type, .scale_type = scale_type, .transpose_a = CUBLAS_OP_N, .transpose_b = CUBLAS_OP_N},
+      *product);
   return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t product) {
   delete product;
   return CUBLAS_STATUS_SUCCESS;
 }
-cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t product, cublasLtMatmulDescAttributes_t attribute, const void* value,
-                                              size_t bytes) {
+cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t product, cublasLtMatmulDescAttributes_t attribute,
+                                              const void* value, size_t bytes) {
   if (product == nullptr) return CUBLAS_STATUS_INVALID_VALUE;
   Product content = Get<Product>(*product);
   int32_t word = 0;
@@ -304,7 +324,8 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t product, cubl
     case CUBLASLT_MATMUL_DESC_POINTER_MODE:
       if (word != CUBLASLT_POINTER_MODE_HOST) return CUBLAS_STATUS_NOT_SUPPORTED;
       break;
-    default: return CUBLAS_STATUS_NOT_SUPPORTED;
+    default:
+      return CUBLAS_STATUS_NOT_SUPPORTED;
   }
   Put(content, product);
   return CUBLAS_STATUS_SUCCESS;
@@ -320,22 +341,36 @@ cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t prefer
   delete preference;
   return CUBLAS_STATUS_SUCCESS;
 }
-cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t attribute,
-                                                    const void* value, size_t bytes) {
+cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference,
+                                                    cublasLtMatmulPreferenceAttributes_t attribute, const void* value,
+                                                    size_t bytes) {
   if (preference == nullptr) return CUBLAS_STATUS_INVALID_VALUE;
   Preference content = Get<Preference>(*preference);
   cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
   uint32_t ignored = 0;
   switch (attribute) {
-    case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES: status = Store(value, bytes, &content.workspace_bytes); break;
-    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES: status = Store(value, bytes, &content.alignments[0]); break;
-    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES: status = Store(value, bytes, &content.alignments[1]); break;
-    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES: status = Store(value, bytes, &content.alignments[2]); break;
-    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES: status = Store(value, bytes, &content.alignments[3]); break;
+    case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES:
+      status = Store(value, bytes, &content.workspace_bytes);
+      break;
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES:
+      status = Store(value, bytes, &content.alignments[0]);
+      break;
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES:
+      status = Store(value, bytes, &content.alignments[1]);
+      break;
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES:
+      status = Store(value, bytes, &content.alignments[2]);
+      break;
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES:
+      status = Store(value, bytes, &content.alignments[3]);
+      break;
     // Choices among algorithms that differ in nothing here.
     case CUBLASLT_MATMUL_PREF_SEARCH_MODE:
-    case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK: status = Store(value, bytes, &ignored); break;
-    default: return CUBLAS_STATUS_NOT_SUPPORTED;
+    case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK:
+      status = Store(value, bytes, &ignored);
+      break;
+    default:
+      return CUBLAS_STATUS_NOT_SUPPORTED;
   }
   if (status == CUBLAS_STATUS_SUCCESS) Put(content, preference);
   return status;
@@ -345,11 +380,11 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
 
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtMatmulDesc_t product, cublasLtMatrixLayout_t a,
                                               cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
-                                              cublasLtMatmulPreference_t preference, int requested, cublasLtMatmulHeuristicResult_t results[],
-                                              int* returned) {
+                                              cublasLtMatmulPreference_t preference, int requested,
+                                              cublasLtMatmulHeuristicResult_t results[], int* returned) {
   if (handle == nullptr) return CUBLAS_STATUS_NOT_INITIALIZED;
-  if (product == nullptr || a == nullptr || b == nullptr || c == nullptr || d == nullptr || preference == nullptr || requested < 1 ||
-      results == nullptr || returned == nullptr) {
+  if (product == nullptr || a == nullptr || b == nullptr || c == nullptr || d == nullptr || preference == nullptr ||
+      requested < 1 || results == nullptr || returned == nullptr) {
     return CUBLAS_STATUS_INVALID_VALUE;
   }
   *returned = 0;
@@ -361,7 +396,8 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
   const Preference wanted = Get<Preference>(*preference);
   for (size_t i = 0; i < layouts.size(); ++i) {
     const uint32_t alignment = wanted.alignments[i];
-    if (!std::has_single_bit(alignment) || alignment < static_cast<uint32_t>(ElementBytes(layouts[i].type))) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (!std::has_single_bit(alignment) || alignment < static_cast<uint32_t>(ElementBytes(layouts[i].type)))
+      return CUBLAS_STATUS_NOT_SUPPORTED;
   }
   results[0] = {};
   const uint64_t workspace_bytes = std::min(wanted.workspace_bytes, kWantedWorkspaceBytes);
@@ -374,12 +410,13 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
 }
 
 cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t product, const void* alpha, const void* a,
-                              cublasLtMatrixLayout_t a_layout, const void* b, cublasLtMatrixLayout_t b_layout, const void* beta, const void* c,
-                              cublasLtMatrixLayout_t c_layout, void* d, cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t* algorithm,
-                              void* workspace, size_t workspace_bytes, cudaStream_t stream) {
+                              cublasLtMatrixLayout_t a_layout, const void* b, cublasLtMatrixLayout_t b_layout, const void* beta,
+                              const void* c, cublasLtMatrixLayout_t c_layout, void* d, cublasLtMatrixLayout_t d_layout,
+                              const cublasLtMatmulAlgo_t* algorithm, void* workspace, size_t workspace_bytes,
+                              cudaStream_t stream) {
   if (handle == nullptr) return CUBLAS_STATUS_NOT_INITIALIZED;
-  if (product == nullptr || alpha == nullptr || beta == nullptr || a == nullptr || b == nullptr || d == nullptr || a_layout == nullptr ||
-      b_layout == nullptr || c_layout == nullptr || d_layout == nullptr) {
+  if (product == nullptr || alpha == nullptr || beta == nullptr || a == nullptr || b == nullptr || d == nullptr ||
+      a_layout == nullptr || b_layout == nullptr || c_layout == nullptr || d_layout == nullptr) {
     return CUBLAS_STATUS_INVALID_VALUE;
   }
   Call call = {.product = Get<Product>(*product),
@@ -405,7 +442,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t prod
   if (algorithm != nullptr) {
     const Algorithm chosen = Get<Algorithm>(*algorithm);
     if (chosen.magic != kMagic) return CUBLAS_STATUS_INVALID_VALUE;
-    if (workspace_bytes < chosen.workspace_bytes || (chosen.workspace_bytes > 0 && (workspace == nullptr || !Aligned(workspace, 16)))) {
+    if (workspace_bytes < chosen.workspace_bytes ||
+        (chosen.workspace_bytes > 0 && (workspace == nullptr || !Aligned(workspace, 16)))) {
       return CUBLAS_STATUS_INVALID_VALUE;
     }
     if (!Aligned(a, chosen.alignments[0]) || !Aligned(b, chosen.alignments[1]) || !Aligned(c, chosen.alignments[2]) ||
@@ -414,7 +452,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t prod
     }
     call.workspace_bytes = chosen.workspace_bytes;
   }
-  if (!Aligned(a, static_cast<uint64_t>(ElementBytes(call.a_layout.type))) || !Aligned(b, static_cast<uint64_t>(ElementBytes(call.b_layout.type))) ||
+  if (!Aligned(a, static_cast<uint64_t>(ElementBytes(call.a_layout.type))) ||
+      !Aligned(b, static_cast<uint64_t>(ElementBytes(call.b_layout.type))) ||
       !Aligned(d, static_cast<uint64_t>(ElementBytes(call.d_layout.type)))) {
     return CUBLAS_STATUS_INVALID_VALUE;
   }

@@ -15,20 +15,23 @@
 #include "kernels/common/dtype.h"
 
 // The tests' definition of kernels/common/gpu.h: kernel files compiled by the host compiler, for the emulated device (README.md).
-// Types and declarations of the runtime come from CUDA's own headers; this header adds what nvcc has built in. Threads of a block are
-// fibers of one OS thread, so every function here that waits for other threads is a place where the emulator may switch to another one.
-// The trailing `line` parameters are filled in by the compiler: threads that meet must come from the same source line.
+// Types and declarations of the runtime come from CUDA's own headers; this header adds what nvcc has built in. Threads of a block
+// are fibers of one OS thread, so every function here that waits for other threads is a place where the emulator may switch to
+// another one. The trailing `line` parameters are filled in by the compiler: threads that meet must come from the same source
+// line.
 
 // Function and variable qualifiers. CUDA's headers leave __global__ and friends empty for host compilers.
 #undef __launch_bounds__
 #define __launch_bounds__(...)
-// One object for all threads of a block, as they share an OS thread; thread_local puts all of them into one known range of addresses.
+// One object for all threads of a block, as they share an OS thread; thread_local puts all of them into one known range of
+// addresses.
 #undef __shared__
 #define __shared__ static thread_local
 
 #define BEBOP_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::bebop::emulation::DynamicShared())
 
-// Constant for a thread from start to end, and declared so, which spares the checks of their reads (they are variables to the emulator).
+// Constant for a thread from start to end, and declared so, which spares the checks of their reads (they are variables to the
+// emulator).
 extern const uint3 threadIdx;
 extern const uint3 blockIdx;
 extern const uint3 blockDim;
@@ -58,19 +61,25 @@ class BoundCall final : public KernelCall {
 template <typename T>
 BEBOP_EMULATION_UNCHECKED uint64_t ToWord(T value) {
   static_assert(std::is_trivially_copyable_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "a warp exchanges 4 or 8 bytes a lane");
-  if constexpr (sizeof(T) == 4) return __builtin_bit_cast(uint32_t, value);
-  else return __builtin_bit_cast(uint64_t, value);
+  if constexpr (sizeof(T) == 4)
+    return __builtin_bit_cast(uint32_t, value);
+  else
+    return __builtin_bit_cast(uint64_t, value);
 }
 template <typename T>
 BEBOP_EMULATION_UNCHECKED T FromWord(uint64_t word) {
-  if constexpr (sizeof(T) == 4) return __builtin_bit_cast(T, static_cast<uint32_t>(word));
-  else return __builtin_bit_cast(T, word);
+  if constexpr (sizeof(T) == 4)
+    return __builtin_bit_cast(T, static_cast<uint32_t>(word));
+  else
+    return __builtin_bit_cast(T, word);
 }
 }  // namespace bebop::emulation
 
 // ---- Barriers and warp operations ----
 
-inline void __syncthreads(int line = __builtin_LINE()) { bebop::emulation::Barrier(bebop::emulation::BarrierKind::kPlain, 0, line); }
+inline void __syncthreads(int line = __builtin_LINE()) {
+  bebop::emulation::Barrier(bebop::emulation::BarrierKind::kPlain, 0, line);
+}
 inline int __syncthreads_count(int predicate, int line = __builtin_LINE()) {
   return bebop::emulation::Barrier(bebop::emulation::BarrierKind::kCount, predicate, line);
 }
@@ -131,9 +140,9 @@ unsigned __match_any_sync(unsigned mask, T value, int line = __builtin_LINE()) {
       bebop::emulation::MeetWarp(bebop::emulation::WarpOperation::kMatchAny, mask, line, bebop::emulation::ToWord(value)));
 }
 
-#define BEBOP_EMULATION_REDUCE(name, type, operation)                                                             \
-  inline type name(unsigned mask, type value, int line = __builtin_LINE()) {                                      \
-    return static_cast<type>(                                                                                     \
+#define BEBOP_EMULATION_REDUCE(name, type, operation)                                                                      \
+  inline type name(unsigned mask, type value, int line = __builtin_LINE()) {                                               \
+    return static_cast<type>(                                                                                              \
         bebop::emulation::MeetWarp(bebop::emulation::WarpOperation::operation, mask, line, static_cast<uint32_t>(value))); \
   }
 BEBOP_EMULATION_REDUCE(__reduce_add_sync, unsigned, kAddUnsigned)
@@ -152,7 +161,9 @@ BEBOP_EMULATION_REDUCE(__reduce_xor_sync, unsigned, kXorBits)
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 // The host's threads do run beside the device's.
-BEBOP_EMULATION_UNCHECKED __attribute__((noinline)) inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+BEBOP_EMULATION_UNCHECKED __attribute__((noinline)) inline void __threadfence_system() {
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
 inline void __nanosleep(unsigned) { bebop::emulation::Sleep(); }
 inline void __trap(int line = __builtin_LINE()) { bebop::emulation::Trap(line); }
 
@@ -169,10 +180,10 @@ BEBOP_EMULATION_LOAD(__ldcs)
 BEBOP_EMULATION_LOAD(__ldlu)
 BEBOP_EMULATION_LOAD(__ldcv)
 #undef BEBOP_EMULATION_LOAD
-#define BEBOP_EMULATION_STORE(name)    \
-  template <typename T>                \
+#define BEBOP_EMULATION_STORE(name)                      \
+  template <typename T>                                  \
   void name(T* pointer, std::type_identity_t<T> value) { \
-    *pointer = value;                  \
+    *pointer = value;                                    \
   }
 BEBOP_EMULATION_STORE(__stwb)
 BEBOP_EMULATION_STORE(__stcg)
@@ -194,19 +205,19 @@ BEBOP_EMULATION_UNCHECKED __attribute__((noinline)) T AtomicChange(T* pointer, C
 
 }  // namespace bebop::emulation
 
-#define BEBOP_EMULATION_ATOMIC(name, type, expression)                                                              \
-  inline type name(type* pointer, type value) {                                                                     \
+#define BEBOP_EMULATION_ATOMIC(name, type, expression)                                                                          \
+  inline type name(type* pointer, type value) {                                                                                 \
     return bebop::emulation::AtomicChange(pointer, [value](type old) BEBOP_EMULATION_UNCHECKED -> type { return expression; }); \
   }
-#define BEBOP_EMULATION_ATOMICS(type)                                         \
-  BEBOP_EMULATION_ATOMIC(atomicMin, type, value < old ? value : old)          \
-  BEBOP_EMULATION_ATOMIC(atomicMax, type, value > old ? value : old)          \
-  BEBOP_EMULATION_ATOMIC(atomicAnd, type, static_cast<type>(old & value))     \
-  BEBOP_EMULATION_ATOMIC(atomicOr, type, static_cast<type>(old | value))      \
-  BEBOP_EMULATION_ATOMIC(atomicXor, type, static_cast<type>(old ^ value))     \
-  BEBOP_EMULATION_ATOMIC(atomicExch, type, ((void)old, value))                \
-  inline type atomicCAS(type* pointer, type expected, type value) {           \
-    return bebop::emulation::AtomicChange(                                    \
+#define BEBOP_EMULATION_ATOMICS(type)                                                                                      \
+  BEBOP_EMULATION_ATOMIC(atomicMin, type, value < old ? value : old)                                                       \
+  BEBOP_EMULATION_ATOMIC(atomicMax, type, value > old ? value : old)                                                       \
+  BEBOP_EMULATION_ATOMIC(atomicAnd, type, static_cast<type>(old & value))                                                  \
+  BEBOP_EMULATION_ATOMIC(atomicOr, type, static_cast<type>(old | value))                                                   \
+  BEBOP_EMULATION_ATOMIC(atomicXor, type, static_cast<type>(old ^ value))                                                  \
+  BEBOP_EMULATION_ATOMIC(atomicExch, type, ((void)old, value))                                                             \
+  inline type atomicCAS(type* pointer, type expected, type value) {                                                        \
+    return bebop::emulation::AtomicChange(                                                                                 \
         pointer, [expected, value](type old) BEBOP_EMULATION_UNCHECKED -> type { return old == expected ? value : old; }); \
   }
 BEBOP_EMULATION_ATOMICS(int)
@@ -230,16 +241,15 @@ namespace bebop::gpu {
 inline constexpr size_t kDefaultSharedBytes = 48 * 1024;
 
 template <typename... Parameters, typename... Args>
-cudaError_t Launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, Args&&... args) {
+cudaError_t Launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   Args&&... args) {
   if (shared_bytes > kDefaultSharedBytes) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shared_bytes));
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
-  return emulation::Enqueue(
-      std::make_shared<const emulation::BoundCall<Parameters...>>(kernel, static_cast<Parameters>(args)...), grid, block, shared_bytes,
-      stream);
+  return emulation::Enqueue(std::make_shared<const emulation::BoundCall<Parameters...>>(kernel, static_cast<Parameters>(args)...),
+                            grid, block, shared_bytes, stream);
 }
 
 inline void CpAsync16(void* shared, const void* global, bool valid = true) { emulation::CopyAsync16(shared, global, valid); }
@@ -250,11 +260,15 @@ void CpAsyncWait() {
   emulation::WaitCopies(kPending);
 }
 
-inline void LdMatrixX4(uint32_t (&r)[4], const void* row, int line = __builtin_LINE()) { emulation::LoadMatrix(r, 4, false, row, line); }
+inline void LdMatrixX4(uint32_t (&r)[4], const void* row, int line = __builtin_LINE()) {
+  emulation::LoadMatrix(r, 4, false, row, line);
+}
 inline void LdMatrixX4Trans(uint32_t (&r)[4], const void* row, int line = __builtin_LINE()) {
   emulation::LoadMatrix(r, 4, true, row, line);
 }
-inline void LdMatrixX2(uint32_t (&r)[2], const void* row, int line = __builtin_LINE()) { emulation::LoadMatrix(r, 2, false, row, line); }
+inline void LdMatrixX2(uint32_t (&r)[2], const void* row, int line = __builtin_LINE()) {
+  emulation::LoadMatrix(r, 2, false, row, line);
+}
 inline void LdMatrixX2Trans(uint32_t (&r)[2], const void* row, int line = __builtin_LINE()) {
   emulation::LoadMatrix(r, 2, true, row, line);
 }

@@ -11,10 +11,10 @@ namespace bebop::emulation {
 
 // Since the process began. A step that "neither allocates nor synchronises" leaves allocations and synchronizations as they were.
 struct Counters {
-  int64_t launches = 0;          // of kernels, also those inside graphs
+  int64_t launches = 0;  // of kernels, also those inside graphs
   int64_t graph_launches = 0;
-  int64_t operations = 0;        // of streams that have run: launches, copies, fills, events, matrix products
-  int64_t allocations = 0;       // device and pinned, whether they succeeded or not
+  int64_t operations = 0;   // of streams that have run: launches, copies, fills, events, matrix products
+  int64_t allocations = 0;  // device and pinned, whether they succeeded or not
   int64_t frees = 0;
   int64_t synchronizations = 0;  // calls that wait for the device, implicit ones of cudaFree, cudaMemcpy and such included
 };
@@ -33,8 +33,8 @@ void SetDeviceMemoryBytes(size_t bytes);
 // 1, or 0 for a machine without a device: every call fails with cudaErrorNoDevice then.
 void SetDeviceCount(int count);
 
-// From now on every call and launch returns `error`, as after a fault on a device; the work in queues is dropped. cudaSuccess heals the
-// device, which no real one does.
+// From now on every call and launch returns `error`, as after a fault on a device; the work in queues is dropped. cudaSuccess
+// heals the device, which no real one does.
 void InjectStickyError(cudaError_t error);
 // The same, after `operations` more operations have run.
 void InjectStickyErrorAfter(int64_t operations, cudaError_t error);

@@ -16,9 +16,23 @@ enum class BarrierKind : uint8_t { kPlain, kCount, kAnd, kOr };
 int Barrier(BarrierKind kind, int predicate, int line);
 
 enum class WarpOperation : uint8_t {
-  kSync, kShuffle, kBallot, kAny, kAll, kMatchAny,
-  kAddUnsigned, kMinUnsigned, kMaxUnsigned, kMinSigned, kMaxSigned, kAndBits, kOrBits, kXorBits,
-  kLoadMatrix, kMmaBf16, kMmaTf32,
+  kSync,
+  kShuffle,
+  kBallot,
+  kAny,
+  kAll,
+  kMatchAny,
+  kAddUnsigned,
+  kMinUnsigned,
+  kMaxUnsigned,
+  kMinSigned,
+  kMaxSigned,
+  kAndBits,
+  kOrBits,
+  kXorBits,
+  kLoadMatrix,
+  kMmaBf16,
+  kMmaTf32,
 };
 const char* WarpOperationName(WarpOperation operation);
 // Meets the lanes of `mask`. `value` is this lane's operand; `source` the lane whose value a shuffle returns.

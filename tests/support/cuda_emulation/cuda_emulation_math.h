@@ -9,8 +9,9 @@
 #include <limits>
 #include <type_traits>
 
-// Arithmetic that nvcc has built in and the host compiler has not. Fast intrinsics (__expf ...) compute exactly here: kernels that use
-// them state their tolerance from CUDA's tables of errors, not from a run on this device. What is missing may be added here.
+// Arithmetic that nvcc has built in and the host compiler has not. Fast intrinsics (__expf ...) compute exactly here: kernels
+// that use them state their tolerance from CUDA's tables of errors, not from a run on this device. What is missing may be added
+// here.
 
 // No checks inside: for functions that touch the emulator's own data on behalf of a kernel.
 #define BEBOP_EMULATION_UNCHECKED __attribute__((no_sanitize("thread", "alignment")))

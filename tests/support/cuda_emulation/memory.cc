@@ -62,7 +62,8 @@ void* AllocateMemory(size_t bytes, MemoryKind kind) {
   // Not at the start of a page: a kernel may count on 256 bytes of alignment, not on more.
   const uintptr_t offset = 256 * (1 + num_allocations % 3);
   const uintptr_t pages = (offset + bytes + kArenaPageBytes - 1) / kArenaPageBytes;
-  if (num_allocations == kMaxAllocations || (pages + 1) * kArenaPageBytes > kArenaBytes - next_page) Fatal("out of addresses: too many allocations");
+  if (num_allocations == kMaxAllocations || (pages + 1) * kArenaPageBytes > kArenaBytes - next_page)
+    Fatal("out of addresses: too many allocations");
   const uintptr_t start = arena_begin + next_page;
   for (uintptr_t done = 0; done < pages * kArenaPageBytes; done += kPoisonBytes) {
     const size_t part = std::min<size_t>(kPoisonBytes, pages * kArenaPageBytes - done);
@@ -90,7 +91,8 @@ bool ReleaseMemory(void* pointer, MemoryKind kind) {
   allocation.freed = true;
   const uintptr_t start = allocation.begin & ~(kArenaPageBytes - 1);
   const size_t bytes = ((allocation.end - start) + kArenaPageBytes - 1) & ~(kArenaPageBytes - 1);
-  if (mmap(reinterpret_cast<void*>(start), bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED) {
+  if (mmap(reinterpret_cast<void*>(start), bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) ==
+      MAP_FAILED) {
     Fatal("cannot unmap memory of the emulated device");
   }
   if (kind == MemoryKind::kDevice) device_used -= allocation.end - allocation.begin;

@@ -4,9 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
-// Memory of the emulated device and pinned host memory: both come from one reserved range of addresses, so that any address is looked up
-// in a table. Each allocation has pages of its own with an unmapped page after them; addresses are never used twice, so that a pointer to
-// freed memory stays wrong. Fresh device memory reads as NaN in float32 and bfloat16 and as -1 in integers.
+// Memory of the emulated device and pinned host memory: both come from one reserved range of addresses, so that any address is
+// looked up in a table. Each allocation has pages of its own with an unmapped page after them; addresses are never used twice, so
+// that a pointer to freed memory stays wrong. Fresh device memory reads as NaN in float32 and bfloat16 and as -1 in integers.
 namespace bebop::emulation {
 
 enum class MemoryKind : uint8_t { kDevice, kPinned };
@@ -31,8 +31,8 @@ inline constexpr uintptr_t kArenaPageBytes = 4096;
 extern uint32_t* page_owner;
 extern Allocation* allocations;
 
-// The allocation, living or freed, whose pages hold the address; null where there is none. Takes no lock: an entry is complete before its
-// address is known to anyone.
+// The allocation, living or freed, whose pages hold the address; null where there is none. Takes no lock: an entry is complete
+// before its address is known to anyone.
 inline const Allocation* FindAllocation(uintptr_t address) {
   if (arena_begin == 0 || address - arena_begin >= kArenaBytes) return nullptr;
   const uint32_t owner = page_owner[(address - arena_begin) / kArenaPageBytes];

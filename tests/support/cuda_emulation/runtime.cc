@@ -23,9 +23,9 @@
 #include "memory.h"
 #include "violation.h"
 
-// The CUDA runtime's calls. What is enqueued on streams becomes a graph of operations: each depends on the one before it on its stream and
-// on events waited for. One thread of the emulator, the device, runs ready operations in a random order, so that an ordering which no
-// event or stream gives is not there. Nothing waits for the host to ask.
+// The CUDA runtime's calls. What is enqueued on streams becomes a graph of operations: each depends on the one before it on its
+// stream and on events waited for. One thread of the emulator, the device, runs ready operations in a random order, so that an
+// ordering which no event or stream gives is not there. Nothing waits for the host to ask.
 
 namespace bebop::emulation {
 namespace {
@@ -77,8 +77,8 @@ struct Capture {
 using bebop::emulation::Capture;
 
 struct CUstream_st {
-  bool blocking = true;  // ordered with the legacy default stream
-  OperationPtr tail;     // the last operation; null when there was none
+  bool blocking = true;             // ordered with the legacy default stream
+  OperationPtr tail;                // the last operation; null when there was none
   std::vector<OperationPtr> waits;  // for the next operation, beside `tail`
   std::shared_ptr<Capture> capture;
   std::vector<int> capture_tail;  // nodes that the next one depends on
@@ -272,7 +272,8 @@ cudaError_t EnqueueLocked(CUstream_st& stream, Work work) {
   if (&stream == &device.legacy) {
     // The legacy stream would wait for the capturing one.
     for (const auto& capture : device.captures) {
-      if (capture->mode != cudaStreamCaptureModeRelaxed && std::any_of(capture->streams.begin(), capture->streams.end(), [](auto* s) { return s->blocking; })) {
+      if (capture->mode != cudaStreamCaptureModeRelaxed &&
+          std::any_of(capture->streams.begin(), capture->streams.end(), [](auto* s) { return s->blocking; })) {
         capture->invalid = true;
         return cudaErrorStreamCaptureImplicit;
       }
@@ -318,7 +319,8 @@ Work MakeWork(std::function<void()> work) { return std::make_shared<const std::f
 const Allocation* Owner(const void* pointer, size_t bytes) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
   const Allocation* const allocation = FindAllocation(address);
-  if (allocation == nullptr || allocation->freed || address < allocation->begin || address + bytes > allocation->end) return nullptr;
+  if (allocation == nullptr || allocation->freed || address < allocation->begin || address + bytes > allocation->end)
+    return nullptr;
   return allocation;
 }
 bool InArena(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) - arena_begin < kArenaBytes; }
@@ -368,7 +370,8 @@ cudaError_t CopyMemory(const CopyRows& rows, cudaMemcpyKind kind, cudaStream_t s
   if (stream == nullptr) return Return(cudaErrorInvalidResourceHandle);
   if (rows.width == 0 || rows.height == 0) return cudaSuccess;
   Place target, source;
-  if (!PlaceOf(rows.target, rows.TargetBytes(), &target) || !PlaceOf(rows.source, rows.SourceBytes(), &source)) return Return(cudaErrorInvalidValue);
+  if (!PlaceOf(rows.target, rows.TargetBytes(), &target) || !PlaceOf(rows.source, rows.SourceBytes(), &source))
+    return Return(cudaErrorInvalidValue);
   const bool from_device = source == Place::kDevice, to_device = target == Place::kDevice;
   if ((kind == cudaMemcpyHostToDevice && (from_device || target == Place::kPageable)) ||
       (kind == cudaMemcpyDeviceToHost && (to_device || source == Place::kPageable)) ||
@@ -391,8 +394,8 @@ cudaError_t CopyMemory(const CopyRows& rows, cudaMemcpyKind kind, cudaStream_t s
     auto staged = std::make_shared<std::vector<char>>(rows.width * rows.height);
     CopyRows{staged->data(), rows.width, rows.source, rows.source_pitch, rows.width, rows.height}.Run();
     return Return(EnqueueLocked(*stream, MakeWork([rows, staged] {
-                                  CopyRows{rows.target, rows.target_pitch, staged->data(), rows.width, rows.width, rows.height}.Run();
-                                })));
+      CopyRows{rows.target, rows.target_pitch, staged->data(), rows.width, rows.width, rows.height}.Run();
+    })));
   }
   const cudaError_t error = EnqueueLocked(*stream, MakeWork([rows] { rows.Run(); }));
   if (error != cudaSuccess) return Return(error);
@@ -411,9 +414,9 @@ cudaError_t FillMemory(void* target, int value, size_t bytes, cudaStream_t strea
     if (const cudaError_t error = ForbiddenInCapture(); error != cudaSuccess) return Return(error);
   }
   const cudaError_t error = EnqueueLocked(*stream, MakeWork([target, value, bytes] {
-                                            CheckAlive(target, bytes, "a fill");
-                                            std::memset(target, value, bytes);
-                                          }));
+    CheckAlive(target, bytes, "a fill");
+    std::memset(target, value, bytes);
+  }));
   if (error != cudaSuccess) return Return(error);
   if (wait) WaitFor(lock, {stream->tail});
   return Return(device.sticky);
@@ -453,7 +456,8 @@ cudaError_t EnqueueWork(cudaStream_t stream_handle, std::function<void()> work) 
   return Return(EnqueueLocked(*stream, MakeWork(std::move(work))));
 }
 
-cudaError_t Enqueue(std::shared_ptr<const KernelCall> call, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream_handle) {
+cudaError_t Enqueue(std::shared_ptr<const KernelCall> call, dim3 grid, dim3 block, size_t shared_bytes,
+                    cudaStream_t stream_handle) {
   std::lock_guard lock(device.mutex);
   if (const cudaError_t health = Health(); health != cudaSuccess) return Return(health);
   CUstream_st* const stream = Resolve(stream_handle);
@@ -469,14 +473,18 @@ cudaError_t Enqueue(std::shared_ptr<const KernelCall> call, dim3 grid, dim3 bloc
   if (!opted && shared_bytes > kMaxStaticSharedBytes) return Return(cudaErrorInvalidValue);
   const size_t shared_limit = opted ? kMaxSharedBytes : kMaxStaticSharedBytes;
   return Return(EnqueueLocked(*stream, MakeWork([call = std::move(call), grid, block, shared_bytes, shared_limit] {
-                                counters.launches.fetch_add(1);
-                                RunKernel(*call, grid, block, shared_bytes, shared_limit);
-                              })));
+    counters.launches.fetch_add(1);
+    RunKernel(*call, grid, block, shared_bytes, shared_limit);
+  })));
 }
 
 Counters GetCounters() {
-  return {.launches = counters.launches, .graph_launches = counters.graph_launches, .operations = counters.operations,
-          .allocations = counters.allocations, .frees = counters.frees, .synchronizations = counters.synchronizations};
+  return {.launches = counters.launches,
+          .graph_launches = counters.graph_launches,
+          .operations = counters.operations,
+          .allocations = counters.allocations,
+          .frees = counters.frees,
+          .synchronizations = counters.synchronizations};
 }
 
 void SetDeviceCount(int count) {
@@ -524,7 +532,7 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
   if (const cudaError_t health = Health(); health != cudaSuccess) return Return(health);
   *attributes = {};
   const Allocation* const allocation = Owner(pointer, 1);
-  attributes->type = allocation == nullptr                        ? cudaMemoryTypeUnregistered
+  attributes->type = allocation == nullptr                     ? cudaMemoryTypeUnregistered
                      : allocation->kind == MemoryKind::kDevice ? cudaMemoryTypeDevice
                                                                : cudaMemoryTypeHost;
   attributes->devicePointer = allocation == nullptr ? nullptr : const_cast<void*>(pointer);
@@ -550,8 +558,8 @@ cudaError_t cudaMemcpy2D(void* target, size_t target_pitch, const void* source, 
                          cudaMemcpyKind kind) {
   return CopyMemory({target, target_pitch, source, source_pitch, width, height}, kind, nullptr, true);
 }
-cudaError_t cudaMemcpy2DAsync(void* target, size_t target_pitch, const void* source, size_t source_pitch, size_t width, size_t height,
-                              cudaMemcpyKind kind, cudaStream_t stream) {
+cudaError_t cudaMemcpy2DAsync(void* target, size_t target_pitch, const void* source, size_t source_pitch, size_t width,
+                              size_t height, cudaMemcpyKind kind, cudaStream_t stream) {
   return CopyMemory({target, target_pitch, source, source_pitch, width, height}, kind, stream, false);
 }
 cudaError_t cudaMemset(void* target, int value, size_t bytes) { return FillMemory(target, value, bytes, nullptr, true); }
@@ -606,27 +614,62 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ind
   cudaDeviceProp properties;
   if (const cudaError_t error = cudaGetDeviceProperties(&properties, index); error != cudaSuccess) return error;
   switch (attribute) {
-    case cudaDevAttrMaxThreadsPerBlock: *value = properties.maxThreadsPerBlock; break;
-    case cudaDevAttrMaxSharedMemoryPerBlock: *value = static_cast<int>(properties.sharedMemPerBlock); break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(properties.sharedMemPerBlockOptin); break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = static_cast<int>(properties.sharedMemPerMultiprocessor); break;
-    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = properties.maxThreadsPerMultiProcessor; break;
-    case cudaDevAttrMultiProcessorCount: *value = properties.multiProcessorCount; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = properties.major; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = properties.minor; break;
-    case cudaDevAttrWarpSize: *value = properties.warpSize; break;
-    case cudaDevAttrL2CacheSize: *value = properties.l2CacheSize; break;
-    case cudaDevAttrMaxRegistersPerBlock: *value = properties.regsPerBlock; break;
-    case cudaDevAttrUnifiedAddressing: *value = properties.unifiedAddressing; break;
-    case cudaDevAttrCanMapHostMemory: *value = properties.canMapHostMemory; break;
-    case cudaDevAttrMaxGridDimX: *value = properties.maxGridSize[0]; break;
-    case cudaDevAttrMaxGridDimY: *value = properties.maxGridSize[1]; break;
-    case cudaDevAttrMaxGridDimZ: *value = properties.maxGridSize[2]; break;
+    case cudaDevAttrMaxThreadsPerBlock:
+      *value = properties.maxThreadsPerBlock;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+      *value = static_cast<int>(properties.sharedMemPerBlock);
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = static_cast<int>(properties.sharedMemPerBlockOptin);
+      break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = static_cast<int>(properties.sharedMemPerMultiprocessor);
+      break;
+    case cudaDevAttrMaxThreadsPerMultiProcessor:
+      *value = properties.maxThreadsPerMultiProcessor;
+      break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = properties.multiProcessorCount;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = properties.major;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = properties.minor;
+      break;
+    case cudaDevAttrWarpSize:
+      *value = properties.warpSize;
+      break;
+    case cudaDevAttrL2CacheSize:
+      *value = properties.l2CacheSize;
+      break;
+    case cudaDevAttrMaxRegistersPerBlock:
+      *value = properties.regsPerBlock;
+      break;
+    case cudaDevAttrUnifiedAddressing:
+      *value = properties.unifiedAddressing;
+      break;
+    case cudaDevAttrCanMapHostMemory:
+      *value = properties.canMapHostMemory;
+      break;
+    case cudaDevAttrMaxGridDimX:
+      *value = properties.maxGridSize[0];
+      break;
+    case cudaDevAttrMaxGridDimY:
+      *value = properties.maxGridSize[1];
+      break;
+    case cudaDevAttrMaxGridDimZ:
+      *value = properties.maxGridSize[2];
+      break;
     case cudaDevAttrIntegrated:
     case cudaDevAttrManagedMemory:
-    case cudaDevAttrCooperativeLaunch: *value = 0; break;
+    case cudaDevAttrCooperativeLaunch:
+      *value = 0;
+      break;
     // Add what is asked for; a wrong zero would be worse.
-    default: Fatal("cudaDeviceGetAttribute: attribute " + std::to_string(attribute) + " is not in the emulated device yet (runtime.cc)");
+    default:
+      Fatal("cudaDeviceGetAttribute: attribute " + std::to_string(attribute) + " is not in the emulated device yet (runtime.cc)");
   }
   return cudaSuccess;
 }
@@ -660,7 +703,9 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
   return cudaSuccess;
 }
 cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithFlags(stream, cudaStreamDefault); }
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) { return cudaStreamCreateWithFlags(stream, flags); }
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
+  return cudaStreamCreateWithFlags(stream, flags);
+}
 cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
   *least = 0;
   *greatest = -5;
@@ -718,7 +763,8 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream_handle, cudaEvent_t event, u
       stream->capture_tail.clear();
     }
     for (const int node : event->capture_tail) {
-      if (std::find(stream->capture_tail.begin(), stream->capture_tail.end(), node) == stream->capture_tail.end()) stream->capture_tail.push_back(node);
+      if (std::find(stream->capture_tail.begin(), stream->capture_tail.end(), node) == stream->capture_tail.end())
+        stream->capture_tail.push_back(node);
     }
     return cudaSuccess;
   }
@@ -789,7 +835,8 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
   std::lock_guard lock(device.mutex);
   if (const cudaError_t health = Health(); health != cudaSuccess) return Return(health);
-  if (start == nullptr || end == nullptr || !start->timing || !end->timing || start->operation == nullptr || end->operation == nullptr) {
+  if (start == nullptr || end == nullptr || !start->timing || !end->timing || start->operation == nullptr ||
+      end->operation == nullptr) {
     return Return(cudaErrorInvalidResourceHandle);
   }
   if (!start->operation->done || !end->operation->done) return cudaErrorNotReady;
@@ -851,7 +898,7 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream_handle, cudaStreamCaptureS
   if (const cudaError_t health = Health(); health != cudaSuccess) return Return(health);
   const CUstream_st* const stream = Resolve(stream_handle);
   if (stream == nullptr) return Return(cudaErrorInvalidResourceHandle);
-  *status = stream->capture == nullptr    ? cudaStreamCaptureStatusNone
+  *status = stream->capture == nullptr ? cudaStreamCaptureStatusNone
             : stream->capture->invalid ? cudaStreamCaptureStatusInvalidated
                                        : cudaStreamCaptureStatusActive;
   return cudaSuccess;
@@ -940,7 +987,8 @@ cudaError_t cudaPeekAtLastError() {
 const char* cudaGetErrorName(cudaError_t error) {
   switch (error) {
 #define BEBOP_ERROR(name) \
-  case name: return #name;
+  case name:              \
+    return #name;
     BEBOP_ERROR(cudaSuccess)
     BEBOP_ERROR(cudaErrorInvalidValue)
     BEBOP_ERROR(cudaErrorMemoryAllocation)
@@ -965,26 +1013,41 @@ const char* cudaGetErrorName(cudaError_t error) {
     BEBOP_ERROR(cudaErrorStreamCaptureImplicit)
     BEBOP_ERROR(cudaErrorStreamCaptureWrongThread)
 #undef BEBOP_ERROR
-    default: return "unrecognized error code";
+    default:
+      return "unrecognized error code";
   }
 }
 
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
-    case cudaSuccess: return "no error";
-    case cudaErrorInvalidValue: return "invalid argument";
-    case cudaErrorMemoryAllocation: return "out of memory";
-    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
-    case cudaErrorInvalidDevice: return "invalid device ordinal";
-    case cudaErrorNoDevice: return "no CUDA-capable device is detected";
-    case cudaErrorInvalidResourceHandle: return "invalid resource handle";
-    case cudaErrorNotReady: return "device not ready";
-    case cudaErrorIllegalAddress: return "an illegal memory access was encountered";
-    case cudaErrorLaunchFailure: return "unspecified launch failure";
-    case cudaErrorECCUncorrectable: return "uncorrectable ECC error encountered";
-    case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
-    case cudaErrorStreamCaptureInvalidated: return "operation failed due to a previous error during capture";
-    default: return cudaGetErrorName(error);
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorInvalidDevice:
+      return "invalid device ordinal";
+    case cudaErrorNoDevice:
+      return "no CUDA-capable device is detected";
+    case cudaErrorInvalidResourceHandle:
+      return "invalid resource handle";
+    case cudaErrorNotReady:
+      return "device not ready";
+    case cudaErrorIllegalAddress:
+      return "an illegal memory access was encountered";
+    case cudaErrorLaunchFailure:
+      return "unspecified launch failure";
+    case cudaErrorECCUncorrectable:
+      return "uncorrectable ECC error encountered";
+    case cudaErrorStreamCaptureUnsupported:
+      return "operation not permitted when stream is capturing";
+    case cudaErrorStreamCaptureInvalidated:
+      return "operation failed due to a previous error during capture";
+    default:
+      return cudaGetErrorName(error);
   }
 }
 

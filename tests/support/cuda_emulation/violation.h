@@ -6,9 +6,9 @@
 
 namespace bebop::emulation {
 
-// Ends the process: a rule of CUDA is broken, or a rule of kernels/common/gpu.h. `what` is a whole sentence without its stop; the kernel,
-// block and thread that run are named when there are any, and so is the source line of `place` (a return address), as far as the
-// program `addr2line` and the debug information know it.
+// Ends the process: a rule of CUDA is broken, or a rule of kernels/common/gpu.h. `what` is a whole sentence without its stop; the
+// kernel, block and thread that run are named when there are any, and so is the source line of `place` (a return address), as far
+// as the program `addr2line` and the debug information know it.
 [[noreturn]] void Violation(const std::string& what, const void* place = nullptr);
 // The emulator itself cannot go on.
 [[noreturn]] void Fatal(const std::string& what);

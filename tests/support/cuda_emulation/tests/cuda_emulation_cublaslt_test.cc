@@ -37,15 +37,19 @@ class Matrix {
       for (const float value : values) halves.push_back(ToBFloat16(value).bits);
       halves_ = std::make_unique<DeviceArray<uint16_t>>(halves);
     }
-    EXPECT_EQ(cublasLtMatrixLayoutCreate(&layout_, type, static_cast<uint64_t>(rows), static_cast<uint64_t>(cols), leading_), CUBLAS_STATUS_SUCCESS);
+    EXPECT_EQ(cublasLtMatrixLayoutCreate(&layout_, type, static_cast<uint64_t>(rows), static_cast<uint64_t>(cols), leading_),
+              CUBLAS_STATUS_SUCCESS);
     const int32_t order_value = order;
-    EXPECT_EQ(cublasLtMatrixLayoutSetAttribute(layout_, CUBLASLT_MATRIX_LAYOUT_ORDER, &order_value, sizeof(order_value)), CUBLAS_STATUS_SUCCESS);
+    EXPECT_EQ(cublasLtMatrixLayoutSetAttribute(layout_, CUBLASLT_MATRIX_LAYOUT_ORDER, &order_value, sizeof(order_value)),
+              CUBLAS_STATUS_SUCCESS);
   }
   ~Matrix() { EXPECT_EQ(cublasLtMatrixLayoutDestroy(layout_), CUBLAS_STATUS_SUCCESS); }
   Matrix(const Matrix&) = delete;
   Matrix& operator=(const Matrix&) = delete;
 
-  size_t Index(int row, int col) const { return static_cast<size_t>(order_ == CUBLASLT_ORDER_COL ? col * leading_ + row : row * leading_ + col); }
+  size_t Index(int row, int col) const {
+    return static_cast<size_t>(order_ == CUBLASLT_ORDER_COL ? col * leading_ + row : row * leading_ + col);
+  }
   float At(int row, int col) const { return values_[Index(row, col)]; }
   void* data() const { return type_ == CUDA_R_32F ? static_cast<void*>(floats_->data()) : halves_->data(); }
   cublasLtMatrixLayout_t layout() const { return layout_; }
@@ -92,12 +96,13 @@ class Product {
   }
   cublasStatus_t Choose(const Matrix& a, const Matrix& b, const Matrix& d) {
     int returned = 0;
-    return cublasLtMatmulAlgoGetHeuristic(handle_, product_, a.layout(), b.layout(), d.layout(), d.layout(), preference_, 1, &result_, &returned);
+    return cublasLtMatmulAlgoGetHeuristic(handle_, product_, a.layout(), b.layout(), d.layout(), d.layout(), preference_, 1,
+                                          &result_, &returned);
   }
-  cublasStatus_t Multiply(const Matrix& a, const Matrix& b, const Matrix& d, const void* a_data, void* workspace, size_t workspace_bytes,
-                          cudaStream_t stream, float alpha = 1.0f, float beta = 0.0f) {
-    return cublasLtMatmul(handle_, product_, &alpha, a_data, a.layout(), b.data(), b.layout(), &beta, d.data(), d.layout(), d.data(), d.layout(),
-                          &result_.algo, workspace, workspace_bytes, stream);
+  cublasStatus_t Multiply(const Matrix& a, const Matrix& b, const Matrix& d, const void* a_data, void* workspace,
+                          size_t workspace_bytes, cudaStream_t stream, float alpha = 1.0f, float beta = 0.0f) {
+    return cublasLtMatmul(handle_, product_, &alpha, a_data, a.layout(), b.data(), b.layout(), &beta, d.data(), d.layout(),
+                          d.data(), d.layout(), &result_.algo, workspace, workspace_bytes, stream);
   }
   const cublasLtMatmulHeuristicResult_t& result() const { return result_; }
 
@@ -126,7 +131,8 @@ TEST(CublasLt, ProductsOfAllKinds) {
     for (int row = 0; row < c.m; ++row) {
       for (int col = 0; col < c.n; ++col) {
         float sum = 0.0f;
-        for (int i = 0; i < c.k; ++i) sum += (c.transpose_a ? a.At(i, row) : a.At(row, i)) * (c.transpose_b ? b.At(col, i) : b.At(i, col));
+        for (int i = 0; i < c.k; ++i)
+          sum += (c.transpose_a ? a.At(i, row) : a.At(row, i)) * (c.transpose_b ? b.At(col, i) : b.At(i, col));
         const float value = c.alpha * sum + c.beta * d.At(row, col);
         expected[d.Index(row, col)] = c.out_type == CUDA_R_32F ? value : ToFloat(ToBFloat16(value));
       }
@@ -139,7 +145,8 @@ TEST(CublasLt, ProductsOfAllKinds) {
 }
 
 TEST(CublasLt, IsCapturedAndUsesItsWorkspace) {
-  const Matrix a(16, 8, CUBLASLT_ORDER_COL, CUDA_R_16BF, 1), b(8, 8, CUBLASLT_ORDER_COL, CUDA_R_16BF, 2), d(16, 8, CUBLASLT_ORDER_COL, CUDA_R_32F, 3);
+  const Matrix a(16, 8, CUBLASLT_ORDER_COL, CUDA_R_16BF, 1), b(8, 8, CUBLASLT_ORDER_COL, CUDA_R_16BF, 2),
+      d(16, 8, CUBLASLT_ORDER_COL, CUDA_R_32F, 3);
   const std::vector<float> before = d.Read();
   Product product;
   ASSERT_EQ(product.Prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t{1} << 20), CUBLAS_STATUS_SUCCESS);
@@ -168,7 +175,8 @@ TEST(CublasLt, IsCapturedAndUsesItsWorkspace) {
 }
 
 TEST(CublasLt, RefusesWhatTheLibraryWould) {
-  const Matrix a(16, 8, CUBLASLT_ORDER_COL, CUDA_R_16BF, 1), b(8, 8, CUBLASLT_ORDER_COL, CUDA_R_16BF, 2), d(16, 8, CUBLASLT_ORDER_COL, CUDA_R_32F, 3);
+  const Matrix a(16, 8, CUBLASLT_ORDER_COL, CUDA_R_16BF, 1), b(8, 8, CUBLASLT_ORDER_COL, CUDA_R_16BF, 2),
+      d(16, 8, CUBLASLT_ORDER_COL, CUDA_R_32F, 3);
   const Matrix wrong_depth(9, 8, CUBLASLT_ORDER_COL, CUDA_R_16BF, 2), wrong_type(8, 8, CUBLASLT_ORDER_COL, CUDA_R_32F, 2);
   Product product;
   EXPECT_EQ(product.Choose(a, wrong_depth, d), CUBLAS_STATUS_INVALID_VALUE);
@@ -188,7 +196,8 @@ TEST(CublasLt, RefusesWhatTheLibraryWould) {
 }
 
 TEST(CublasLtDeathTest, OperandsOutsideOfDeviceMemory) {
-  const Matrix a(16, 8, CUBLASLT_ORDER_COL, CUDA_R_16BF, 1), b(8, 8, CUBLASLT_ORDER_COL, CUDA_R_16BF, 2), d(16, 8, CUBLASLT_ORDER_COL, CUDA_R_32F, 3);
+  const Matrix a(16, 8, CUBLASLT_ORDER_COL, CUDA_R_16BF, 1), b(8, 8, CUBLASLT_ORDER_COL, CUDA_R_16BF, 2),
+      d(16, 8, CUBLASLT_ORDER_COL, CUDA_R_32F, 3);
   Product product;
   ASSERT_EQ(product.Prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, uint32_t{2}), CUBLAS_STATUS_SUCCESS);
   ASSERT_EQ(product.Choose(a, b, d), CUBLAS_STATUS_SUCCESS);

@@ -86,7 +86,8 @@ TEST(Kernels, Tf32IgnoresLowBits) {
   std::vector<float> a = Integers(16 * 8, 13, 6), b = Integers(8 * 8, 11, 5), expected(16 * 8, 0.0f);
   for (int row = 0; row < 16; ++row) {
     for (int col = 0; col < 8; ++col) {
-      for (int i = 0; i < 8; ++i) expected[static_cast<size_t>(row * 8 + col)] += a[static_cast<size_t>(row * 8 + i)] * b[static_cast<size_t>(col * 8 + i)];
+      for (int i = 0; i < 8; ++i)
+        expected[static_cast<size_t>(row * 8 + col)] += a[static_cast<size_t>(row * 8 + i)] * b[static_cast<size_t>(col * 8 + i)];
     }
   }
   for (float& value : a) value = std::nextafter(value, 1000.0f * value);  // away from zero, in the last bit alone
@@ -184,7 +185,8 @@ TEST(Kernels, CollectivesOfAWarp) {
 
 TEST(Kernels, ThreeDimensions) {
   InManyOrders([&] {
-    for (const auto& [grid, block] : std::vector<std::pair<dim3, dim3>>{{dim3(3, 2, 4), dim3(8, 4, 2)}, {dim3(5), dim3(33)}, {dim3(1, 7), dim3(1, 1, 64)}}) {
+    for (const auto& [grid, block] :
+         std::vector<std::pair<dim3, dim3>>{{dim3(3, 2, 4), dim3(8, 4, 2)}, {dim3(5), dim3(33)}, {dim3(1, 7), dim3(1, 1, 64)}}) {
       const size_t threads = size_t{grid.x} * grid.y * grid.z * block.x * block.y * block.z;
       const DeviceArray<unsigned> out(threads);
       ASSERT_EQ(Indices(out.data(), grid, block, nullptr), cudaSuccess);
@@ -210,8 +212,8 @@ TEST(Kernels, SpeedForTheRecord) {
     EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     return ProcessorSeconds() - start;
   };
-  const char* const names[] = {"empty thread",   "__syncthreads, a thread", "shuffle, a thread",
-                               "mma, a warp", "load of global memory",    "store to and load from shared memory"};
+  const char* const names[] = {"empty thread", "__syncthreads, a thread", "shuffle, a thread",
+                               "mma, a warp",  "load of global memory",   "store to and load from shared memory"};
   seconds(1, 1, 1);
   for (int kind = 0; kind <= 5; ++kind) {
     const int rounds = kind == 0 ? 0 : 200, blocks = kind == 0 ? 400 : 10;

@@ -146,7 +146,9 @@ TEST(Streams, EventsMeasureTime) {
   float milliseconds = -1.0f;
   EXPECT_EQ(cudaEventElapsedTime(&milliseconds, start.get(), end.get()), cudaErrorInvalidResourceHandle);
   ASSERT_EQ(cudaEventRecord(start.get(), stream.get()), cudaSuccess);
-  ASSERT_EQ(cudaLaunchHostFunc(stream.get(), [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(3)); }, nullptr), cudaSuccess);
+  ASSERT_EQ(cudaLaunchHostFunc(
+                stream.get(), [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(3)); }, nullptr),
+            cudaSuccess);
   ASSERT_EQ(cudaEventRecord(end.get(), stream.get()), cudaSuccess);
   ASSERT_EQ(cudaEventSynchronize(end.get()), cudaSuccess);
   ASSERT_EQ(cudaEventElapsedTime(&milliseconds, start.get(), end.get()), cudaSuccess);
@@ -165,7 +167,8 @@ TEST(Copies, PageableSourcesAreReadAtOnceAndPinnedOnesLate) {
   std::fill_n(pinned, kSize, 1.0f);
   {
     Busy busy;
-    ASSERT_EQ(cudaMemcpyAsync(data.data(), pageable.data(), kSize * sizeof(float), cudaMemcpyHostToDevice, stream.get()), cudaSuccess);
+    ASSERT_EQ(cudaMemcpyAsync(data.data(), pageable.data(), kSize * sizeof(float), cudaMemcpyHostToDevice, stream.get()),
+              cudaSuccess);
     pageable = All(2.0f);
   }
   EXPECT_EQ(data.Read(), All(1.0f));
@@ -182,7 +185,9 @@ TEST(Copies, RowsWithPitches) {
   std::vector<float> values(60);
   for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(i);
   const DeviceArray<float> data(std::vector<float>(40, -1.0f));
-  ASSERT_EQ(cudaMemcpy2D(data.data(), 8 * sizeof(float), values.data(), 12 * sizeof(float), 5 * sizeof(float), 5, cudaMemcpyHostToDevice), cudaSuccess);
+  ASSERT_EQ(cudaMemcpy2D(data.data(), 8 * sizeof(float), values.data(), 12 * sizeof(float), 5 * sizeof(float), 5,
+                         cudaMemcpyHostToDevice),
+            cudaSuccess);
   const std::vector<float> read = data.Read();
   for (size_t row = 0; row < 5; ++row) {
     for (size_t col = 0; col < 8; ++col) EXPECT_EQ(read[row * 8 + col], col < 5 ? static_cast<float>(row * 12 + col) : -1.0f);
@@ -300,7 +305,8 @@ TEST(Graphs, ForkAndJoinThroughEvents) {
     ASSERT_EQ(Fill(data.data(), kSize, 5.0f, stream.get()), cudaSuccess);
     ASSERT_EQ(cudaEventRecord(fork.get(), stream.get()), cudaSuccess);
     ASSERT_EQ(cudaStreamWaitEvent(side.get(), fork.get(), 0), cudaSuccess);
-    ASSERT_EQ(cudaMemcpyAsync(other.data(), data.data(), kSize * sizeof(float), cudaMemcpyDeviceToDevice, side.get()), cudaSuccess);
+    ASSERT_EQ(cudaMemcpyAsync(other.data(), data.data(), kSize * sizeof(float), cudaMemcpyDeviceToDevice, side.get()),
+              cudaSuccess);
     ASSERT_EQ(Scale(other.data(), kSize, 2.0f, 0.0f, side.get()), cudaSuccess);
     ASSERT_EQ(cudaEventRecord(join.get(), side.get()), cudaSuccess);
     ASSERT_EQ(cudaStreamWaitEvent(stream.get(), join.get(), 0), cudaSuccess);
@@ -395,7 +401,9 @@ TEST(Control, CountersTellASteadyStep) {
   EXPECT_EQ(synchronizations_of([&] { return cudaEventSynchronize(event.get()); }), 1);
   EXPECT_EQ(synchronizations_of([&] { return cudaMemcpy(pinned, data.data(), 4, cudaMemcpyDeviceToHost); }), 1);
   std::vector<float> pageable(1);
-  EXPECT_EQ(synchronizations_of([&] { return cudaMemcpyAsync(pageable.data(), data.data(), 4, cudaMemcpyDeviceToHost, stream.get()); }), 1);
+  EXPECT_EQ(
+      synchronizations_of([&] { return cudaMemcpyAsync(pageable.data(), data.data(), 4, cudaMemcpyDeviceToHost, stream.get()); }),
+      1);
   EXPECT_EQ(synchronizations_of([&] { return cudaFreeHost(pinned); }), 1);
   EXPECT_EQ(emulation::GetCounters().allocations, before.allocations);
 }

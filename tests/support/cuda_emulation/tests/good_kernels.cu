@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(32) ProductKernel(const uint16_t* a, const uin
   const auto load = [&](int step) {
     uint16_t* buffer = buffers + step % 2 * kBuffer;
     gpu::CpAsync16(buffer + lane * 8, a + (first_row + lane / 2) * k + step * 16 + lane % 2 * 8);
-    const uint16_t* source = kTrans ? b + (step * 16 + lane) * n + first_col : b + (first_col + lane / 2) * k + step * 16 + lane % 2 * 8;
+    const uint16_t* source =
+        kTrans ? b + (step * 16 + lane) * n + first_col : b + (first_col + lane / 2) * k + step * 16 + lane % 2 * 8;
     if (lane < 16) gpu::CpAsync16(buffer + 16 * 16 + lane * 8, source);
     gpu::CpAsyncCommit();
   };
@@ -206,7 +207,8 @@ __global__ void MeasureKernel(int kind, int rounds, float* data) {
 cudaError_t RowSums(const float* x, float* y, int rows, int cols, cudaStream_t stream) {
   return gpu::Launch(RowSumsKernel, rows, kThreads, 0, stream, x, y, cols);
 }
-cudaError_t TotalSum(const float* x, float* partial_sums, unsigned* ticket, float* total, int rows, int cols, cudaStream_t stream) {
+cudaError_t TotalSum(const float* x, float* partial_sums, unsigned* ticket, float* total, int rows, int cols,
+                     cudaStream_t stream) {
   return gpu::Launch(TotalSumKernel, rows, kThreads, 0, stream, x, partial_sums, ticket, total, rows, cols);
 }
 cudaError_t ProductBf16(const uint16_t* a, const uint16_t* b, float* c, int m, int n, int k, cudaStream_t stream) {
@@ -244,7 +246,8 @@ cudaError_t Nothing(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t str
   return gpu::Launch(NothingKernel, grid, block, shared_bytes, stream);
 }
 cudaError_t NothingOptIn(int opt_in_bytes) {
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(&NothingKernel), cudaFuncAttributeMaxDynamicSharedMemorySize, opt_in_bytes);
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(&NothingKernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              opt_in_bytes);
 }
 cudaError_t Measure(int kind, int rounds, int blocks, int threads, float* data, cudaStream_t stream) {
   return gpu::Launch(MeasureKernel, blocks, threads, 0, stream, kind, rounds, data);

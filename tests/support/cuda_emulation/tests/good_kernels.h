@@ -11,8 +11,10 @@ namespace bebop::emulation_tests {
 // y[row] = sum of x[row, :]; shuffles and a block reduction.
 cudaError_t RowSums(const float* x, float* y, int rows, int cols, cudaStream_t stream);
 // The same sums by the last block to finish, over what all blocks have written: atomics order it. `ticket` is 0 before and after.
-cudaError_t TotalSum(const float* x, float* partial_sums, unsigned* ticket, float* total, int rows, int cols, cudaStream_t stream);
-// c[m, n] = sum over k of a[m, k] b[n, k], bf16; m a multiple of 16, n of 8, k of 16. Double-buffered asynchronous copies, ldmatrix, mma.
+cudaError_t TotalSum(const float* x, float* partial_sums, unsigned* ticket, float* total, int rows, int cols,
+                     cudaStream_t stream);
+// c[m, n] = sum over k of a[m, k] b[n, k], bf16; m a multiple of 16, n of 8, k of 16. Double-buffered asynchronous copies,
+// ldmatrix, mma.
 cudaError_t ProductBf16(const uint16_t* a, const uint16_t* b, float* c, int m, int n, int k, cudaStream_t stream);
 // c[m, n] = sum over k of a[m, k] b[k, n], with transposing ldmatrix.
 cudaError_t ProductBf16Trans(const uint16_t* a, const uint16_t* b, float* c, int m, int n, int k, cudaStream_t stream);

@@ -9,13 +9,13 @@
 namespace bebop::emulation_tests {
 
 struct BugArguments {
-  float* data = nullptr;           // 256 values of device memory, 0
+  float* data = nullptr;             // 256 values of device memory, 0
   const uint16_t* halves = nullptr;  // 4096 bf16 of device memory
-  float* host = nullptr;           // the host's memory
+  float* host = nullptr;             // the host's memory
   float* null = nullptr;
-  float* freed = nullptr;          // device memory that was freed
-  float* pinned = nullptr;         // 64 values of pinned memory
-  unsigned* counter = nullptr;     // device memory, 0
+  float* freed = nullptr;       // device memory that was freed
+  float* pinned = nullptr;      // 64 values of pinned memory
+  unsigned* counter = nullptr;  // device memory, 0
 };
 
 struct Bug {
