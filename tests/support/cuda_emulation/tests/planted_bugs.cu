@@ -91,6 +91,13 @@ __global__ void SyncWarpAcrossWarps(BugArguments a) {
   __syncwarp();
   a.data[threadIdx.x] = values[threadIdx.x ^ 32];
 }
+__global__ void MissingSecondSyncWarp(BugArguments a) {
+  __shared__ float values[64];
+  values[threadIdx.x] = 1.0f;
+  __syncwarp();
+  values[threadIdx.x] = 2.0f;
+  a.data[threadIdx.x] = values[threadIdx.x ^ 1];
+}
 __global__ void PlainBesideAtomic(BugArguments a) {
   __shared__ unsigned count;
   if (threadIdx.x == 0) count = 0;
@@ -109,6 +116,12 @@ __global__ void UninitializedDynamic(BugArguments a) {
   if (threadIdx.x != 5) values[threadIdx.x] = 1.0f;
   __syncthreads();
   a.data[threadIdx.x] = values[threadIdx.x];
+}
+__global__ void UninitializedHalfWord(BugArguments a) {
+  __shared__ uint16_t values[128];
+  values[threadIdx.x * 2] = 1;
+  __syncthreads();
+  a.data[threadIdx.x] = static_cast<float>(values[threadIdx.x * 2 + 1]);
 }
 __global__ void ValueOfOtherBlock(BugArguments a) {
   __shared__ float value;
@@ -274,9 +287,11 @@ const Bug kBugs[] = {
     {"MissingSyncWarp", "race on shared memory", Run<MissingSyncWarp>},
     {"SyncWarpOfOtherLanes", "race on shared memory|has not written", Run<SyncWarpOfOtherLanes>},
     {"SyncWarpAcrossWarps", "race on shared memory|has not written", Run<SyncWarpAcrossWarps>},
+    {"MissingSecondSyncWarp", "race on shared memory", Run<MissingSecondSyncWarp>},
     {"PlainBesideAtomic", "race on shared memory", Run<PlainBesideAtomic>},
     {"UninitializedStatic", "has not written", Run<UninitializedStatic>},
     {"UninitializedDynamic", "has not written", Run<UninitializedDynamic, 1, 64, 256>},
+    {"UninitializedHalfWord", "has not written", Run<UninitializedHalfWord>},
     {"ValueOfOtherBlock", "has not written", Run<ValueOfOtherBlock, 3>},
     {"DynamicPastEnd", "offset 256 of 256 bytes of dynamic shared memory", Run<DynamicPastEnd, 1, 64, 256>},
     {"StaticPastEnd", "index 63 is out of bounds of an array", Run<StaticPastEnd>},
