@@ -92,6 +92,21 @@ TEST(ModelStateTest, ArraysAreZeroAlignedAndApart) {
   EXPECT_EQ(slot_bytes, 4 * SlotBytes(Config(), Options()));
 }
 
+TEST(ModelStateTest, InputsInBFloat16TakeHalf) {
+  ModelStateOptions options = Options();
+  options.input_dtype = DType::kBFloat16;
+  // Per layer: matrix 210 floats, (3 + 2) x 62 inputs, 2 x (10 + 42) windows of k and v, 2 x 6 x 2 gates.
+  EXPECT_EQ(SlotBytes(Config(), options), 3 * (4 * 210 + 2 * 5 * 62 + 2 * 2 * 52 + 4 * 24));
+  EXPECT_EQ(PageBytes(Config(), options), PageBytes(Config(), Options()));
+  const auto memory = MakeHostMemory();
+  const auto storage = *ModelStateStorage::Create(Config(), options, memory.get());
+  const LinearStateView& view = storage->state().linear[1];
+  EXPECT_EQ(view.input_dtype, DType::kBFloat16);
+  // Slots x rows x channels apart at least, in bytes of the type.
+  EXPECT_GE(static_cast<char*>(view.window_k) - static_cast<char*>(view.conv_inputs), 4 * 5 * 62 * 2);
+  EXPECT_LT(static_cast<char*>(view.window_k) - static_cast<char*>(view.conv_inputs), 4 * 5 * 62 * 4);
+}
+
 TEST(ModelStateTest, WithoutMtpThereAreNoMtpPages) {
   ModelConfig config = Config();
   config.num_mtp_layers = 0;
