@@ -240,6 +240,22 @@ __global__ void LanesReturned(BugArguments) {
   if (threadIdx.x % 32 == 31) return;
   __syncwarp();
 }
+__global__ void ArrivesAfterReturn(BugArguments a) {
+  volatile unsigned* returned = a.counter;
+  if (threadIdx.x == 31) {
+    *returned = 1;
+    return;
+  }
+  while (*returned == 0) __nanosleep(10);
+  __syncwarp();
+}
+__global__ void TwoSyncWarps(BugArguments) {
+  if (threadIdx.x % 32 < 16) {
+    __syncwarp();
+  } else {
+    __syncwarp();
+  }
+}
 __global__ void ShuffleFromOutside(BugArguments a) {
   if (threadIdx.x % 32 < 16) a.data[threadIdx.x] = __shfl_down_sync(0x0000ffffu, 1.0f, 8);
 }
@@ -315,6 +331,8 @@ const Bug kBugs[] = {
     {"MasksDiffer", "lanes of the mask wait in another operation|returned while lanes of its warp wait", Run<MasksDiffer>},
     {"OperationsDiffer", "lanes of the mask wait in another operation", Run<OperationsDiffer>},
     {"LanesReturned", "lanes that have returned|returned while lanes of its warp wait", Run<LanesReturned>},
+    {"ArrivesAfterReturn", "the mask names lanes that have returned", Run<ArrivesAfterReturn, 1, 32>},
+    {"TwoSyncWarps", "lanes of the mask wait in another operation", Run<TwoSyncWarps>},
     {"ShuffleFromOutside", "which is not in the mask", Run<ShuffleFromOutside>},
     {"LanesThatAreNot", "lanes that the block does not have", Run<LanesThatAreNot, 1, 48>},
     {"WarpAndBarrier", "deadlock", Run<WarpAndBarrier>},
