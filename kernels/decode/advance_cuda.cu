@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(kThreads) AdvanceSequences(SlotArrays slots, P
     num_output = slots.states[sequence.slot].num_output;
     const uint32_t* const stop_ids = slots.stop_ids + static_cast<int64_t>(sequence.slot) * kMaxStopIds;
     bool stops = record.non_finite != 0 || num_output + record.num_emitted >= request.max_new_tokens;
+    // No test of min_new_tokens: ids that stop are banned until then.
     for (int32_t i = 0; i < record.num_emitted; ++i) {
-      if (num_output + i + 1 < request.min_new_tokens) continue;
       for (int32_t j = thread; j < request.num_stop_ids; j += kThreads) stops = stops || record.tokens[i] == stop_ids[j];
     }
     if (stops) atomicOr(&shared_stopped, 1);

@@ -459,7 +459,8 @@ class Loop {
         judged_row.push_back(static_cast<int32_t>(token_ids.size()) - 1);
         judged_sequence.push_back(b);
       } else {
-        entry.next_known = live.sequence->token(end);
+        // A chunk may also end where nobody knows yet what follows: then its last row gets no MTP entry.
+        if (end + 1 == live.sequence->num_tokens() || random_.Below(8) != 0) entry.next_known = live.sequence->token(end);
       }
       PassSequence sequence;
       sequence.slot = live.slot;

@@ -353,94 +353,110 @@ TEST_F(TransformCudaTest, TopPWithSumsThatMeetTheGoal) {
   Check(rows);
 }
 
-// The total is tuned with light ids behind the others until top_p * total lies within a few ulps of `sum`, a sum of the heavy ids: there the order
-// of additions decides where the border is, or how many equal weights at it stay. One row for each of several neighbouring totals.
-void AddTunedRows(RowCase row, int32_t num_heavy, float top_p, double sum, std::vector<RowCase>* rows) {
+// Sums of floats are exact in double unless they span many exponents. So the rows below have weights near 1 and weights near 1e-8, and a top_p
+// that cuts among the latter: there the CPU's sums are rounded, and where they meet the goal the order of additions decides the border,
+// or how many equal weights at it stay.
+constexpr float kLargestTopP = 0.99999994f;
+
+struct Border {
+  double sum;    // of the weights >= weight
+  float weight;
+};
+
+// Appends rows whose total is tuned, by ids behind the first num_fixed, lighter than the border, until top_p * total lies within a few ulps of
+// border.sum: one row for each of several neighbouring totals.
+void AddTunedRows(RowCase row, int32_t num_fixed, const Border& border, std::vector<RowCase>* rows) {
   const int32_t vocab_size = static_cast<int32_t>(row.logits.size());
-  const double wanted_total = sum / static_cast<double>(top_p);
+  const double wanted_total = border.sum / static_cast<double>(kLargestTopP);
   const double ulp = std::nextafter(wanted_total, 1e300) - wanted_total;
-  const std::vector<float> heavy = row.logits;
-  for (int32_t nudge = -4; nudge <= 4; ++nudge) {
-    row.logits = heavy;
+  const std::vector<float> fixed = row.logits;
+  for (int32_t nudge = -6; nudge <= 6; ++nudge) {
+    row.logits = fixed;
     row.request.top_p = 1.0f;  // the totals below are those before top-p
     const double total = wanted_total + nudge * ulp;
-    for (int32_t i = num_heavy; i < vocab_size; ++i) {
+    for (int32_t i = num_fixed; i < vocab_size; ++i) {
       if (!(total > Reference(row).out.total)) break;
       // The largest logit with which the total does not pass what is wanted: bisection over floats.
-      float low = -80.0f, high = -3.1f;
+      float low = -80.0f, high = std::log(border.weight) - 0.1f;
       for (int32_t step = 0; step < 40; ++step) {
         row.logits[i] = 0.5f * (low + high);
         (Reference(row).out.total > total ? high : low) = row.logits[i];
       }
       row.logits[i] = low;
     }
-    const double goal = static_cast<double>(top_p) * Reference(row).out.total;
-    row.request.top_p = top_p;
-    if (std::abs(goal - sum) <= 16.0 * ulp) rows->push_back(row);  // else more was missing than the light ids weigh
+    const double goal = static_cast<double>(kLargestTopP) * Reference(row).out.total;
+    row.request.top_p = kLargestTopP;
+    if (std::abs(goal - border.sum) <= 16.0 * ulp) rows->push_back(row);  // else more was missing than the light ids weigh
   }
 }
 
-std::vector<double> MassesAboveGoal(const RowCase& row, const std::vector<float>& values, float top_p) {
-  const Reference heavy(row);
-  std::vector<double> masses;
-  for (const float value : values) {
-    double mass = 0.0;
-    for (const float weight : heavy.weight) mass += weight < value ? 0.0f : weight;
-    if (mass > static_cast<double>(top_p) * heavy.out.total) masses.push_back(mass);
+// 30 weights near 1, `num_small` near 1e-8 and 20 places for AddTunedRows.
+RowCase WideRow(int32_t num_small, Random& random) {
+  RowCase row;
+  for (int32_t i = 0; i < 30 + num_small; ++i) {
+    row.logits.push_back(i % (num_small / 30 + 1) == 0 && i / (num_small / 30 + 1) < 30 ? random.Uniform(-2.0f, 0.0f)
+                                                                                       : random.Uniform(-21.5f, -17.0f));
   }
-  std::sort(masses.begin(), masses.end());
-  return masses;
+  row.logits[0] = 0.0f;
+  row.logits.resize(row.logits.size() + 20, -kInfinity);
+  return row;
+}
+
+// The border of a row whose total may still grow a little: the smallest sum down to a weight that exceeds the goal.
+Border FirstBorder(const RowCase& row) {
+  const Reference weights(row);
+  std::vector<float> sorted = weights.weight;
+  std::sort(sorted.begin(), sorted.end(), std::greater<float>());
+  Border border = {0.0, 0.0f};
+  for (const float weight : sorted) {
+    border = {border.sum + weight, weight};
+    if (border.sum > static_cast<double>(kLargestTopP) * weights.out.total) break;
+  }
+  return border;
 }
 
 TEST_F(TransformCudaTest, TopPWhereRoundingDecidesTheBorder) {
   std::vector<RowCase> rows;
-  for (uint64_t seed = 1; seed <= 16; ++seed) {
+  for (uint64_t seed = 1; seed <= 8; ++seed) {
     Random random(seed);
-    RowCase row;
-    row.logits.assign(60, -kInfinity);
-    for (int32_t i = 0; i < 50; ++i) row.logits[i] = random.Uniform(-2.0f, 0.0f);
-    row.logits[random.Below(50)] = 0.0f;
-    const float top_p = 0.75f + 0.001f * static_cast<float>(seed);
-    AddTunedRows(row, 50, top_p, MassesAboveGoal(row, Reference(row).weight, top_p)[0], &rows);
+    const RowCase row = WideRow(240, random);
+    AddTunedRows(row, 270, FirstBorder(row), &rows);
   }
-  ASSERT_GE(rows.size(), 60u);
+  ASSERT_GE(rows.size(), 50u);
   Check(rows);
 }
 
 // The same with so many candidates that the CPU drops some on its way.
 TEST_F(TransformCudaTest, TopPWhereRoundingDecidesAmongMany) {
   std::vector<RowCase> rows;
-  for (uint64_t seed = 1; seed <= 3; ++seed) {
+  for (uint64_t seed = 1; seed <= 2; ++seed) {
     Random random(seed);
-    RowCase row;
-    row.logits.assign(2920, -kInfinity);
-    for (int32_t i = 0; i < 2900; ++i) row.logits[i] = random.Uniform(-2.0f, 0.0f);
-    row.logits[random.Below(2900)] = 0.0f;
-    const float top_p = 0.75f + 0.001f * static_cast<float>(seed);
-    AddTunedRows(row, 2900, top_p, MassesAboveGoal(row, Reference(row).weight, top_p)[0], &rows);
+    const RowCase row = WideRow(1500, random);
+    AddTunedRows(row, 1530, FirstBorder(row), &rows);
   }
   ASSERT_GE(rows.size(), 12u);
   Check(rows);
 }
 
-// Thirty equal weights at the border, of which the goal is met with a whole number, to within rounding.
+// Equal weights at the border, of which a whole number meets the goal, to within rounding.
 TEST_F(TransformCudaTest, TopPWhereRoundingDecidesTheTies) {
   std::vector<RowCase> rows;
-  for (uint64_t seed = 1; seed <= 16; ++seed) {
+  for (uint64_t seed = 1; seed <= 8; ++seed) {
     Random random(seed);
-    RowCase row;
-    row.logits.assign(60, -kInfinity);
-    for (int32_t i = 0; i < 50; ++i) row.logits[i] = i % 5 < 2 ? random.Uniform(-0.5f, 0.0f) : -0.7f;
-    row.logits[random.Below(10) * 5] = 0.0f;
-    const Reference heavy(row);
-    const float tied = heavy.weight[2];
+    RowCase row = WideRow(340, random);
+    constexpr float kTied = -19.2f;
+    for (int32_t i = 0; i < 370; ++i) {
+      if (row.logits[i] < -18.0f) row.logits[i] = kTied;
+    }
+    const Reference weights(row);
+    const float tied = weights.weight[std::find(row.logits.begin(), row.logits.end(), kTied) - row.logits.begin()];
     double above = 0.0;
-    for (const float weight : heavy.weight) above += weight > tied ? weight : 0.0f;
-    const float top_p = 0.75f + 0.001f * static_cast<float>(seed);
-    const double count = std::ceil((static_cast<double>(top_p) * heavy.out.total - above) / static_cast<double>(tied));
-    AddTunedRows(row, 50, top_p, above + count * static_cast<double>(tied), &rows);
+    for (const float weight : weights.weight) above += weight > tied ? weight : 0.0f;
+    const double count = std::ceil((static_cast<double>(kLargestTopP) * weights.out.total - above) / static_cast<double>(tied));
+    ASSERT_GT(count, 1.0);
+    AddTunedRows(row, 370, {above + count * static_cast<double>(tied), tied}, &rows);
   }
-  ASSERT_GE(rows.size(), 60u);
+  ASSERT_GE(rows.size(), 50u);
   Check(rows);
 }
 
