@@ -34,23 +34,6 @@ static_assert(static_cast<int>(SpeculationMode::kOff) == static_cast<int>(Verify
 // Scores of one target pass: enough to fill a pass with short ones.
 constexpr int32_t kMaxScoresPerPass = 64;
 
-// Batch sizes of captured iterations: at most a third of the rows of a large batch is padding (an eighth from 32 on), and an engine of 256
-// sequences has 16 of them. The largest bucket is max_num_seqs itself, so that padding never exceeds the rows the engine was sized for.
-int32_t BucketFor(int32_t count, int32_t max_num_seqs) {
-  static constexpr int32_t kBuckets[] = {1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256};
-  const int32_t* const bucket = std::lower_bound(std::begin(kBuckets), std::end(kBuckets), count);
-  return std::min(bucket != std::end(kBuckets) ? *bucket : (count + 63) / 64 * 64, max_num_seqs);
-}
-
-// The bound of attended positions that an iteration is captured with: a power of four times 1,024, or the most there is. A launch over a
-// long bound that finds short sequences wastes some blocks that return at once; one class for all lengths would give
-// short sequences splits that were chosen for long ones.
-int32_t LengthClass(int32_t needed, int32_t most) {
-  int32_t bound = 1024;
-  while (bound < needed && bound < most) bound = bound > most / 4 ? most : bound * 4;
-  return std::min(bound, most);
-}
-
 uint32_t RecordFlagsOf(const OutputParams& output) {
   return (output.logprobs ? kRecordLogprob : 0u) | (output.raw_logprobs ? kRecordRawLogprob : 0u) | (output.entropy ? kRecordEntropy : 0u) |
          (output.draft_logprobs ? kRecordDraftLogprob : 0u) | (output.spec_detail ? kRecordOverlap : 0u);
@@ -148,6 +131,7 @@ absl::Status CheckOptions(const ModelConfig& config, const CudaExecutorOptions& 
   BEBOP_RETURN_IF_ERROR(check("end-of-sequence ids", static_cast<int64_t>(config.eos_token_ids.size()), 0, kMaxBannedIds - kMaxStopTokenIds));
   BEBOP_RETURN_IF_ERROR(check("page_tokens", options.page_tokens, 1, 1 << 16));
   BEBOP_RETURN_IF_ERROR(check("max_model_len", options.max_model_len, 1, 1 << 24));
+  BEBOP_RETURN_IF_ERROR(check("shortest_class", options.shortest_class, 1, 1 << 24));
   // Page tables are indexed by 32 bits.
   return check("max_num_seqs x pages of max_model_len", int64_t{options.max_num_seqs} * MaxPages(options), 1, kMost);
 }
@@ -475,13 +459,13 @@ void CudaExecutor::EnqueueChunks(const StepPlan& plan) {
 
 void CudaExecutor::EnqueueIteration(int32_t needed_positions) {
   IterationKey key;
-  key.bucket = BucketFor(static_cast<int32_t>(batch_.size()), options_.max_num_seqs);
+  key.bucket = BatchBucket(static_cast<int32_t>(batch_.size()), options_.max_num_seqs);
   for (const int32_t slot : batch_) {
     key.num_drafts = std::max(key.num_drafts, slots_[static_cast<size_t>(slot)].num_draft_tokens);
     ++slots_[static_cast<size_t>(slot)].num_in_flight;
   }
   // With batch invariance a row's launch shape must not depend on how long its neighbours are.
-  key.max_positions = stream_.batch_invariant() ? most_positions_ : LengthClass(needed_positions, most_positions_);
+  key.max_positions = stream_.batch_invariant() ? most_positions_ : LengthClass(needed_positions, options_.shortest_class, most_positions_);
   batch_.resize(static_cast<size_t>(key.bucket), -1);
   if (!std::equal(batch_.begin(), batch_.end(), slot_of_row_.begin())) {
     std::copy(batch_.begin(), batch_.end(), slot_of_row_.begin());

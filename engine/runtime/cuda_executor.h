@@ -23,6 +23,7 @@ struct CudaExecutorOptions : ModelExecutorOptions {
   int32_t page_tokens = 16;     // of the KV pages
   int32_t max_model_len = 0;    // most prompt + output tokens of a sequence: sizes the page tables
   bool graphs = true;           // false: iterations are enqueued kernel by kernel, for comparison; tokens are the same
+  int32_t shortest_class = 1024;  // positions of the shortest length class that iterations are captured for (iteration_graphs.h)
   ThreadPool* pool = nullptr;   // for the host's part of scoring; must outlive the executor. Null: the engine thread alone
 };
 

@@ -1,7 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "engine/runtime/iteration_graphs.h"
 
+#include <algorithm>
+#include <iterator>
+
+#include "kernels/common/check.h"
+
 namespace bebop {
+
+int32_t BatchBucket(int32_t count, int32_t max_num_seqs) {
+  static constexpr int32_t kBuckets[] = {1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256};
+  BEBOP_CHECK(count >= 1 && count <= max_num_seqs);
+  const int32_t* const bucket = std::lower_bound(std::begin(kBuckets), std::end(kBuckets), count);
+  return std::min(bucket != std::end(kBuckets) ? *bucket : (count + 63) / 64 * 64, max_num_seqs);
+}
+
+int32_t LengthClass(int32_t needed, int32_t shortest, int32_t most) {
+  int32_t bound = std::min(shortest, most);
+  while (bound < std::min(needed, most)) bound = bound > most / 4 ? most : bound * 4;
+  return bound;
+}
 
 IterationGraphs::~IterationGraphs() {
   for (const auto& [key, graph] : graphs_) {

@@ -45,7 +45,7 @@ GenerateRequest With(GenerateRequest request, SpeculationMode mode, int32_t num_
 
 struct DeviceOptions : SteppedEngine::Options {
   bool graphs = true;
-  bool batch_invariant = false;
+  int32_t shortest_class = 1024;
 };
 
 // An engine on the device, with the stream it runs on.
@@ -54,7 +54,7 @@ class DeviceEngine {
   explicit DeviceEngine(DeviceOptions options = DeviceOptions()) {
     if (options.lookahead_tokens == 0) options.lookahead_tokens = CudaLookaheadTokens(options.max_draft_tokens);
     if (options.lookahead_tokens < 0) options.lookahead_tokens = 0;
-    stream_ = std::make_unique<cuda::Stream>(cuda::StreamOptions{.batch_invariant = options.batch_invariant, .workspace_bytes = 64 << 20});
+    stream_ = std::make_unique<cuda::Stream>(cuda::StreamOptions{.workspace_bytes = 64 << 20});
     SteppedEngine::Backend backend;
     backend.memory = MakeCudaMemory(stream_.get());
     backend.ops = MakeCudaOps(stream_.get());
@@ -66,6 +66,7 @@ class DeviceEngine {
       cuda.page_tokens = options.page_tokens;
       cuda.max_model_len = kMaxModelLen;
       cuda.graphs = options.graphs;
+      cuda.shortest_class = options.shortest_class;
       cuda.pool = pool;
       return MakeCudaExecutor(config, cuda, model, storage, memory, stream_.get());
     };
@@ -261,6 +262,62 @@ TEST_F(CudaExecutorTest, PreemptionChangesNoToken) {
   DeviceEngine device(options);
   ExpectSame(GenerateAll(cpu, requests), GenerateAll(*device, requests));
   EXPECT_GT(device->core().Loads().preemptions, 0);
+}
+
+// Chunks of few rows, so that a recompute may end with a chunk of one known token that samples: which is no decode, since the device has not
+// drawn the token that it feeds.
+TEST_F(CudaExecutorTest, RecomputingInTinyChunksChangesNoToken) {
+  std::vector<GenerateRequest> requests;
+  for (int i = 0; i < 4; ++i) {
+    requests.push_back(With(Request("t" + std::to_string(i), Prompt(4 + i, static_cast<uint32_t>(i)), 13 + i),
+                            i % 2 ? SpeculationMode::kRejection : SpeculationMode::kOff, i % 2));
+  }
+  SteppedEngine cpu({});
+  DeviceOptions options;
+  options.max_num_seqs = 2;
+  options.max_draft_tokens = 1;
+  options.max_step_tokens = 4;
+  options.page_tokens = 2;
+  options.num_pages = 13;
+  DeviceEngine device(options);
+  ExpectSame(GenerateAll(cpu, requests), GenerateAll(*device, requests));
+  EXPECT_GT(device->core().Loads().preemptions, 0);
+}
+
+// Iterations captured for 8, 32, 128 .. positions: each holds while it is used, at its border, too.
+TEST_F(CudaExecutorTest, LengthClassesReachAsFarAsTheirSequences) {
+  std::vector<GenerateRequest> requests = FewRequests();
+  requests[1].stopping.max_new_tokens = 36;
+  SteppedEngine cpu({});
+  DeviceOptions options;
+  options.shortest_class = 8;
+  DeviceEngine device(options);
+  ExpectSame(GenerateAll(cpu, requests), GenerateAll(*device, requests));
+}
+
+// Whoever comes back from a pause finds its record, however many iterations of others have been published in between.
+TEST_F(CudaExecutorTest, PausesThatTakeTurnsLoseNoRecord) {
+  std::vector<GenerateRequest> requests;
+  for (int i = 0; i < 7; ++i) requests.push_back(With(Request("r" + std::to_string(i), Prompt(3 + i), 10), SpeculationMode::kCoupled, i % 2));
+  SteppedEngine cpu({});
+  const Samples expected = GenerateAll(cpu, requests);
+  DeviceEngine device;
+  std::vector<std::shared_ptr<Reader>> readers;
+  for (const GenerateRequest& request : requests) {
+    readers.push_back(std::make_shared<Reader>());
+    ASSERT_TRUE(device->core().Submit(request, readers.back()).ok());
+  }
+  for (int step = 0; !device->core().Idle(); ++step) {
+    ASSERT_LT(step, 400);
+    // All run for a few steps, then one at a time.
+    for (size_t i = 0; i < readers.size(); ++i) readers[i]->room = step < 4 || static_cast<size_t>(step) % readers.size() == i;
+    ASSERT_TRUE(device->Step().ok());
+  }
+  for (size_t i = 0; i < requests.size(); ++i) {
+    SCOPED_TRACE(i);
+    ASSERT_TRUE(readers[i]->finished);
+    ExpectSame(expected[i].at(0), readers[i]->samples.at(0));
+  }
 }
 
 // Requests come and go at any step: groups, pauses, cancellations, stops of every kind, bans, scores between them. What ends by itself ends as it
@@ -475,6 +532,24 @@ TEST_F(CudaExecutorTest, SteadyStepsNeitherAllocateNorSynchronise) {
   EXPECT_EQ(after.frees, before.frees);
   EXPECT_EQ(after.synchronizations, before.synchronizations);
   EXPECT_EQ(after.graph_launches - before.graph_launches, kSteps);
+}
+
+// The tokens of a step are those of an iteration that was enqueued in the step before; only the last one has none behind it.
+TEST_F(CudaExecutorTest, IterationsAreEnqueuedAStepAhead) {
+  DeviceEngine device;
+  const auto reader = std::make_shared<Reader>();
+  ASSERT_TRUE(device->core().Submit(With(Request("a", Prompt(4), 8), SpeculationMode::kOff, 0), reader).ok());
+  const auto enqueued_by_step = [&] {
+    const auto launches = [] { return emulation::GetCounters().graph_launches; };
+    const int64_t before = launches();
+    EXPECT_TRUE(*device->Step());
+    return launches() - before;
+  };
+  EXPECT_EQ(enqueued_by_step(), 0);  // the prompt, and the first iteration of its kind
+  for (int i = 0; i < 6; ++i) EXPECT_EQ(enqueued_by_step(), 1);
+  EXPECT_FALSE(reader->finished);
+  EXPECT_EQ(enqueued_by_step(), 0);
+  EXPECT_TRUE(reader->finished);
 }
 
 // While the host has the results of one iteration, the next one is there or on its way: a paused sequence finds it when it comes back.

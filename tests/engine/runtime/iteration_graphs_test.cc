@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "engine/runtime/iteration_graphs.h"
+
+#include <gtest/gtest.h>
+
+#include <vector>
+
+#include "kernels/scatter/scatter.h"
+#include "tests/kernels/cuda_test_util.h"
+
+namespace bebop::testing {
+namespace {
+
+class IterationGraphsTest : public CudaTest {};
+
+TEST(IterationKeys, BucketsHoldTheirSequences) {
+  int32_t sizes = 0;
+  for (int32_t count = 1, last = 0; count <= 256; ++count) {
+    const int32_t bucket = BatchBucket(count, 256);
+    ASSERT_GE(bucket, count);
+    EXPECT_LE(8 * (bucket - count), 3 * bucket) << count;
+    if (count >= 9) {
+      EXPECT_LE(3 * (bucket - count), bucket) << count;
+    }
+    if (count >= 129) {
+      EXPECT_LE(5 * (bucket - count), bucket) << count;
+    }
+    sizes += bucket != last ? 1 : 0;
+    last = bucket;
+  }
+  EXPECT_EQ(sizes, 16);
+  EXPECT_EQ(BatchBucket(5, 6), 6);      // never more rows than the engine was sized for
+  EXPECT_EQ(BatchBucket(257, 400), 320);
+  EXPECT_EQ(BatchBucket(390, 400), 400);
+}
+
+TEST(IterationKeys, LengthClassesArePowersOfFour) {
+  EXPECT_EQ(LengthClass(1, 1024, 40000), 1024);
+  EXPECT_EQ(LengthClass(1024, 1024, 40000), 1024);
+  EXPECT_EQ(LengthClass(1025, 1024, 40000), 4096);
+  EXPECT_EQ(LengthClass(16385, 1024, 40000), 40000);
+  EXPECT_EQ(LengthClass(50000, 1024, 40000), 40000);  // an overestimate
+  EXPECT_EQ(LengthClass(10, 1024, 264), 264);
+  EXPECT_EQ(LengthClass((1 << 30) + 1, 1024, 2147483647), 2147483647);
+}
+
+// First kernel by kernel, then captured, then replayed: the work is done each time.
+TEST_F(IterationGraphsTest, EachRunDoesTheWork) {
+  DeviceArray<uint32_t> counter(std::vector<uint32_t>{0, 0});
+  const DeviceArray<uint32_t> words(std::vector<uint32_t>{7, 8});
+  const DeviceArray<ScatterWrite> one(std::vector<ScatterWrite>{{counter.data(), 0, 1}}), other(std::vector<ScatterWrite>{{counter.data() + 1, 1, 1}});
+  for (const bool enabled : {true, false}) {
+    IterationGraphs graphs(enabled, &stream());
+    int enqueued = 0;
+    const auto run = [&](int32_t bucket, const DeviceArray<ScatterWrite>& writes) {
+      counter.Upload({0, 0});
+      graphs.Run({.bucket = bucket, .num_drafts = 1, .max_positions = 64}, [&] {
+        ++enqueued;
+        cuda::Scatter({.num_writes = 1, .writes = writes.data(), .words = words.data()}, stream());
+      });
+      return counter.Download();
+    };
+    const std::vector<uint32_t> first = {7, 0}, second = {0, 8};
+    EXPECT_EQ(run(1, one), first);
+    EXPECT_EQ(graphs.num_captured(), 0);
+    EXPECT_EQ(run(1, one), first);
+    EXPECT_EQ(run(2, other), second);
+    EXPECT_EQ(run(1, one), first);
+    EXPECT_EQ(run(2, other), second);
+    EXPECT_EQ(run(2, other), second);
+    EXPECT_EQ(run(1, one), first);
+    EXPECT_EQ(graphs.num_captured(), enabled ? 2 : 0);
+    EXPECT_EQ(enqueued, enabled ? 4 : 7);
+  }
+}
+
+}  // namespace
+}  // namespace bebop::testing
