@@ -30,6 +30,7 @@ constexpr int kThreads = 128;
 constexpr int kHeadRows = 16;  // at least kMaxConvWidth - 1, so that rows beyond the head need no history
 constexpr int kTailRows = 16;
 static_assert(kHeadRows >= kMaxConvWidth - 1);
+static_assert(kHeadRows >= kTailRows, "a tail block meets the tail of one sequence only");
 
 __device__ inline float ToValue(float stored) { return stored; }
 __device__ inline float ToValue(uint16_t stored) { return gpu::LowBf16(stored); }
@@ -155,10 +156,7 @@ __device__ void ConvolveTail(const CausalConvArgs& args, int64_t first_row, int 
   const int64_t last_row = first_row + kTailRows < args.batch.num_rows ? first_row + kTailRows : args.batch.num_rows;
   for (int64_t row = first_row; row < last_row; ++row) {
     const int32_t sequence = args.batch.row_sequence[row];
-    if (sequence < 0 || row - args.batch.sequences[sequence].first_row < kHeadRows) {
-      loaded = false;
-      continue;
-    }
+    if (sequence < 0 || row - args.batch.sequences[sequence].first_row < kHeadRows) continue;
     if (!loaded) {
 #pragma unroll
       for (int j = 0; j < kMaxWidth; ++j) {

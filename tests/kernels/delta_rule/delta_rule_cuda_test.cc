@@ -385,7 +385,8 @@ TEST_F(DeltaRuleCudaTest, ChunksAgreeWithDouble) {
   }
 }
 
-// Keys that hardly differ, with beta near 1 and decays near 1: the triangular system is as full as it can be.
+// Keys that hardly differ, with beta near 1 and decays near 1: the triangular system is as full as it can be. The first row
+// forgets so much that sums of log decays in float would lose those of the others.
 TEST_F(DeltaRuleCudaTest, ChunksOfAlikeKeys) {
   const Shape shape = {1, 1, 128, 128, 0};
   Random random(11);
@@ -397,10 +398,11 @@ TEST_F(DeltaRuleCudaTest, ChunksOfAlikeKeys) {
       float& k = in.qkv[static_cast<size_t>(t * 384 + 128 + i)];
       k = in.qkv[static_cast<size_t>(128 + i)] + 0.05f * k;
     }
-    in.a[static_cast<size_t>(t)] = -10.0f;
+    in.a[static_cast<size_t>(t)] = t == 0 ? 32768.0f : -4.0f;
     in.b[static_cast<size_t>(t)] = 4.0f;
   }
   in.qkv = RoundToBFloat16(in.qkv);
+  in.a_log = {0.0f}, in.dt_bias = {0.0f};
   OwnedLinearState state(1, 0, 1, 1, 128, 128, 4);
   EXPECT_LT(Check(shape, in, batch, DType::kBFloat16, 8, &state).matrix_rms_error, 1e-4);
 }
