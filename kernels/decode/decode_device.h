@@ -206,12 +206,17 @@ __device__ inline Candidate BestOfChunk(const DeviceDistribution& row, int32_t v
   const uint32_t lane = threadIdx.x % 16;
   const int32_t end = min(vocab_size, (chunk + 1) * kChunkIds);
   for (int32_t group = chunk * kChunkIds + static_cast<int32_t>(threadIdx.x / 16) * 64; group < end; group += kChunkThreads / 16 * 64) {
+    float logits[4];
+#pragma unroll
+    for (int32_t word = 0; word < 4; ++word) {
+      const int32_t id = group + 16 * word + static_cast<int32_t>(lane);
+      logits[word] = id < end ? row.logits[id] : -Infinity();
+    }
     const std::array<uint32_t, 4> words = NoiseWords(key, static_cast<uint32_t>(group) / 4 + lane);
 #pragma unroll
     for (int32_t word = 0; word < 4; ++word) {
       const int32_t id = group + 16 * word + static_cast<int32_t>(lane);
-      if (id >= end) continue;
-      const float weight = WeightAt(row, id);
+      const float weight = WeightOf(row, logits[word], id);  // 0 past the end
       const float limit = static_cast<float>(fmin(__dmul_rn(best.value, 0x1.0p31 * 1.00001), 1e30));
       if (!(static_cast<float>(words[word] >> 1) < __fmul_rn(weight, limit))) continue;
       const Candidate candidate = {__ddiv_rn(ExponentialOf(key, static_cast<uint32_t>(id), words[word]), static_cast<double>(weight)),

@@ -130,14 +130,21 @@ __device__ void MaxOfBlock(const float* logits, float* copy, int32_t first, int3
   float best = -Infinity();
   int32_t best_id = first;
   bool usable = true;
-#pragma unroll 8
-  for (int32_t id = first + static_cast<int32_t>(threadIdx.x % 32); id < end; id += 32) {
-    const float logit = logits[id];
-    if (copy != nullptr) copy[id] = logit;
-    usable = usable && logit < Infinity();
-    if (logit > best) {
-      best = logit;
-      best_id = id;
+  // Eight loads at a time, before the stores: the compiler cannot know that the copy is other memory.
+  constexpr int32_t kLoads = 8;
+  for (int32_t base = first + static_cast<int32_t>(threadIdx.x % 32); base < end; base += 32 * kLoads) {
+    float group[kLoads];
+#pragma unroll
+    for (int32_t i = 0; i < kLoads; ++i) group[i] = base + 32 * i < end ? logits[base + 32 * i] : -Infinity();
+#pragma unroll
+    for (int32_t i = 0; i < kLoads; ++i) {
+      const int32_t id = base + 32 * i;
+      if (copy != nullptr && id < end) copy[id] = group[i];
+      usable = usable && group[i] < Infinity();
+      if (group[i] > best) {
+        best = group[i];
+        best_id = id;
+      }
     }
   }
   for (int32_t distance = 16; distance > 0; distance /= 2) {
