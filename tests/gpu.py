@@ -36,9 +36,9 @@ MODEL = TREE / "tests" / "models" / "bebop-tiny"
 sys.path.insert(0, str(TREE / "deploy"))
 import cublas_path  # noqa: E402
 
-# |log p on the device - log p on the CPU| of the same tokens. Same numbers up to the order of sums in float32 (docs/numerics.md); in bfloat16
-# activations round at 2^-8 on the device, and the mean over tokens is judged. Both are `bebop verify`'s.
-FLOAT32_TOLERANCE = 1e-3
+# |log p on the device - log p on the CPU| of the same tokens. In float32 both are the same numbers up to the order of sums: the limit that holds
+# against transformers (docs/numerics.md). In bfloat16 activations round at 2^-8 on the device, and the mean over tokens is judged, as in `bebop verify`.
+FLOAT32_TOLERANCE = 2e-4
 BFLOAT16_MEAN_TOLERANCE = 0.03
 
 
@@ -306,7 +306,7 @@ def server(run):
             for device in (run.device, "cpu"):
                 servers.append(Server(run, device, dtype))
                 info = servers[-1].call("info")[0]
-                if (info["device"], info["dtype"]) != (device, dtype) or servers[-1].call("health")[0]["status"] != "SERVING":
+                if not info["device"].startswith(device) or info["dtype"] != dtype or servers[-1].call("health")[0]["status"] != "SERVING":
                     raise Failure(f"asked for {device} {dtype}, the server says {info['device']} {info['dtype']}")
             return f"serving on {run.device} and cpu"
 
