@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The slots' state machine (BeginDecode, AdvanceSlots), rows by index (GatherRows) and the way out (PublishRecords): engine/schedule/sequence.cc
-// and the batch building of engine/runtime/model_executor.cc. A few hundred bytes a sequence; what counts is one launch each.
+// The slots' state machine (BeginDecode, AdvanceSlots), rows by index (GatherRows) and the way out (PublishRecords):
+// engine/schedule/sequence.cc and the batch building of engine/runtime/model_executor.cc. A few hundred bytes a sequence; what
+// counts is one launch each.
 #include "kernels/common/check.h"
 #include "kernels/common/cuda_stream.h"
 #include "kernels/common/gpu.h"
@@ -56,8 +57,8 @@ __global__ void __launch_bounds__(kThreads) BeginDecodeRows(SlotArrays slots, Pa
   }
 }
 
-// One thread block a sequence: thread 0 moves the slot on, all threads write the sequence's rows of the extend pass. Rows of no sequence are
-// shared out among all.
+// One thread block a sequence: thread 0 moves the slot on, all threads write the sequence's rows of the extend pass. Rows of no
+// sequence are shared out among all.
 __global__ void __launch_bounds__(kThreads) AdvanceSequences(SlotArrays slots, PassArrays pass) {
   __shared__ int32_t shared_stopped;
   const int32_t sequence_idx = blockIdx.x, thread = threadIdx.x;
@@ -115,7 +116,8 @@ __global__ void __launch_bounds__(kThreads) AdvanceSequences(SlotArrays slots, P
   rows.first_position = num_certain > 0 ? num_computed + 1 : 0;
   rows.first_page = sequence.slot < 0 ? 0 : sequence.slot * slots.max_pages;
   pass.mtp_rows[sequence_idx] = rows;
-  pass.draft_from_row[sequence_idx] = num_certain > 0 && sequence.num_drafts_next > 0 ? target_rows.first_row + num_certain - 1 : -1;
+  pass.draft_from_row[sequence_idx] =
+      num_certain > 0 && sequence.num_drafts_next > 0 ? target_rows.first_row + num_certain - 1 : -1;
   if (!runs) return;
   SlotState& state = slots.states[sequence.slot];
   state.num_computed = num_computed + sequence.num_known + record.num_accepted;
@@ -134,8 +136,8 @@ __global__ void __launch_bounds__(kThreads) AdvanceSequences(SlotArrays slots, P
 
 // One thread block a row. Unit: what both matrices are aligned to.
 template <typename Unit>
-__global__ void __launch_bounds__(kThreads) GatherUnits(const Unit* x, int64_t x_stride, const int32_t* index, Unit* out, int64_t out_stride,
-                                                        int64_t units) {
+__global__ void __launch_bounds__(kThreads)
+    GatherUnits(const Unit* x, int64_t x_stride, const int32_t* index, Unit* out, int64_t out_stride, int64_t units) {
   const int32_t source = index[blockIdx.x];
   Unit* const to = out + blockIdx.x * out_stride;
   const Unit* const from = x + static_cast<int64_t>(source) * x_stride;
@@ -146,15 +148,16 @@ template <typename Unit>
 void LaunchGather(const TensorView& x, const int32_t* index, const TensorView& out, Stream& stream) {
   const int64_t element = ElementBytes(x.dtype), unit = sizeof(Unit);
   BEBOP_CUDA_TRY(stream, gpu::Launch(GatherUnits<Unit>, dim3(static_cast<unsigned>(out.rows)), kThreads, 0, stream.handle(),
-                                     static_cast<const Unit*>(x.data), x.row_stride * element / unit, index, static_cast<Unit*>(out.data),
-                                     out.row_stride * element / unit, out.cols * element / unit));
+                                     static_cast<const Unit*>(x.data), x.row_stride * element / unit, index,
+                                     static_cast<Unit*>(out.data), out.row_stride * element / unit, out.cols * element / unit));
 }
 
 constexpr int32_t kPublishThreads = 1024;
 
 // One thread block: the records cross the bus as 8-byte words, then the number.
-__global__ void __launch_bounds__(kPublishThreads) PublishWords(const uint64_t* records, uint64_t* host_records, int64_t num_words,
-                                                                uint64_t* sequence_number, volatile uint64_t* host_sequence_number) {
+__global__ void __launch_bounds__(kPublishThreads)
+    PublishWords(const uint64_t* records, uint64_t* host_records, int64_t num_words, uint64_t* sequence_number,
+                 volatile uint64_t* host_sequence_number) {
   for (int64_t i = threadIdx.x; i < num_words; i += kPublishThreads) host_records[i] = records[i];
   __threadfence_system();  // each thread orders its own words before the barrier, and so before the number
   __syncthreads();
@@ -193,15 +196,17 @@ void GatherRows(const TensorView& x, const int32_t* index, const TensorView& out
 
 void AdvanceSlots(const SlotArrays& slots, const PassArrays& pass, Stream& stream) {
   if (pass.num_sequences == 0) return;
-  BEBOP_CUDA_TRY(stream, gpu::Launch(AdvanceSequences, dim3(static_cast<unsigned>(pass.num_sequences)), kThreads, 0, stream.handle(), slots, pass));
+  BEBOP_CUDA_TRY(stream, gpu::Launch(AdvanceSequences, dim3(static_cast<unsigned>(pass.num_sequences)), kThreads, 0,
+                                     stream.handle(), slots, pass));
 }
 
 void PublishRecords(const SlotArrays&, const PassArrays& pass, StepRecord* host_records, uint64_t* sequence_number,
                     volatile uint64_t* host_sequence_number, Stream& stream) {
   static_assert(sizeof(StepRecord) % 8 == 0 && alignof(StepRecord) == 8);
   const int64_t num_words = pass.num_sequences * static_cast<int64_t>(sizeof(StepRecord) / 8);
-  BEBOP_CUDA_TRY(stream, gpu::Launch(PublishWords, dim3(1), kPublishThreads, 0, stream.handle(), reinterpret_cast<const uint64_t*>(pass.records),
-                                     reinterpret_cast<uint64_t*>(host_records), num_words, sequence_number, host_sequence_number));
+  BEBOP_CUDA_TRY(stream, gpu::Launch(PublishWords, dim3(1), kPublishThreads, 0, stream.handle(),
+                                     reinterpret_cast<const uint64_t*>(pass.records), reinterpret_cast<uint64_t*>(host_records),
+                                     num_words, sequence_number, host_sequence_number));
 }
 
 }  // namespace bebop::cuda

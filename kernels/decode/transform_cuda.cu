@@ -6,18 +6,19 @@
 //   SumBlocks    chunk x row   sums of the weights of every sampling block, and of the raw logits' where they are another sum
 //   FinishRows   row           totals; top-p: the border, then the sums of what is left
 //
-// Bytes: a row of V float32 logits is read twice (the second time from L2 if few rows are in flight), a draft row is written once more. At
-// V = 248,320 that is 2 MB a row, 0.4 µs of an H200's memory each. FLOPs: about 30 float operations and one conversion to double an id, of the
-// order of the memory's time. Loads are 4 bytes a thread and 64 or 128 contiguous bytes a request: at one load to thirty operations wider ones
-// gain nothing, and rows need no alignment.
+// Bytes: a row of V float32 logits is read twice (the second time from L2 if few rows are in flight), a draft row is written once
+// more. At V = 248,320 that is 2 MB a row, 0.4 µs of an H200's memory each. FLOPs: about 30 float operations and one conversion
+// to double an id, of the order of the memory's time. Loads are 4 bytes a thread and 64 or 128 contiguous bytes a request: at one
+// load to thirty operations wider ones gain nothing, and rows need no alignment.
 //
-// Truncation works on single rows in single thread blocks: rows that do not ask leave at once. Both thresholds are found by radix search on
-// the ordered bits of floats. Counts are integers. Masses are, too: floats of one exponent add up exactly as integers, so a histogram
-// with bins no wider than an exponent has no rounding, and atomics no order. What rounding is left in the CPU's own sums decides only when
-// a sum meets its goal to within that rounding; that is detected, and then the CPU's additions are repeated in the CPU's order.
+// Truncation works on single rows in single thread blocks: rows that do not ask leave at once. Both thresholds are found by radix
+// search on the ordered bits of floats. Counts are integers. Masses are, too: floats of one exponent add up exactly as integers,
+// so a histogram with bins no wider than an exponent has no rounding, and atomics no order. What rounding is left in the CPU's
+// own sums decides only when a sum meets its goal to within that rounding; that is detected, and then the CPU's additions are
+// repeated in the CPU's order.
 #include "kernels/common/check.h"
 #include "kernels/common/cuda_stream.h"
-#include "kernels/decode/decode_device.h"
+#include "kernels/decode/decode_device.cuh"
 
 namespace bebop {
 namespace cuda {
@@ -28,12 +29,12 @@ constexpr float kSmallestNormal = 1.17549435e-38f;
 
 // Partial results of N rows; V = vocabulary, M = sampling blocks.
 struct Scratch {
-  double* raw_block_sum;   // [N, M]
-  float* block_max;        // [N, M]; +inf marks a block with NaN or +inf
-  int32_t* block_argmax;   // [N, M]
-  float* raw_block_max;    // [N, M] before bans
-  float* raw_max;          // [N]
-  float* banned_logits;    // [N, kMaxBannedIds] logits in place of which bans were written
+  double* raw_block_sum;  // [N, M]
+  float* block_max;       // [N, M]; +inf marks a block with NaN or +inf
+  int32_t* block_argmax;  // [N, M]
+  float* raw_block_max;   // [N, M] before bans
+  float* raw_max;         // [N]
+  float* banned_logits;   // [N, kMaxBannedIds] logits in place of which bans were written
 };
 
 int64_t LayOut(int64_t num_rows, int32_t vocab_size, char* base, Scratch* scratch) {
@@ -64,9 +65,9 @@ struct Params {
 // What is asked of a row.
 struct Task {
   bool active = false;
-  bool one_hot = false;     // a greedy row of which nothing is reported
+  bool one_hot = false;  // a greedy row of which nothing is reported
   bool want_raw = false;
-  bool raw_apart = false;   // the raw sum is not the processed one
+  bool raw_apart = false;  // the raw sum is not the processed one
   bool truncate_k = false, truncate_p = false;
   float temperature = 1.0f, top_p = 1.0f, min_p = 0.0f;
   int32_t top_k = 0;
@@ -125,8 +126,10 @@ __device__ Task DescribeRow(const Params& params, int32_t row) {
   return task;
 }
 
-// Maximum (+inf: unusable) and lowest argmax of one sampling block, by a warp, in all lanes; copies the block if `copy` is not null.
-__device__ void MaxOfBlock(const float* logits, float* copy, int32_t first, int32_t end, float* block_max, int32_t* block_argmax) {
+// Maximum (+inf: unusable) and lowest argmax of one sampling block, by a warp, in all lanes; copies the block if `copy` is not
+// null.
+__device__ void MaxOfBlock(const float* logits, float* copy, int32_t first, int32_t end, float* block_max,
+                           int32_t* block_argmax) {
   float best = -Infinity();
   int32_t best_id = first;
   bool usable = true;
@@ -175,7 +178,8 @@ __global__ void __launch_bounds__(kChunkThreads) MaxBlocks(Params params) {
       for (int32_t block = first_block + warp; block < min(num_blocks, first_block + kChunkBlocks); block += kChunkThreads / 32) {
         float max;
         int32_t argmax;
-        MaxOfBlock(task.source, nullptr, block * kSamplingBlock, block * kSamplingBlock + BlockCount(vocab_size, block), &max, &argmax);
+        MaxOfBlock(task.source, nullptr, block * kSamplingBlock, block * kSamplingBlock + BlockCount(vocab_size, block), &max,
+                   &argmax);
         if (lane == 0) params.scratch.raw_block_max[blocks_before + block] = max;
       }
     }
@@ -195,7 +199,8 @@ __global__ void __launch_bounds__(kChunkThreads) MaxBlocks(Params params) {
   for (int32_t block = first_block + warp; block < min(num_blocks, first_block + kChunkBlocks); block += kChunkThreads / 32) {
     float max;
     int32_t argmax;
-    MaxOfBlock(task.source, task.copy, block * kSamplingBlock, block * kSamplingBlock + BlockCount(vocab_size, block), &max, &argmax);
+    MaxOfBlock(task.source, task.copy, block * kSamplingBlock, block * kSamplingBlock + BlockCount(vocab_size, block), &max,
+               &argmax);
     if (lane == 0) {
       params.scratch.block_max[blocks_before + block] = broken != 0 ? Infinity() : max;
       params.scratch.block_argmax[blocks_before + block] = argmax;
@@ -220,8 +225,8 @@ struct TopKShared {
   uint32_t rank;
 };
 
-// The k-th largest logit of a finite row. If k is at most the number of sampling blocks, the k-th largest block maximum bounds it from
-// below: then about k blocks are looked at, and few logits of those counted. All threads call it.
+// The k-th largest logit of a finite row. If k is at most the number of sampling blocks, the k-th largest block maximum bounds it
+// from below: then about k blocks are looked at, and few logits of those counted. All threads call it.
 __device__ float KthLargest(const float* logits, int32_t vocab_size, const float* block_max, int32_t k, TopKShared& s) {
   const int32_t num_blocks = NumSamplingBlocks(vocab_size);
   if (threadIdx.x == 0) s.low = -Infinity();
@@ -312,7 +317,8 @@ __global__ void __launch_bounds__(kRowThreads) PrepareRows(Params params) {
     int32_t block, raw_block;
     const float max = WarpMax(block_max, num_blocks, &block);
     float raw_max = max;
-    if (task.want_raw && task.num_banned > 0) raw_max = WarpMax(params.scratch.raw_block_max + blocks_before, num_blocks, &raw_block);
+    if (task.want_raw && task.num_banned > 0)
+      raw_max = WarpMax(params.scratch.raw_block_max + blocks_before, num_blocks, &raw_block);
     if (threadIdx.x == 0) {
       DeviceDistribution out;
       out.logits = logits;
@@ -392,8 +398,8 @@ struct TopPShared {
   int32_t tie_id;
 };
 
-// Of 4 flags a thread (flags[k] of thread t belongs to element 256 k + t of 1024): how many flags stand before each of them, and how many
-// there are. All threads call it, with a barrier behind the use of s.word_count.
+// Of 4 flags a thread (flags[k] of thread t belongs to element 256 k + t of 1024): how many flags stand before each of them, and
+// how many there are. All threads call it, with a barrier behind the use of s.word_count.
 __device__ int32_t RankFlags(const bool (&flags)[4], int32_t (&rank)[4], TopPShared& s) {
   const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint32_t words[4];
@@ -414,10 +420,10 @@ __device__ int32_t RankFlags(const bool (&flags)[4], int32_t (&rank)[4], TopPSha
   return total;
 }
 
-// cpu's mass_at_least(threshold) over the list of the weights in [least, most) in order of ids: 16 interleaved partial sums over the list's
-// indices. *num_listed: its length. All threads call it and get the sum.
-__device__ double MassInOrder(const DeviceDistribution& row, int32_t vocab_size, float least, float most, float threshold, int32_t* num_listed,
-                              TopPShared& s) {
+// cpu's mass_at_least(threshold) over the list of the weights in [least, most) in order of ids: 16 interleaved partial sums over
+// the list's indices. *num_listed: its length. All threads call it and get the sum.
+__device__ double MassInOrder(const DeviceDistribution& row, int32_t vocab_size, float least, float most, float threshold,
+                              int32_t* num_listed, TopPShared& s) {
   double sum = 0.0;
   int32_t length = 0;
   for (int32_t first = 0; first < vocab_size; first += kSamplingBlock) {
@@ -453,7 +459,8 @@ __device__ double MassInOrder(const DeviceDistribution& row, int32_t vocab_size,
   return s.sum;
 }
 
-// cpu's LargestThreshold for top-p, addition by addition: up to 40 passes of one thread block over the row. Only where rounding decides.
+// cpu's LargestThreshold for top-p, addition by addition: up to 40 passes of one thread block over the row. Only where rounding
+// decides.
 __device__ float BorderInOrder(const DeviceDistribution& row, int32_t vocab_size, float low, double goal, TopPShared& s) {
   uint32_t yes = __float_as_uint(low), no = __float_as_uint(1.0f) + 1u;
   float least = low, most = Infinity();
@@ -476,14 +483,15 @@ __device__ float BorderInOrder(const DeviceDistribution& row, int32_t vocab_size
   return __uint_as_float(yes);
 }
 
-// One level of the radix search for the border over the bits of weights: 12, then 10, then 10 bits. Thread 0 leaves in s the largest bin
-// from which on the mass, with `mass_above`, reaches `goal` (found = 0: none, by rounding), and the mass above that bin.
-__device__ void SearchBorderLevel(const DeviceDistribution& row, int32_t vocab_size, int32_t level, uint32_t prefix, float low, double goal,
-                                  double mass_above, TopPShared& s) {
+// One level of the radix search for the border over the bits of weights: 12, then 10, then 10 bits. Thread 0 leaves in s the
+// largest bin from which on the mass, with `mass_above`, reaches `goal` (found = 0: none, by rounding), and the mass above that
+// bin.
+__device__ void SearchBorderLevel(const DeviceDistribution& row, int32_t vocab_size, int32_t level, uint32_t prefix, float low,
+                                  double goal, double mass_above, TopPShared& s) {
   const int32_t shift = level == 0 ? 20 : level == 1 ? 10 : 0;
   for (int32_t i = threadIdx.x; i < 1024; i += kRowThreads) s.low[i] = s.high[i] = 0;
-  // Arguments outside these bounds surely give weights outside the bin that is split; inside, the weight is computed. The margin is far more
-  // than the error of logf and of the weights.
+  // Arguments outside these bounds surely give weights outside the bin that is split; inside, the weight is computed. The margin
+  // is far more than the error of logf and of the weights.
   const float bin_low = level == 0 ? low : __uint_as_float(prefix << (shift + 10));
   const float least_argument = logf(fmaxf(bin_low, kSmallestNormal)) - 1e-3f;
   const float most_argument = level == 0 ? 1.0f : logf(__uint_as_float((prefix + 1u) << (shift + 10))) + 1e-3f;
@@ -533,8 +541,10 @@ __device__ void SearchBorderLevel(const DeviceDistribution& row, int32_t vocab_s
   __syncthreads();
 }
 
-// The number of weights equal to `value`, argmax's among them if `with_argmax`; s.tie_id = the one with `skip` before it (vocab_size: none).
-__device__ int32_t CountTies(const DeviceDistribution& row, int32_t vocab_size, float value, bool with_argmax, int32_t skip, TopPShared& s) {
+// The number of weights equal to `value`, argmax's among them if `with_argmax`; s.tie_id = the one with `skip` before it
+// (vocab_size: none).
+__device__ int32_t CountTies(const DeviceDistribution& row, int32_t vocab_size, float value, bool with_argmax, int32_t skip,
+                             TopPShared& s) {
   if (threadIdx.x == 0) s.tie_id = vocab_size;
   __syncthreads();
   int32_t count = 0;
@@ -576,7 +586,8 @@ __device__ void TruncateTopP(float top_p, float min_p, int32_t vocab_size, Devic
     __syncthreads();
   }
   float border = __uint_as_float(prefix);
-  // Relative error of the CPU's sums: V / 16 additions a lane, the halving and up to 8 parts counted for good; of ours: 3 * 260 additions.
+  // Relative error of the CPU's sums: V / 16 additions a lane, the halving and up to 8 parts counted for good; of ours: 3 * 260
+  // additions.
   const double error = (vocab_size / 16 + 2048) * 0x1.0p-52;
   const double mass_with = __dadd_rn(mass_above, __dmul_rn(static_cast<double>(count), static_cast<double>(border)));
   certain = certain && mass_with * (1.0 - error) >= goal && mass_above * (1.0 + error) < goal;
@@ -626,7 +637,8 @@ __global__ void __launch_bounds__(kRowThreads) FinishRows(Params params) {
   row.total = s.total;
   if (threadIdx.x == 0 && task.want_raw) {
     const double raw_total =
-        task.raw_apart ? SumAscending(params.scratch.raw_block_sum + static_cast<int64_t>(row_idx) * num_blocks, num_blocks) : row.total;
+        task.raw_apart ? SumAscending(params.scratch.raw_block_sum + static_cast<int64_t>(row_idx) * num_blocks, num_blocks)
+                       : row.total;
     row.raw_lse = static_cast<double>(params.scratch.raw_max[row_idx]) + log(raw_total);
   }
   if (task.truncate_p) {
@@ -651,7 +663,8 @@ __global__ void __launch_bounds__(kRowThreads) FinishRows(Params params) {
 void TransformRows(const TransformRowsArgs& args, Stream& stream) {
   const int32_t num_rows = args.draft_depth < 0 ? args.pass.num_judged : args.pass.num_sequences;
   const int32_t vocab_size = args.slots.vocab_size;
-  BEBOP_CHECK(vocab_size >= 1 && vocab_size <= kMaxVocabSize && args.draft_depth < args.slots.max_drafts && args.scratch != nullptr);
+  BEBOP_CHECK(vocab_size >= 1 && vocab_size <= kMaxVocabSize && args.draft_depth < args.slots.max_drafts &&
+              args.scratch != nullptr);
   if (num_rows == 0) return;
   Params params = {args.slots, args.pass, args.draft_depth, args.logits, {}};
   LayOut(num_rows, vocab_size, static_cast<char*>(args.scratch), &params.scratch);

@@ -2,19 +2,22 @@
 // VerifyRows and DrawDrafts: engine/speculative/verify.cc and the draws behind it, for slots.
 //
 // VerifyRows, three launches:
-//   GumbelRows      chunk x judged row   coupled mode: the best id of every chunk. Places that will not be reached are judged with the others,
-//                                        because a place is known to be reached only when those before it are done; rows of other modes leave.
+//   GumbelRows      chunk x judged row   coupled mode: the best id of every chunk. Places that will not be reached are judged
+//   with the others,
+//                                        because a place is known to be reached only when those before it are done; rows of other
+//                                        modes leave.
 //   VocabularyRows  chunk x judged row   residual sums of the one rejected row; entropy and overlap sums where they are recorded
 //   FinishRows      sequence             the token that is no draft, log-probabilities, the record
-// Acceptance needs single logits only, so each thread block that wants it decides anew: 2 µs instead of another launch and a round trip.
+// Acceptance needs single logits only, so each thread block that wants it decides anew: 2 µs instead of another launch and a
+// round trip.
 //
 // DrawDrafts, two launches: GumbelDrafts (chunk x sequence; other modes leave) and DrawRows (sequence).
 //
-// Bytes, V = 248,320: a rejected row reads target and draft logits once, 2 MB; bonus and plain tokens read one block of 4 KB. The coupled mode
-// reads each row once more and computes 62,080 Philox calls a row. Partial results are in the stream's workspace.
+// Bytes, V = 248,320: a rejected row reads target and draft logits once, 2 MB; bonus and plain tokens read one block of 4 KB. The
+// coupled mode reads each row once more and computes 62,080 Philox calls a row. Partial results are in the stream's workspace.
 #include "kernels/common/check.h"
 #include "kernels/common/cuda_stream.h"
-#include "kernels/decode/decode_device.h"
+#include "kernels/decode/decode_device.cuh"
 
 namespace bebop::cuda {
 namespace {
@@ -24,12 +27,12 @@ constexpr int32_t kFinishThreads = 256;
 constexpr int32_t kRatioBins = 8192;
 
 struct Scratch {
-  double* residual;           // [B, M]
-  double* entropy;            // [R, M]: Σ w log w
-  double* overlap;            // [R, M]
-  unsigned long long* ratios; // [B, 2, kRatioBins]: masses of p and q by p/q, in units of 2^-62
-  double* gumbel_value;       // [R or B, chunks]
-  uint32_t* gumbel_id;        // [R or B, chunks]
+  double* residual;            // [B, M]
+  double* entropy;             // [R, M]: Σ w log w
+  double* overlap;             // [R, M]
+  unsigned long long* ratios;  // [B, 2, kRatioBins]: masses of p and q by p/q, in units of 2^-62
+  double* gumbel_value;        // [R or B, chunks]
+  uint32_t* gumbel_id;         // [R or B, chunks]
 };
 
 int64_t LayOut(int64_t num_sequences, int64_t num_rows, int32_t vocab_size, char* base, Scratch* scratch) {
@@ -71,18 +74,18 @@ __device__ int32_t FirstPosition(const Params& params, const PassSequence& seque
 enum class Draw : int32_t { kKnown, kInverseCdf, kExcluding, kResidual };
 
 struct Verdict {
-  int32_t finite;    // the target row
+  int32_t finite;  // the target row
   int32_t accepted;
   Draw draw;
-  uint32_t token;    // kKnown
+  uint32_t token;  // kKnown
   DrawPurpose purpose;
 };
 
 struct Decision {
   int32_t num_accepted, num_reached, non_finite;
-  int32_t place;     // of the token that is not an accepted draft
+  int32_t place;  // of the token that is not an accepted draft
   int32_t source;
-  Verdict verdict;   // of that place
+  Verdict verdict;  // of that place
 };
 
 struct DecisionShared {
@@ -91,7 +94,8 @@ struct DecisionShared {
 };
 
 // SampleTarget of verify.cc.
-__device__ void DrawFromTarget(const Params& params, const SlotRequest& request, int32_t judged_row, DrawPurpose purpose, Verdict* verdict) {
+__device__ void DrawFromTarget(const Params& params, const SlotRequest& request, int32_t judged_row, DrawPurpose purpose,
+                               Verdict* verdict) {
   verdict->purpose = purpose;
   verdict->draw = Draw::kKnown;
   if (request.temperature == 0.0f) {
@@ -146,7 +150,8 @@ __device__ Verdict JudgePlace(const Params& params, const PassSequence& sequence
 }
 
 // What Verify does short of drawing. All threads of the block call it.
-__device__ const Decision& Decide(const Params& params, const PassSequence& sequence, const SlotRequest& request, DecisionShared& s) {
+__device__ const Decision& Decide(const Params& params, const PassSequence& sequence, const SlotRequest& request,
+                                  DecisionShared& s) {
   const int32_t thread = threadIdx.x;
   if (thread <= sequence.num_drafts) s.verdicts[thread] = JudgePlace(params, sequence, request, thread);
   __syncthreads();
@@ -247,16 +252,18 @@ __device__ int32_t SampleResidual(const DeviceDistribution& target, const double
   const double total = s.mass;
   if (!(total > 0.0)) return SampleInverseCdf(target, target_sums, vocab_size, key, DrawPurpose::kResidual, s);
   const double target_scale = __ddiv_rn(1.0, target.total), draft_scale = __ddiv_rn(1.0, draft.total);
-  return PickToken(vocab_size, total, Uniform53(key, DrawPurpose::kResidual, 0), Uniform53(key, DrawPurpose::kResidual, 1),
-                   [&](int32_t id) {
-                     return __dsub_rn(__dmul_rn(static_cast<double>(WeightAt(target, id)), target_scale),
-                                      __dmul_rn(static_cast<double>(WeightAt(draft, id)), draft_scale));
-                   }, s);
+  return PickToken(
+      vocab_size, total, Uniform53(key, DrawPurpose::kResidual, 0), Uniform53(key, DrawPurpose::kResidual, 1),
+      [&](int32_t id) {
+        return __dsub_rn(__dmul_rn(static_cast<double>(WeightAt(target, id)), target_scale),
+                         __dmul_rn(static_cast<double>(WeightAt(draft, id)), draft_scale));
+      },
+      s);
 }
 
 // cpu::SampleExcluding. All threads of the block call it.
-__device__ int32_t SampleExcluding(const DeviceDistribution& target, const double* target_sums, int32_t excluded, int32_t vocab_size,
-                                   const RandomKey& key, TwoLevelShared& s) {
+__device__ int32_t SampleExcluding(const DeviceDistribution& target, const double* target_sums, int32_t excluded,
+                                   int32_t vocab_size, const RandomKey& key, TwoLevelShared& s) {
   __syncthreads();
   const int32_t num_blocks = NumSamplingBlocks(vocab_size), block = excluded / kSamplingBlock;
   const int32_t first = block * kSamplingBlock, count = BlockCount(vocab_size, block);
@@ -272,13 +279,15 @@ __device__ int32_t SampleExcluding(const DeviceDistribution& target, const doubl
   __syncthreads();
   const double total = s.mass;
   if (!(total > 0.0)) return SampleInverseCdf(target, target_sums, vocab_size, key, DrawPurpose::kResidual, s);
-  return PickToken(vocab_size, total, Uniform53(key, DrawPurpose::kResidual, 0), Uniform53(key, DrawPurpose::kResidual, 1), mass_of, s);
+  return PickToken(vocab_size, total, Uniform53(key, DrawPurpose::kResidual, 0), Uniform53(key, DrawPurpose::kResidual, 1),
+                   mass_of, s);
 }
 
-// cpu::CoupledOverlap without sorting: ids are gathered in bins of r = p/q, and a bin counts as one id of the bin's ratio P/Q. With r known to
-// a relative 2^-8 inside a bin of mass P the result is off by at most P / 256, summed over bins by the acceptance within them: under 1/256
-// in all, 0 where the ratios of a bin are equal (as in p = q), and about 1e-5 for broad rows. Ids with r outside [2^-16, 2^16] share the end bins,
-// which adds at most 2^-16. Masses are integers of 2^-62, so the order of atomics does not matter. A report, not a decision.
+// cpu::CoupledOverlap without sorting: ids are gathered in bins of r = p/q, and a bin counts as one id of the bin's ratio P/Q.
+// With r known to a relative 2^-8 inside a bin of mass P the result is off by at most P / 256, summed over bins by the acceptance
+// within them: under 1/256 in all, 0 where the ratios of a bin are equal (as in p = q), and about 1e-5 for broad rows. Ids with r
+// outside [2^-16, 2^16] share the end bins, which adds at most 2^-16. Masses are integers of 2^-62, so the order of atomics does
+// not matter. A report, not a decision.
 __device__ double CoupledOverlap(const DeviceDistribution& target, const DeviceDistribution& draft, int32_t vocab_size,
                                  unsigned long long* ratios, double* partial) {
   constexpr double kUnits = 0x1.0p62;
@@ -304,9 +313,11 @@ __device__ double CoupledOverlap(const DeviceDistribution& target, const DeviceD
   for (int32_t i = first; i < kRatioBins; ++i) at_or_above += target_mass[i];
   double sum = 0.0;
   for (int32_t i = first; i < first + kBins; ++i) {
-    const double target_prob = static_cast<double>(target_mass[i]) / kUnits, draft_prob = static_cast<double>(draft_mass[i]) / kUnits;
+    const double target_prob = static_cast<double>(target_mass[i]) / kUnits,
+                 draft_prob = static_cast<double>(draft_mass[i]) / kUnits;
     if (target_prob > 0.0 && draft_prob > 0.0) {
-      sum += target_prob / (static_cast<double>(at_or_above) / kUnits + target_prob / draft_prob * (static_cast<double>(below) / kUnits));
+      sum += target_prob /
+             (static_cast<double>(at_or_above) / kUnits + target_prob / draft_prob * (static_cast<double>(below) / kUnits));
     }
     below += draft_mass[i];
     at_or_above -= target_mass[i];
@@ -422,8 +433,8 @@ __global__ void __launch_bounds__(kFinishThreads) FinishSequences(Params params)
     } else if (request.rule == VerifyRule::kRejection) {
       if (thread == 0) overlap = SumAscending(params.scratch.overlap + static_cast<int64_t>(row) * num_blocks, num_blocks);
     } else if (request.rule == VerifyRule::kCoupled) {
-      overlap = CoupledOverlap(target, draft, vocab_size, params.scratch.ratios + static_cast<int64_t>(sequence_idx) * 2 * kRatioBins,
-                               two_level.id_mass);
+      overlap = CoupledOverlap(target, draft, vocab_size,
+                               params.scratch.ratios + static_cast<int64_t>(sequence_idx) * 2 * kRatioBins, two_level.id_mass);
     }
     if (thread == 0) record.overlap[place] = overlap;
   }
@@ -477,7 +488,8 @@ __global__ void __launch_bounds__(kFinishThreads) DrawRows(Params params) {
     } else if (request.rule == VerifyRule::kCoupled) {
       const int32_t num_chunks = (vocab_size + kChunkIds - 1) / kChunkIds;
       const int64_t first = static_cast<int64_t>(sequence_idx) * num_chunks;
-      token = static_cast<int32_t>(BestOfChunks(params.scratch.gumbel_value + first, params.scratch.gumbel_id + first, num_chunks));
+      token =
+          static_cast<int32_t>(BestOfChunks(params.scratch.gumbel_value + first, params.scratch.gumbel_id + first, num_chunks));
     } else {
       const double* const sums = params.slots.draft_block_sums + draft_row * NumSamplingBlocks(vocab_size);
       const RandomKey key = DraftKey(request, params.slots.states[slot], params.depth);
@@ -513,7 +525,8 @@ Params MakeParams(const SlotArrays& slots, const PassArrays& pass, int32_t depth
   BEBOP_CHECK(slots.vocab_size >= 1 && slots.vocab_size <= kMaxVocabSize);
   BEBOP_CHECK(slots.max_drafts <= kMaxDecodeDrafts);
   Params params = {slots, pass, depth, {}};
-  const int64_t bytes = LayOut(pass.num_sequences, num_rows, slots.vocab_size, static_cast<char*>(stream.workspace()), &params.scratch);
+  const int64_t bytes =
+      LayOut(pass.num_sequences, num_rows, slots.vocab_size, static_cast<char*>(stream.workspace()), &params.scratch);
   BEBOP_CHECK(bytes <= stream.workspace_bytes());
   return params;
 }
@@ -528,7 +541,8 @@ void VerifyRows(const SlotArrays& slots, const PassArrays& pass, Stream& stream)
     BEBOP_CUDA_TRY(stream, gpu::Launch(GumbelRows, chunks, kChunkThreads, 0, stream.handle(), params));
     BEBOP_CUDA_TRY(stream, gpu::Launch(VocabularyRows, chunks, kChunkThreads, 0, stream.handle(), params));
   }
-  BEBOP_CUDA_TRY(stream, gpu::Launch(FinishSequences, dim3(static_cast<unsigned>(pass.num_sequences)), kFinishThreads, 0, stream.handle(), params));
+  BEBOP_CUDA_TRY(stream, gpu::Launch(FinishSequences, dim3(static_cast<unsigned>(pass.num_sequences)), kFinishThreads, 0,
+                                     stream.handle(), params));
 }
 
 void DrawDrafts(const SlotArrays& slots, const PassArrays& pass, int32_t depth, Stream& stream) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The device's step loop against the engine's own parts: engine/schedule's Sequence says what a pass does and what becomes of its outcome,
-// cpu::Transform, Verify and DrawDraft say what comes out. Sequences of all modes move through slots for many passes over random logits;
-// after each pass every integer must be equal, and floats equal but for the last bits.
+// The device's step loop against the engine's own parts: engine/schedule's Sequence says what a pass does and what becomes of its
+// outcome, cpu::Transform, Verify and DrawDraft say what comes out. Sequences of all modes move through slots for many passes
+// over random logits; after each pass every integer must be equal, and floats equal but for the last bits.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -135,7 +135,8 @@ class Loop {
     pass_.mtp_row_position = mtp_row_position_.data();
     pass_.draft_from_row = draft_from_row_.data();
     pass_.records = records_.data();
-    EXPECT_EQ(cudaMallocHost(reinterpret_cast<void**>(&host_records_), sizeof(StepRecord) * static_cast<size_t>(max_sequences_)), cudaSuccess);
+    EXPECT_EQ(cudaMallocHost(reinterpret_cast<void**>(&host_records_), sizeof(StepRecord) * static_cast<size_t>(max_sequences_)),
+              cudaSuccess);
     EXPECT_EQ(cudaMallocHost(reinterpret_cast<void**>(&number_memory_), sizeof(uint64_t)), cudaSuccess);
     host_number_ = number_memory_;
     *host_number_ = 0;
@@ -237,7 +238,8 @@ class Loop {
     out.num_banned_ids = static_cast<int32_t>(live.group->banned_before_min.size());
     out.synthetic_acceptance = request.speculation.synthetic_acceptance;
     Write(requests_, slot, out);
-    for (size_t i = 0; i < stop_ids.size(); ++i) Write(stop_ids_, int64_t{slot} * kMaxStopIds + static_cast<int64_t>(i), stop_ids[i]);
+    for (size_t i = 0; i < stop_ids.size(); ++i)
+      Write(stop_ids_, int64_t{slot} * kMaxStopIds + static_cast<int64_t>(i), stop_ids[i]);
     for (size_t i = 0; i < live.group->banned_before_min.size(); ++i) {
       Write(banned_ids_, int64_t{slot} * kMaxBannedIds + static_cast<int64_t>(i), live.group->banned_before_min[i]);
     }
@@ -370,7 +372,8 @@ class Loop {
       Transform(live, live.sequence->num_output() + outcome->num_emitted + depth, logits[depth], &live.drafts[depth]);
       if (!live.drafts[depth].view.finite) return;
       PhiloxDraws draws(RandomKey{live.group->request.sampling.seed, 0, first_position});
-      live.tokens[depth] = DrawDraft(live.group->request.speculation.mode, live.group->request.sampling.greedy(), live.drafts[depth].view, depth, draws);
+      live.tokens[depth] = DrawDraft(live.group->request.speculation.mode, live.group->request.sampling.greedy(),
+                                     live.drafts[depth].view, depth, draws);
       outcome->num_drafts_made = depth + 1;
     }
   }
@@ -707,8 +710,9 @@ class Loop {
       }
       const SequenceOutcome& outcome = entry.outcome;
       const GenerateRequest& request = entry.live->group->request;
-      SCOPED_TRACE(::testing::Message() << SpeculationModeName(request.speculation.mode) << " temperature " << request.sampling.temperature
-                                        << " synthetic " << request.speculation.synthetic_acceptance << " drafts " << entry.pass.num_drafts);
+      SCOPED_TRACE(::testing::Message() << SpeculationModeName(request.speculation.mode) << " temperature "
+                                        << request.sampling.temperature << " synthetic "
+                                        << request.speculation.synthetic_acceptance << " drafts " << entry.pass.num_drafts);
       ASSERT_EQ(record.residency, entry.live->residency);
       ASSERT_EQ(record.num_computed, entry.num_computed);
       ASSERT_EQ(record.num_known, entry.pass.num_known);
@@ -727,7 +731,8 @@ class Loop {
       }
       // Coupled: the device's closed form works on bins of p/q.
       const bool binned = request.speculation.mode == SpeculationMode::kCoupled && !request.sampling.greedy();
-      for (int32_t i = 0; i < outcome.num_reached; ++i) ASSERT_NEAR(record.overlap[i], outcome.overlap[i], binned ? 1.0 / 256 : 0.0) << i;
+      for (int32_t i = 0; i < outcome.num_reached; ++i)
+        ASSERT_NEAR(record.overlap[i], outcome.overlap[i], binned ? 1.0 / 256 : 0.0) << i;
     }
   }
 
@@ -778,8 +783,8 @@ class Loop {
   DeviceArray<PassSequence> sequences_;
   DeviceArray<SequenceRows> rows_, mtp_rows_;
   DeviceArray<uint32_t> token_ids_, mtp_token_ids_;
-  DeviceArray<int32_t> row_sequence_, row_position_, mtp_row_sequence_, mtp_row_position_, judged_row_, judged_sequence_, draft_from_row_,
-      slot_of_row_;
+  DeviceArray<int32_t> row_sequence_, row_position_, mtp_row_sequence_, mtp_row_position_, judged_row_, judged_sequence_,
+      draft_from_row_, slot_of_row_;
   DeviceArray<float> logits_;
   DeviceArray<DeviceDistribution> target_rows_;
   DeviceArray<double> target_sums_;
@@ -801,7 +806,8 @@ TEST_F(StepLoopCudaTest, AllModesOverManySizes) {
   for (const int32_t vocab_size : {2, 5, 17, 1000, 1024, 1025, 5000}) {
     for (const int32_t max_drafts : {1, 3, 8}) {
       if (vocab_size == 5000 && max_drafts == 8) continue;
-      Scenario scenario{.vocab_size = vocab_size, .max_drafts = max_drafts, .num_passes = vocab_size > 100 ? 10 : 40, .seed = ++seed};
+      Scenario scenario{
+          .vocab_size = vocab_size, .max_drafts = max_drafts, .num_passes = vocab_size > 100 ? 10 : 40, .seed = ++seed};
       SCOPED_TRACE(::testing::Message() << "vocabulary " << vocab_size << " drafts " << max_drafts);
       Loop loop(scenario, stream());
       loop.Run();
@@ -824,7 +830,8 @@ TEST_F(StepLoopCudaTest, AllModesOverManySizes) {
 }
 
 TEST_F(StepLoopCudaTest, EachModeAlone) {
-  for (const SpeculationMode mode : {SpeculationMode::kOff, SpeculationMode::kTargetOnly, SpeculationMode::kRejection, SpeculationMode::kCoupled}) {
+  for (const SpeculationMode mode :
+       {SpeculationMode::kOff, SpeculationMode::kTargetOnly, SpeculationMode::kRejection, SpeculationMode::kCoupled}) {
     SCOPED_TRACE(SpeculationModeName(mode));
     Loop loop({.vocab_size = 2100, .num_passes = 15, .seed = 77, .broken_rows = false, .mode = mode}, stream());
     loop.Run();

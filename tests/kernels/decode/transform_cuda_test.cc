@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// TransformRows against cpu::Transform: given equal logits, weights, block sums, totals and thresholds have the CPU's bits. Only raw_lse, which
-// goes through the logarithm, may differ by an ulp or two.
+// TransformRows against cpu::Transform: given equal logits, weights, block sums, totals and thresholds have the CPU's bits. Only
+// raw_lse, which goes through the logarithm, may differ by an ulp or two.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -54,7 +54,8 @@ struct Reference {
 
 class TransformCudaTest : public testing::CudaTest {
  protected:
-  // Runs the rows together, each in its own slot, with a padded row behind each; as judged rows and as draft rows. Both must agree with the CPU.
+  // Runs the rows together, each in its own slot, with a padded row behind each; as judged rows and as draft rows. Both must
+  // agree with the CPU.
   void Check(const std::vector<RowCase>& rows) {
     ASSERT_FALSE(HasFatalFailure());
     const int32_t vocab_size = static_cast<int32_t>(rows[0].logits.size()), num_blocks = NumSamplingBlocks(vocab_size);
@@ -100,7 +101,8 @@ class TransformCudaTest : public testing::CudaTest {
     DeviceArray<int32_t> device_judged(judged_sequence), device_from(draft_from_row);
     DeviceArray<float> draft_logits(static_cast<int64_t>(num_slots) * vocab_size);
     DeviceArray<DeviceDistribution> target_rows(num_rows), draft_rows(num_slots);
-    DeviceArray<double> target_sums(static_cast<int64_t>(num_rows) * num_blocks), draft_sums(static_cast<int64_t>(num_slots) * num_blocks);
+    DeviceArray<double> target_sums(static_cast<int64_t>(num_rows) * num_blocks),
+        draft_sums(static_cast<int64_t>(num_slots) * num_blocks);
     DeviceArray<unsigned char> scratch(TransformScratchBytes(num_rows, vocab_size));
     TransformRowsArgs args;
     args.slots.num_slots = num_slots;
@@ -131,9 +133,10 @@ class TransformCudaTest : public testing::CudaTest {
       const std::vector<double> sums = draft ? draft_sums.Download() : target_sums.Download();
       const std::vector<float> after = device_logits.Download(), copies = draft_logits.Download();
       for (int32_t i = 0; i < num_slots; ++i) {
-        SCOPED_TRACE(::testing::Message() << (draft ? "draft" : "target") << " row " << i << " of " << vocab_size << " ids, temperature "
-                                          << rows[i].request.temperature << " top_k " << rows[i].request.top_k << " top_p "
-                                          << rows[i].request.top_p << " min_p " << rows[i].request.min_p);
+        SCOPED_TRACE(::testing::Message() << (draft ? "draft" : "target") << " row " << i << " of " << vocab_size
+                                          << " ids, temperature " << rows[i].request.temperature << " top_k "
+                                          << rows[i].request.top_k << " top_p " << rows[i].request.top_p << " min_p "
+                                          << rows[i].request.min_p);
         const int64_t index = draft ? num_slots - 1 - i : 2 * i;
         const float* const own = draft ? draft_logits.data() + index * vocab_size : device_logits.data() + index * vocab_size;
         const std::vector<float>& processed = draft ? copies : after;
@@ -146,8 +149,8 @@ class TransformCudaTest : public testing::CudaTest {
   }
 
  private:
-  static void Compare(const RowCase& row, const DeviceDistribution& out, const double* sums, const float* device_logits, const float* processed,
-                      bool draft) {
+  static void Compare(const RowCase& row, const DeviceDistribution& out, const double* sums, const float* device_logits,
+                      const float* processed, bool draft) {
     const Reference reference(row);
     const int32_t vocab_size = reference.out.vocab_size;
     ASSERT_EQ(out.finite != 0, reference.out.finite);
@@ -166,8 +169,8 @@ class TransformCudaTest : public testing::CudaTest {
     ASSERT_TRUE(testing::SameBits(processed, banned.data(), vocab_size));
     RowCase plain = row;
     plain.request = SlotRequest{};
-    const bool one_hot = row.request.temperature == 0.0f &&
-                         (row.request.record & (kRecordLogprob | kRecordEntropy | kRecordDraftLogprob)) == 0;
+    const bool one_hot =
+        row.request.temperature == 0.0f && (row.request.record & (kRecordLogprob | kRecordEntropy | kRecordDraftLogprob)) == 0;
     plain.request.temperature = row.request.temperature == 0.0f ? 1.0f : row.request.temperature;
     plain.logits = banned;
     plain.banned_ids.clear();
@@ -222,7 +225,8 @@ TEST_F(TransformCudaTest, RandomRowsHaveTheBitsOfTheCpu) {
       row.logits = MakeLogits(vocab_size, i % 5, random);
       row.request = RandomRequest(vocab_size, random);
       row.num_output = random.Below(3);
-      for (int32_t id = random.Below(4); id < vocab_size + 2 && row.banned_ids.size() < 4; id += 1 + random.Below(vocab_size + 1)) {
+      for (int32_t id = random.Below(4); id < vocab_size + 2 && row.banned_ids.size() < 4;
+           id += 1 + random.Below(vocab_size + 1)) {
         row.banned_ids.push_back(static_cast<uint32_t>(id));
       }
       rows.push_back(std::move(row));
@@ -325,8 +329,8 @@ float LogitOfWeight(float weight) {
   return 0.0f;
 }
 
-// Where a partial sum meets the goal exactly, the device must add as the CPU does: small and large sets of candidates, and ties of which a
-// part stays.
+// Where a partial sum meets the goal exactly, the device must add as the CPU does: small and large sets of candidates, and ties
+// of which a part stays.
 TEST_F(TransformCudaTest, TopPWithSumsThatMeetTheGoal) {
   const float half = LogitOfWeight(0.5f), quarter = LogitOfWeight(0.25f);
   std::vector<RowCase> rows;
@@ -353,18 +357,18 @@ TEST_F(TransformCudaTest, TopPWithSumsThatMeetTheGoal) {
   Check(rows);
 }
 
-// Sums of floats are exact in double unless they span many exponents. So the rows below have weights near 1 and weights near 1e-8, and a top_p
-// that cuts among the latter: there the CPU's sums are rounded, and where they meet the goal the order of additions decides the border,
-// or how many equal weights at it stay.
+// Sums of floats are exact in double unless they span many exponents. So the rows below have weights near 1 and weights near
+// 1e-8, and a top_p that cuts among the latter: there the CPU's sums are rounded, and where they meet the goal the order of
+// additions decides the border, or how many equal weights at it stay.
 constexpr float kLargestTopP = 0.99999994f;
 
 struct Border {
-  double sum;    // of the weights >= weight
+  double sum;  // of the weights >= weight
   float weight;
 };
 
-// Appends rows whose total is tuned, by ids behind the first num_fixed, lighter than the border, until top_p * total lies within a few ulps of
-// border.sum: one row for each of several neighbouring totals.
+// Appends rows whose total is tuned, by ids behind the first num_fixed, lighter than the border, until top_p * total lies within
+// a few ulps of border.sum: one row for each of several neighbouring totals.
 void AddTunedRows(RowCase row, int32_t num_fixed, const Border& border, std::vector<RowCase>* rows) {
   const int32_t vocab_size = static_cast<int32_t>(row.logits.size());
   const double wanted_total = border.sum / static_cast<double>(kLargestTopP);
@@ -395,7 +399,7 @@ RowCase WideRow(int32_t num_small, Random& random) {
   RowCase row;
   for (int32_t i = 0; i < 30 + num_small; ++i) {
     row.logits.push_back(i % (num_small / 30 + 1) == 0 && i / (num_small / 30 + 1) < 30 ? random.Uniform(-2.0f, 0.0f)
-                                                                                       : random.Uniform(-21.5f, -17.0f));
+                                                                                        : random.Uniform(-21.5f, -17.0f));
   }
   row.logits[0] = 0.0f;
   row.logits.resize(row.logits.size() + 20, -kInfinity);

@@ -8,14 +8,16 @@
 
 // Sampling on the device: what the kernels of this folder share. Included by .cu files alone.
 //
-// Everything that decides a token repeats the CPU's operations one by one (kernels/sampling/sampling_kernels.inc and sampling_cpu.cc): the
-// same polynomial, the same order of additions. The intrinsics with a stated rounding are there because nvcc would otherwise contract
-// a multiplication and an addition to one rounding, and a weight, a block sum and in the end a token would differ. Only what goes through the
-// library's logarithm may differ from the CPU in the last bit or two: log-probabilities, entropy and Gumbel noise.
+// Everything that decides a token repeats the CPU's operations one by one (kernels/sampling/sampling_kernels.inc and
+// sampling_cpu.cc): the same polynomial, the same order of additions. The intrinsics with a stated rounding are there because
+// nvcc would otherwise contract a multiplication and an addition to one rounding, and a weight, a block sum and in the end a
+// token would differ. Only what goes through the library's logarithm may differ from the CPU in the last bit or two:
+// log-probabilities, entropy and Gumbel noise.
 namespace bebop::cuda {
 
 inline constexpr unsigned kFullWarp = 0xffffffffu;
-// The vocabulary passes split a row into chunks of 8 blocks: one thread block a chunk, 16 threads a sampling block (thread l has partial sum l).
+// The vocabulary passes split a row into chunks of 8 blocks: one thread block a chunk, 16 threads a sampling block (thread l has
+// partial sum l).
 inline constexpr int32_t kChunkBlocks = 8;
 inline constexpr int32_t kChunkIds = kChunkBlocks * kSamplingBlock;
 inline constexpr int32_t kChunkThreads = 16 * kChunkBlocks;
@@ -78,24 +80,27 @@ __device__ inline double ProbAt(const DeviceDistribution& row, int32_t id) {
   return __ddiv_rn(static_cast<double>(WeightAt(row, id)), row.total);
 }
 
-__device__ inline int32_t BlockCount(int32_t vocab_size, int32_t block) { return min(kSamplingBlock, vocab_size - block * kSamplingBlock); }
+__device__ inline int32_t BlockCount(int32_t vocab_size, int32_t block) {
+  return min(kSamplingBlock, vocab_size - block * kSamplingBlock);
+}
 
-// 16 partial sums, in the lanes of half a warp, halved as TokenDistribution documents. The result is in the half's first lane. All 32
-// lanes call it.
+// 16 partial sums, in the lanes of half a warp, halved as TokenDistribution documents. The result is in the half's first lane.
+// All 32 lanes call it.
 __device__ inline double HalvedSum(double partial) {
   for (int32_t half = 8; half > 0; half /= 2) partial = __dadd_rn(partial, __shfl_down_sync(kFullWarp, partial, half, 16));
   return partial;
 }
 
-// Σ term(id) over sampling block `block` in the order of TokenDistribution::block_sum, by 16 threads; a block past the end gives 0. The
-// result is in the first of the 16 threads. All 32 lanes of a warp call it, with one or two blocks.
+// Σ term(id) over sampling block `block` in the order of TokenDistribution::block_sum, by 16 threads; a block past the end gives
+// 0. The result is in the first of the 16 threads. All 32 lanes of a warp call it, with one or two blocks.
 template <typename Term>
 __device__ double SumBlock(int32_t block, int32_t vocab_size, Term term) {
   const int32_t first = block * kSamplingBlock;
   const int32_t end = min(vocab_size, first + kSamplingBlock);
   double sum = 0.0;
 #pragma unroll 8
-  for (int32_t id = first + static_cast<int32_t>(threadIdx.x % 16); id < end; id += 16) sum = __dadd_rn(sum, static_cast<double>(term(id)));
+  for (int32_t id = first + static_cast<int32_t>(threadIdx.x % 16); id < end; id += 16)
+    sum = __dadd_rn(sum, static_cast<double>(term(id)));
   return HalvedSum(sum);
 }
 
@@ -113,8 +118,8 @@ struct TwoLevelShared {
   int32_t id;
 };
 
-// The walk of the inverse CDF over masses in shared memory: the index whose cumulative mass first exceeds u * total, or the last one with
-// mass. One thread; the additions depend on each other, so the bound is their latency: about 2 µs for half a block.
+// The walk of the inverse CDF over masses in shared memory: the index whose cumulative mass first exceeds u * total, or the last
+// one with mass. One thread; the additions depend on each other, so the bound is their latency: about 2 µs for half a block.
 __device__ inline int32_t PickIndex(const double* masses, int32_t count, double total, double u) {
   const double goal = __dmul_rn(u, total);
   double cumulative = 0.0;
@@ -137,10 +142,11 @@ __device__ inline double SumAscending(const double* values, int32_t count) {
   return sum;
 }
 
-// The second half of every two-level draw: s.block_mass is filled (and a barrier passed). mass_of(id) is the mass of one id. All threads
-// of the block call it and get the id.
+// The second half of every two-level draw: s.block_mass is filled (and a barrier passed). mass_of(id) is the mass of one id. All
+// threads of the block call it and get the id.
 template <typename MassOf>
-__device__ int32_t PickToken(int32_t vocab_size, double total, double u_block, double u_within, MassOf mass_of, TwoLevelShared& s) {
+__device__ int32_t PickToken(int32_t vocab_size, double total, double u_block, double u_within, MassOf mass_of,
+                             TwoLevelShared& s) {
   if (threadIdx.x == 0) s.block = PickIndex(s.block_mass, NumSamplingBlocks(vocab_size), total, u_block);
   __syncthreads();
   const int32_t first = s.block * kSamplingBlock, count = BlockCount(vocab_size, s.block);
@@ -152,13 +158,14 @@ __device__ int32_t PickToken(int32_t vocab_size, double total, double u_block, d
 }
 
 // cpu::SampleInverseCdf with the two uniforms of `purpose`. All threads of the block call it.
-__device__ inline int32_t SampleInverseCdf(const DeviceDistribution& row, const double* block_sums, int32_t vocab_size, const RandomKey& key,
-                                           DrawPurpose purpose, TwoLevelShared& s) {
+__device__ inline int32_t SampleInverseCdf(const DeviceDistribution& row, const double* block_sums, int32_t vocab_size,
+                                           const RandomKey& key, DrawPurpose purpose, TwoLevelShared& s) {
   __syncthreads();
   for (int32_t i = threadIdx.x; i < NumSamplingBlocks(vocab_size); i += blockDim.x) s.block_mass[i] = block_sums[i];
   __syncthreads();
-  return PickToken(vocab_size, row.total, Uniform53(key, purpose, 0), Uniform53(key, purpose, 1),
-                   [&](int32_t id) { return static_cast<double>(WeightAt(row, id)); }, s);
+  return PickToken(
+      vocab_size, row.total, Uniform53(key, purpose, 0), Uniform53(key, purpose, 1),
+      [&](int32_t id) { return static_cast<double>(WeightAt(row, id)); }, s);
 }
 
 // ---- Gumbel noise (coupled mode) ----
@@ -167,7 +174,9 @@ struct Candidate {
   double value;
   uint32_t id;
 };
-__device__ inline bool Better(const Candidate& a, const Candidate& b) { return a.value < b.value || (a.value == b.value && a.id < b.id); }
+__device__ inline bool Better(const Candidate& a, const Candidate& b) {
+  return a.value < b.value || (a.value == b.value && a.id < b.id);
+}
 
 __device__ inline std::array<uint32_t, 4> NoiseWords(const RandomKey& key, uint32_t lane) {
   return Philox4x32(key.seed, {key.position, key.sample_index, static_cast<uint32_t>(DrawPurpose::kCoupled), lane});
@@ -188,12 +197,14 @@ struct GumbelShared {
   double first;
 };
 
-// The best id of a chunk under cpu::SampleGumbel's order, or argmax if that beats the chunk. All kChunkThreads threads of the block call
-// it; the result is in thread 0.
+// The best id of a chunk under cpu::SampleGumbel's order, or argmax if that beats the chunk. All kChunkThreads threads of the
+// block call it; the result is in thread 0.
 //
-// Every thread keeps its own best, which begins as argmax's value. E > high 2^-32, so an id can only win where high 2^-32 < best * weight:
-// one comparison spares most ids the logarithm and the low word. An id's lane and word make 16 threads read 16 neighbours.
-__device__ inline Candidate BestOfChunk(const DeviceDistribution& row, int32_t vocab_size, int32_t chunk, const RandomKey& key, GumbelShared& s) {
+// Every thread keeps its own best, which begins as argmax's value. E > high 2^-32, so an id can only win where high 2^-32 < best
+// * weight: one comparison spares most ids the logarithm and the low word. An id's lane and word make 16 threads read 16
+// neighbours.
+__device__ inline Candidate BestOfChunk(const DeviceDistribution& row, int32_t vocab_size, int32_t chunk, const RandomKey& key,
+                                        GumbelShared& s) {
   if (threadIdx.x == 0) {
     const uint32_t id = row.argmax;
     const std::array<uint32_t, 4> words = NoiseWords(key, id / 64 * 16 + id % 16);
@@ -205,7 +216,8 @@ __device__ inline Candidate BestOfChunk(const DeviceDistribution& row, int32_t v
   Candidate best = {s.first, row.argmax};
   const uint32_t lane = threadIdx.x % 16;
   const int32_t end = min(vocab_size, (chunk + 1) * kChunkIds);
-  for (int32_t group = chunk * kChunkIds + static_cast<int32_t>(threadIdx.x / 16) * 64; group < end; group += kChunkThreads / 16 * 64) {
+  for (int32_t group = chunk * kChunkIds + static_cast<int32_t>(threadIdx.x / 16) * 64; group < end;
+       group += kChunkThreads / 16 * 64) {
     float logits[4];
 #pragma unroll
     for (int32_t word = 0; word < 4; ++word) {
@@ -219,8 +231,9 @@ __device__ inline Candidate BestOfChunk(const DeviceDistribution& row, int32_t v
       const float weight = WeightOf(row, logits[word], id);  // 0 past the end
       const float limit = static_cast<float>(fmin(__dmul_rn(best.value, 0x1.0p31 * 1.00001), 1e30));
       if (!(static_cast<float>(words[word] >> 1) < __fmul_rn(weight, limit))) continue;
-      const Candidate candidate = {__ddiv_rn(ExponentialOf(key, static_cast<uint32_t>(id), words[word]), static_cast<double>(weight)),
-                                   static_cast<uint32_t>(id)};
+      const Candidate candidate = {
+          __ddiv_rn(ExponentialOf(key, static_cast<uint32_t>(id), words[word]), static_cast<double>(weight)),
+          static_cast<uint32_t>(id)};
       if (Better(candidate, best)) best = candidate;
     }
   }
