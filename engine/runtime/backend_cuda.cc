@@ -59,7 +59,7 @@ CudaExecutorOptions ExecutorOptions(const EngineOptions& options, const EngineSi
 
 class CudaBackend final : public Backend {
  public:
-  static absl::StatusOr<std::unique_ptr<Backend>> Create(const EngineOptions& options) {
+  static absl::StatusOr<std::unique_ptr<Backend>> Create(const EngineOptions& options, ThreadPool* pool) {
     const int number = DeviceNumber(options.device);
     int count = 0;
     const cudaError_t result = cudaGetDeviceCount(&count);
@@ -80,7 +80,7 @@ class CudaBackend final : public Backend {
     cudaDeviceProp properties{};
     BEBOP_CUDA_TRY(*stream, cudaGetDeviceProperties(&properties, number));
     if (!stream->ok()) return absl::InternalError(absl::StrCat("device error: ", stream->error()));
-    return std::unique_ptr<Backend>(new CudaBackend(std::move(stream), absl::StrCat(kDeviceKind, ":", number, " (", properties.name, ")")));
+    return std::unique_ptr<Backend>(new CudaBackend(std::move(stream), pool, absl::StrCat(kDeviceKind, ":", number, " (", properties.name, ")")));
   }
 
   const std::string& name() const override { return name_; }
@@ -111,20 +111,24 @@ class CudaBackend final : public Backend {
 
   absl::StatusOr<std::unique_ptr<Executor>> MakeExecutor(const EngineOptions& options, const ModelConfig& config, const EngineSizes& sizes,
                                                          Model* model, ModelStateStorage* storage) override {
-    return MakeCudaExecutor(config, ExecutorOptions(options, sizes), model, storage, memory_.get(), stream_.get());
+    CudaExecutorOptions executor = ExecutorOptions(options, sizes);
+    executor.pool = pool_;
+    return MakeCudaExecutor(config, executor, model, storage, memory_.get(), stream_.get());
   }
 
   void EnterThread() override { BEBOP_CUDA_TRY(*stream_, cudaSetDevice(stream_->device())); }
 
  private:
-  CudaBackend(std::unique_ptr<cuda::Stream> stream, std::string name)
+  CudaBackend(std::unique_ptr<cuda::Stream> stream, ThreadPool* pool, std::string name)
       : name_(std::move(name)),
+        pool_(pool),
         stream_(std::move(stream)),
         memory_(MakeCudaMemory(stream_.get())),
         ops_(MakeCudaOps(stream_.get())),
         free_bytes_(memory_->available_bytes() + stream_->workspace_bytes()) {}
 
   const std::string name_;
+  ThreadPool* const pool_;  // for the host's part of scoring
   const std::unique_ptr<cuda::Stream> stream_;
   const std::unique_ptr<DeviceMemory> memory_;
   const std::unique_ptr<Ops> ops_;
@@ -141,7 +145,7 @@ absl::Status CheckDeviceName(const std::string& device) {
 absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const EngineOptions& options, ThreadPool* pool) {
   BEBOP_RETURN_IF_ERROR(CheckDeviceName(options.device));
   if (options.device == "cpu") return MakeCpuBackend(pool);
-  return CudaBackend::Create(options);
+  return CudaBackend::Create(options, pool);
 }
 
 }  // namespace bebop

@@ -184,6 +184,7 @@ class CudaExecutor final : public Executor {
   void EnqueueIteration(int32_t needed_positions);
   // All launches of a pass whose arrays are set, up to its records.
   void EnqueuePass(const PassArrays& pass, const PassBounds& bounds);
+  void Publish(const PassArrays& pass, int32_t max_positions);
   absl::Status RunScores(const StepPlan& plan, StepResult* result);
   void PlanAhead(const StepPlan& plan);
   // Reads the records of all passes up to `number`.
@@ -228,6 +229,7 @@ class CudaExecutor final : public Executor {
   std::vector<size_t> waiting_;        // of plan.sequences, without a record yet
   uint64_t read_ = 0;                  // passes whose records have been read
   uint64_t kept_up_to_ = 0;            // passes whose unasked records are out of the ring
+  int32_t max_positions_[RecordRing::kEntries] = {};  // that the passes in the ring were launched for
 };
 
 absl::StatusOr<std::unique_ptr<Executor>> MakeCudaExecutor(const ModelConfig& config, const CudaExecutorOptions& options, Model* model,
@@ -447,7 +449,7 @@ void CudaExecutor::StageChunks(const StepPlan& plan) {
 
 void CudaExecutor::EnqueueChunks(const StepPlan& plan) {
   EnqueuePass(chunk_pass_, chunk_bounds_);
-  ring_->Publish(device_.slots, chunk_pass_);
+  Publish(chunk_pass_, chunk_bounds_.max_positions);
   for (const size_t i : chunks_) {
     const SequencePlan& sequence = plan.sequences[i];
     Slot& slot = SlotOf(sequence);
@@ -484,7 +486,12 @@ void CudaExecutor::EnqueueIteration(int32_t needed_positions) {
     cuda::BeginDecode(device_.slots, pass, device_.slot_of_row, stream_);
     EnqueuePass(pass, bounds);
   });
-  ring_->Publish(device_.slots, pass);
+  Publish(pass, bounds.max_positions);
+}
+
+void CudaExecutor::Publish(const PassArrays& pass, int32_t max_positions) {
+  const uint64_t number = ring_->Publish(device_.slots, pass);
+  max_positions_[number % RecordRing::kEntries] = max_positions;
 }
 
 void CudaExecutor::EnqueuePass(const PassArrays& pass, const PassBounds& bounds) {
@@ -612,6 +619,10 @@ absl::Status CudaExecutor::Read(uint64_t number) {
       if (slot.residency != record.residency) continue;  // of a sequence that has gone
       --slot.num_in_flight;
       if (record.ran == 0) continue;  // stopped, or out of pages
+      // Attention was launched for no fewer positions than the rows and the drafts behind them came to.
+      const int32_t num_certain = record.num_known + record.num_accepted;
+      BEBOP_CHECK(record.num_computed + std::max(record.num_known + record.num_drafts, num_certain + record.num_drafts_made) <=
+                  max_positions_[read_ % RecordRing::kEntries]);
       BEBOP_CHECK(slot.record == nullptr && slot.num_in_flight >= 0);
       slot.record = &record;
     }
