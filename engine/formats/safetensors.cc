@@ -14,6 +14,8 @@
 namespace bebop {
 namespace {
 
+constexpr uint64_t kLengthBytes = 8;
+
 template <typename... Parts>
 absl::Status Invalid(const Parts&... parts) {
   return absl::InvalidArgumentError(StrCat(parts...));
@@ -88,21 +90,27 @@ int64_t SafetensorsElementBytes(std::string_view dtype) {
 
 std::string ShapeString(const std::vector<int64_t>& shape) { return StrCat("[", absl::StrJoin(shape, ", "), "]"); }
 
-absl::StatusOr<SafetensorsHeader> ParseSafetensorsHeader(std::string_view file_bytes, std::string_view name) {
-  constexpr uint64_t kLengthBytes = 8;
-  if (file_bytes.size() < kLengthBytes) {
-    return absl::DataLossError(StrCat(name, ": expected at least 8 bytes, got ", file_bytes.size()));
-  }
+uint64_t SafetensorsHeaderBytes(std::string_view first_bytes) {
   uint64_t header_bytes = 0;
-  for (uint64_t i = 0; i < kLengthBytes; ++i) header_bytes |= static_cast<uint64_t>(static_cast<uint8_t>(file_bytes[i])) << (8 * i);
+  for (uint64_t i = 0; i < kLengthBytes; ++i) header_bytes |= static_cast<uint64_t>(static_cast<uint8_t>(first_bytes[i])) << (8 * i);
+  return header_bytes;
+}
+
+absl::StatusOr<SafetensorsHeader> ParseSafetensorsHeader(std::string_view file_bytes, std::string_view name) {
+  return ParseSafetensorsHeader(file_bytes, file_bytes.size(), name);
+}
+
+absl::StatusOr<SafetensorsHeader> ParseSafetensorsHeader(std::string_view head, uint64_t file_size, std::string_view name) {
+  if (file_size < kLengthBytes) return absl::DataLossError(StrCat(name, ": expected at least 8 bytes, got ", file_size));
+  const uint64_t header_bytes = SafetensorsHeaderBytes(head);
   if (header_bytes > kMaxSafetensorsHeaderBytes) {
     return Invalid(name, ": expected a header of at most ", kMaxSafetensorsHeaderBytes, " bytes, got ", header_bytes);
   }
-  if (header_bytes > file_bytes.size() - kLengthBytes) {
+  if (header_bytes > file_size - kLengthBytes) {
     return absl::DataLossError(
-        StrCat(name, ": expected a header of ", header_bytes, " bytes, the file ends after ", file_bytes.size() - kLengthBytes));
+        StrCat(name, ": expected a header of ", header_bytes, " bytes, the file ends after ", file_size - kLengthBytes));
   }
-  const std::string_view json = file_bytes.substr(kLengthBytes, header_bytes);
+  const std::string_view json = head.substr(kLengthBytes, header_bytes);
   if (json.empty() || json.front() != '{') return Invalid(name, ": expected the header to start with '{'");
 
   // About 8 values a tensor: room for 250,000 tensors, and a bound on what a hostile header costs.
@@ -142,11 +150,11 @@ absl::StatusOr<SafetensorsHeader> ParseSafetensorsHeader(std::string_view file_b
     entry.begin += data_begin;
     entry.end += data_begin;
   }
-  const uint64_t data_bytes = file_bytes.size() - data_begin;
+  const uint64_t data_bytes = file_size - data_begin;
   if (expected > data_bytes) {
     // The first tensor that the file does not hold whole.
     const auto cut = std::find_if(header.tensors.begin(), header.tensors.end(),
-                                  [&](const TensorEntry& entry) { return entry.end > file_bytes.size(); });
+                                  [&](const TensorEntry& entry) { return entry.end > file_size; });
     return absl::DataLossError(StrCat(name, ": tensor ", Quoted(cut->name), ": truncated: expected ", expected,
                                             " bytes of data in all, got ", data_bytes));
   }

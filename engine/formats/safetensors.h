@@ -42,6 +42,10 @@ std::string ShapeString(const std::vector<int64_t>& shape);
 // both values. DATA_LOSS: the file is shorter than its header says. INVALID_ARGUMENT: everything else (header too long, not JSON,
 // duplicate name, unknown type, size that does not match the shape, overlap, hole, trailing bytes).
 absl::StatusOr<SafetensorsHeader> ParseSafetensorsHeader(std::string_view file_bytes, std::string_view name);
+// The same of a file of `file_size` bytes that is not in memory: `head` is its beginning, up to the header's end if the file has it.
+absl::StatusOr<SafetensorsHeader> ParseSafetensorsHeader(std::string_view head, uint64_t file_size, std::string_view name);
+// The header's length that a file's first 8 bytes tell, unchecked.
+uint64_t SafetensorsHeaderBytes(std::string_view first_bytes);
 
 // A mapped safetensors file. Immutable; safe to read from any thread.
 class SafetensorsFile {

@@ -16,6 +16,8 @@
 #include "engine/base/status_macros.h"
 #include "engine/formats/safetensors.h"
 #include "engine/formats/strings.h"
+#include "engine/weights/digest_chain.h"
+#include "engine/weights/element_form.h"
 #include "engine/weights/row_blocks.h"
 #include "engine/weights/weight_layout.h"
 
@@ -34,6 +36,10 @@ struct Source {
   std::string Label() const { return StrCat(file->path(), ": tensor ", Quoted(entry->name)); }
   std::string Describe() const { return StrCat(entry->dtype, " ", ShapeString(entry->shape)); }
   std::string_view bytes() const { return file->Bytes(*entry); }
+  std::string_view bytes(int64_t first, int64_t count) const {
+    const size_t width = static_cast<size_t>(SafetensorsElementBytes(entry->dtype));
+    return bytes().substr(static_cast<size_t>(first) * width, static_cast<size_t>(count) * width);
+  }
 };
 
 // The files of a checkpoint and their tensors by slot name (see TensorSlot::name).
@@ -53,16 +59,9 @@ bool IsMtp(std::string_view slot_name) { return slot_name.starts_with("mtp."); }
 absl::Status AddTensor(const SafetensorsFile& file, const TensorEntry& entry, Checkpoint& checkpoint) {
   const std::string& name = entry.name;
   if (name.starts_with("model.visual.")) return absl::OkStatus();
-  std::string slot_name = name;
-  for (const std::string_view prefix : {"model.mtp.", "model.language_model.", "model."}) {
-    if (!name.starts_with(prefix)) continue;
-    if (prefix == "model.mtp.") {
-      slot_name = name.substr(std::string_view("model.").size());
-    } else {
-      slot_name = StrCat(kTextPrefix, name.substr(prefix.size()));
-      if (checkpoint.text_prefix.empty()) checkpoint.text_prefix = prefix;
-    }
-    break;
+  const std::string slot_name = SlotName(name);
+  if (slot_name.starts_with(kTextPrefix) && checkpoint.text_prefix.empty()) {
+    checkpoint.text_prefix = name.substr(0, name.size() - (slot_name.size() - std::string_view(kTextPrefix).size()));
   }
   const auto [twin, inserted] = checkpoint.tensors.emplace(slot_name, Source{&file, &entry});
   if (inserted) return absl::OkStatus();
@@ -207,13 +206,6 @@ absl::Status MatchTensors(const ModelConfig& config, const Checkpoint& checkpoin
 
 // --- Values ---
 
-constexpr float kHalfRescale = 0x1p112f;  // moves a half's exponent (bias 15) to a float's (bias 127), subnormals included
-
-float HalfToFloat(uint16_t half) {
-  const float magnitude = std::bit_cast<float>(static_cast<uint32_t>(half & 0x7FFF) << 13) * kHalfRescale;
-  return (half & 0x8000) != 0 ? -magnitude : magnitude;
-}
-
 // Index of the first element whose bits, masked, are at least `bound`; -1 if there is none. The common case is one branch-free pass.
 template <typename Word, typename Element>
 int64_t FirstAtLeast(const Element* elements, int64_t count, Word mask, Word bound) {
@@ -333,14 +325,34 @@ absl::StatusOr<std::unique_ptr<ModelWeights>> LoadModelWeights(const ModelConfig
   BEBOP_ASSIGN_OR_RETURN(WeightLayout layout, AllocateWeights(config, options.dtype, matched.with_mtp, memory));
   BlockWriter writer(memory);
 
+  for (size_t i = 0; i < layout.slots.size(); ++i) {
+    const TensorSlot& slot = layout.slots[i];
+    const TensorEntry& entry = *matched.sources[i].entry;
+    layout.weights->version.tensors.push_back({.name = slot.mtp ? slot.name : entry.name,
+                                               .form = FormOf(entry.dtype, ResidentType(slot)),
+                                               .shape = slot.shape,
+                                               .mtp = slot.mtp});
+  }
+  const auto index_of = [&layout](const RowBlock& block) { return static_cast<size_t>(block.slot - layout.slots.data()); };
+  // From the file, which is mapped: a block's bytes have just been read.
+  DigestChain chain(layout.slots, [&](const RowBlock& block, std::vector<char>& scratch) {
+    const Source& source = matched.sources[index_of(block)];
+    const int64_t row_elements = SlotElements(*block.slot) / block.slot->shape[0];
+    const std::string_view bytes = source.bytes(block.first_row * row_elements, block.num_rows * row_elements);
+    return ToForm(source.entry->dtype, bytes, layout.weights->version.tensors[index_of(block)].form, scratch);
+  });
+
   // The error of the first bad block, so that the message does not depend on the threads.
   Mutex mutex;
   size_t first_bad = std::numeric_limits<size_t>::max();
   absl::Status status;
   ForEachBlock(layout.slots, pool, [&](const RowBlock& block, size_t block_idx) {
     thread_local Scratch scratch;
-    const absl::Status filled = FillBlock(block, matched.sources[static_cast<size_t>(block.slot - layout.slots.data())], scratch, writer);
-    if (filled.ok()) return;
+    const absl::Status filled = FillBlock(block, matched.sources[index_of(block)], scratch, writer);
+    if (filled.ok()) {
+      chain.BlockDone(block);
+      return;
+    }
     MutexLock lock(&mutex);
     if (block_idx < first_bad) {
       first_bad = block_idx;
@@ -354,6 +366,7 @@ absl::StatusOr<std::unique_ptr<ModelWeights>> LoadModelWeights(const ModelConfig
   if (config.tie_word_embeddings && head != matched.checkpoint.tensors.end()) {
     BEBOP_RETURN_IF_ERROR(CheckTiedHead(head->second, matched.sources.front()));
   }
+  layout.weights->version.SetDigests(chain.Finish());
   return std::move(layout.weights);
 }
 

@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "engine/base/status_macros.h"
+#include "engine/weights/digest_chain.h"
+#include "engine/weights/element_form.h"
 #include "engine/weights/row_blocks.h"
 #include "engine/weights/weight_layout.h"
 
@@ -109,27 +111,47 @@ void MakeRows(const RowBlock& block, const ModelConfig& config, uint64_t seed, f
   for (int64_t i = 0; i < count; ++i) out[i] = spread * Normal(key, first + static_cast<uint64_t>(i));
 }
 
+// The values of a block, rows of a matrix or a whole vector.
+float* MakeBlock(const RowBlock& block, const ModelConfig& config, uint64_t seed, std::vector<float>& values) {
+  const bool is_matrix = block.slot->values == nullptr;
+  const int64_t count = is_matrix ? block.num_rows * block.slot->matrix.cols : SlotElements(*block.slot);
+  values.resize(static_cast<size_t>(count));
+  is_matrix ? MakeRows(block, config, seed, values.data()) : MakeValues(*block.slot, config, seed, values.data());
+  return values.data();
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<ModelWeights>> MakeDummyWeights(const ModelConfig& config, DType dtype, uint64_t seed, ThreadPool& pool,
                                                                DeviceMemory* memory) {
   BEBOP_ASSIGN_OR_RETURN(WeightLayout layout, AllocateWeights(config, dtype, config.num_mtp_layers > 0, memory));
-  BlockWriter writer(memory);
+  const auto spelled = [&config](const std::string& name) {
+    return name.starts_with(kTextPrefix) ? config.tensor_prefix + name.substr(1) : name;
+  };
+  for (const TensorSlot& slot : layout.slots) {
+    layout.weights->version.tensors.push_back({.name = spelled(slot.name), .form = ResidentType(slot), .shape = slot.shape, .mtp = slot.mtp});
+  }
   const uint64_t key = Mix(seed + 0x9E3779B97F4A7C15u);  // so that small seeds differ in all bits
+  // Made a second time: that is cheaper than to fetch them back from a device.
+  DigestChain chain(layout.slots, [&](const RowBlock& block, std::vector<char>& scratch) {
+    thread_local std::vector<float> values;
+    MakeBlock(block, config, key, values);
+    const std::string_view bytes(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(float));
+    return ToForm("F32", bytes, ResidentType(*block.slot), scratch);
+  });
+  BlockWriter writer(memory);
   ForEachBlock(layout.slots, pool, [&](const RowBlock& block, size_t) {
     thread_local std::vector<float> values;
-    const bool is_matrix = block.slot->values == nullptr;
-    const int64_t count = is_matrix ? block.num_rows * block.slot->matrix.cols : SlotElements(*block.slot);
-    values.resize(std::max(values.size(), static_cast<size_t>(count)));
-    if (is_matrix) {
-      MakeRows(block, config, key, values.data());
-      writer.WriteRows(block, FloatMatrix(values.data(), block.num_rows, block.slot->matrix.cols));
+    float* const made = MakeBlock(block, config, key, values);
+    if (block.slot->values == nullptr) {
+      writer.WriteRows(block, FloatMatrix(made, block.num_rows, block.slot->matrix.cols));
     } else {
-      MakeValues(*block.slot, config, key, values.data());
-      writer.WriteValues(*block.slot, values.data());
+      writer.WriteValues(*block.slot, made);
     }
+    chain.BlockDone(block);
   });
   BEBOP_RETURN_IF_ERROR(memory->status());
+  layout.weights->version.SetDigests(chain.Finish());
   return std::move(layout.weights);
 }
 

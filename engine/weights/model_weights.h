@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "engine/config/model_config.h"
+#include "engine/weights/weight_digest.h"
 #include "kernels/linear/packed_matrix.h"
 
 namespace bebop {
@@ -80,6 +81,7 @@ struct ModelWeights {
   int64_t layer_bytes = 0;    // bytes one target pass streams, without lm_head
   int64_t lm_head_bytes = 0;  // bytes one lm_head product streams
   int64_t mtp_bytes = 0;      // bytes one MTP step streams, without lm_head
+  WeightVersion version;      // what these weights are
 };
 
 }  // namespace bebop

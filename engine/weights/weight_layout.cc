@@ -152,6 +152,14 @@ class LayoutBuilder {
 
 }  // namespace
 
+std::string SlotName(std::string_view name) {
+  if (name.starts_with("model.mtp.")) return std::string(name.substr(std::string_view("model.").size()));
+  for (const std::string_view prefix : {"model.language_model.", "model."}) {
+    if (name.starts_with(prefix)) return StrCat(kTextPrefix, name.substr(prefix.size()));
+  }
+  return std::string(name);
+}
+
 std::vector<TensorSlot> ListTensors(const ModelConfig& config, bool with_mtp) {
   LayoutBuilder builder(config, DType::kFloat32, MatrixLayout::kPanels, 0);
   builder.Build(with_mtp);
@@ -182,6 +190,13 @@ absl::StatusOr<WeightLayout> AllocateWeights(const ModelConfig& config, DType dt
   layout.weights = builder.TakeWeights();
   layout.weights->storage = std::move(arena);
   return layout;
+}
+
+std::vector<TensorSlot> SlotsOf(const ModelConfig& config, const ModelWeights& weights) {
+  LayoutBuilder builder(config, weights.embedding.dtype, weights.embedding.layout, reinterpret_cast<uintptr_t>(weights.storage.get()));
+  builder.Build(weights.mtp.has_value());
+  BEBOP_CHECK(builder.bytes() == weights.storage_bytes);
+  return builder.TakeSlots();
 }
 
 }  // namespace bebop

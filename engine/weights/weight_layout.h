@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -43,6 +44,10 @@ struct TensorSlot {
 
 inline constexpr char kTextPrefix[] = "@";
 
+// TensorSlot::name of a tensor that a checkpoint names `name`: text tensors begin with "model.language_model." or "model.", the MTP
+// layer's with "mtp." or "model.mtp.". Other names are as they are.
+std::string SlotName(std::string_view name);
+
 // Every tensor of a model, each once, with the memory it fills.
 struct WeightLayout {
   std::vector<TensorSlot> slots;  // in a fixed order: embedding first, then layer by layer
@@ -55,6 +60,12 @@ std::vector<TensorSlot> ListTensors(const ModelConfig& config, bool with_mtp);
 // The same, with one zeroed arena in `memory` (256-byte aligned tensors) that `weights->storage` owns. Matrices are in panels in host
 // memory and in rows on a device. RESOURCE_EXHAUSTED, naming the bytes, when the memory cannot be had.
 absl::StatusOr<WeightLayout> AllocateWeights(const ModelConfig& config, DType dtype, bool with_mtp, DeviceMemory* memory);
+
+// The slots of weights that AllocateWeights laid out for `config`, in the same order and with the addresses that they have.
+std::vector<TensorSlot> SlotsOf(const ModelConfig& config, const ModelWeights& weights);
+
+// The type that the slot holds its values in.
+inline DType ResidentType(const TensorSlot& slot) { return slot.values != nullptr ? DType::kFloat32 : slot.matrix.dtype; }
 
 // Bytes that AllocateWeights takes.
 int64_t WeightBytes(const ModelConfig& config, DType dtype, bool with_mtp, MatrixLayout matrix_layout);

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "engine/weights/weight_digest.h"
+
+#include <openssl/evp.h>
+
+#include <algorithm>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_join.h"
+#include "engine/formats/strings.h"
+#include "kernels/common/check.h"
+
+namespace bebop {
+namespace {
+
+// Looked up once: a look-up per digest takes the library's locks. Lives as long as the process.
+const EVP_MD* Algorithm() {
+  static const EVP_MD* const algorithm = EVP_MD_fetch(nullptr, "SHA256", nullptr);
+  BEBOP_CHECK(algorithm != nullptr);
+  return algorithm;
+}
+
+int HexValue(char digit) {
+  if (digit >= '0' && digit <= '9') return digit - '0';
+  if (digit >= 'a' && digit <= 'f') return digit - 'a' + 10;
+  if (digit >= 'A' && digit <= 'F') return digit - 'A' + 10;
+  return -1;
+}
+
+}  // namespace
+
+// These calls fail for want of memory or of the algorithm only; neither is input.
+Sha256::Sha256() : context_(EVP_MD_CTX_new()) {
+  BEBOP_CHECK(context_ != nullptr && EVP_DigestInit_ex2(context_.get(), Algorithm(), nullptr) == 1);
+}
+
+void Sha256::Update(std::string_view bytes) { BEBOP_CHECK(EVP_DigestUpdate(context_.get(), bytes.data(), bytes.size()) == 1); }
+
+Sha256Digest Sha256::Finish() {
+  Sha256Digest digest;
+  unsigned int size = 0;
+  BEBOP_CHECK(EVP_DigestFinal_ex(context_.get(), digest.data(), &size) == 1 && size == digest.size());
+  return digest;
+}
+
+void Sha256::Free::operator()(evp_md_ctx_st* context) const { EVP_MD_CTX_free(context); }
+
+Sha256Digest Sha256Of(std::string_view bytes) {
+  Sha256 hash;
+  hash.Update(bytes);
+  return hash.Finish();
+}
+
+std::string DigestHex(const Sha256Digest& digest) {
+  constexpr char kDigits[] = "0123456789abcdef";
+  std::string hex;
+  for (const uint8_t byte : digest) {
+    hex += kDigits[byte >> 4];
+    hex += kDigits[byte & 15];
+  }
+  return hex;
+}
+
+absl::StatusOr<Sha256Digest> ParseDigest(std::string_view hex) {
+  Sha256Digest digest;
+  bool valid = hex.size() == 2 * digest.size();
+  for (size_t i = 0; valid && i < digest.size(); ++i) {
+    const int high = HexValue(hex[2 * i]), low = HexValue(hex[2 * i + 1]);
+    valid = high >= 0 && low >= 0;
+    digest[i] = static_cast<uint8_t>(high << 4 | low);
+  }
+  if (!valid) return absl::InvalidArgumentError(StrCat("expected a digest of 64 hexadecimal digits, got ", Quoted(hex)));
+  return digest;
+}
+
+int64_t TensorInfo::num_elements() const {
+  int64_t count = 1;
+  for (const int64_t size : shape) count *= size;
+  return count;
+}
+
+const char* FormName(DType form) { return form == DType::kBFloat16 ? "BF16" : "F32"; }
+
+Sha256Digest ComponentDigest(const std::vector<TensorInfo>& tensors, bool mtp) {
+  std::vector<const TensorInfo*> sorted;
+  for (const TensorInfo& tensor : tensors) {
+    if (tensor.mtp == mtp) sorted.push_back(&tensor);
+  }
+  std::sort(sorted.begin(), sorted.end(), [](const TensorInfo* a, const TensorInfo* b) { return a->name < b->name; });
+  Sha256 hash;
+  for (const TensorInfo* tensor : sorted) {
+    hash.Update(StrCat(tensor->name, " ", FormName(tensor->form), " ", absl::StrJoin(tensor->shape, ","), " ",
+                       DigestHex(tensor->digest), "\n"));
+  }
+  return hash.Finish();
+}
+
+void WeightVersion::SetDigests(const std::vector<Sha256Digest>& tensor_digests) {
+  BEBOP_CHECK(tensor_digests.size() == tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) tensors[i].digest = tensor_digests[i];
+  target_digest = ComponentDigest(tensors, /*mtp=*/false);
+  draft_digest.reset();
+  if (std::any_of(tensors.begin(), tensors.end(), [](const TensorInfo& tensor) { return tensor.mtp; })) {
+    draft_digest = ComponentDigest(tensors, /*mtp=*/true);
+  }
+}
+
+}  // namespace bebop
