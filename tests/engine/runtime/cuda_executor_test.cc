@@ -286,11 +286,17 @@ TEST_F(CudaExecutorTest, RecomputingInTinyChunksChangesNoToken) {
 
 // Iterations captured for 8, 32, 128 .. positions: each holds while it is used, at its border, too.
 TEST_F(CudaExecutorTest, LengthClassesReachAsFarAsTheirSequences) {
-  std::vector<GenerateRequest> requests = FewRequests();
-  requests[1].stopping.max_new_tokens = 36;
+  std::vector<GenerateRequest> requests;
+  // All drafts accepted, so that sequences move by four positions: with prompts of four lengths every distance to a border occurs.
+  for (int i = 1; i <= 4; ++i) {
+    requests.push_back(With(Request("l" + std::to_string(i), Prompt(i), 33 + i), SpeculationMode::kTargetOnly, 3));
+    requests.back().speculation.synthetic_acceptance = 1.0;
+  }
   SteppedEngine cpu({});
   DeviceOptions options;
   options.shortest_class = 8;
+  options.max_draft_tokens = 3;
+  options.max_num_seqs = 1;  // each has the classes to itself
   DeviceEngine device(options);
   ExpectSame(GenerateAll(cpu, requests), GenerateAll(*device, requests));
 }
@@ -504,6 +510,35 @@ TEST_F(CudaExecutorTest, OptionsOutOfRangeAreRefused) {
   refused("max_step_tokens: 35", [](auto* options) { options->max_step_tokens = 35; });
   refused("page_tokens: 0", [](auto* options) { options->page_tokens = 0; });
   refused("max_model_len: 0", [](auto* options) { options->max_model_len = 0; });
+}
+
+// In bfloat16 tokens differ from the CPU's sooner or later, whose activations are float32. But what the device reports about its tokens is what
+// teacher forcing on the CPU finds for them. Logits of this model are up to 4 in size; some thirty roundings of 2^-9 in front of lm_head
+// leave a standard error of 4 2^-9 sqrt(30) = 0.043, four times which no value of a hundred should exceed. A wrong key, state or row
+// gives errors of the logits' own size.
+TEST_F(CudaExecutorTest, BFloat16LogprobsAreThoseOfTeacherForcing) {
+  SteppedEngine::Options cpu_options;
+  cpu_options.dtype = DType::kBFloat16;
+  cpu_options.page_tokens = 16;
+  SteppedEngine cpu(cpu_options);
+  DeviceOptions options;
+  static_cast<SteppedEngine::Options&>(options) = cpu_options;
+  options.max_num_seqs = 4;
+  options.shortest_class = 16;
+  DeviceEngine device(options);
+  const std::vector<GenerateRequest> requests = FewRequests();
+  const Samples samples = GenerateAll(*device, requests);
+  for (size_t i = 0; i < requests.size(); ++i) {
+    for (const auto& [index, sample] : samples[i]) {
+      ScoreRequest score;
+      score.token_ids = requests[i].prompt;
+      score.token_ids.insert(score.token_ids.end(), sample.token_ids.begin(), sample.token_ids.end());
+      score.score_start = static_cast<int32_t>(requests[i].prompt.size());
+      const ScoreResult forced = cpu.Score(score);
+      ASSERT_EQ(forced.logprobs.size(), sample.logprobs.size());
+      for (size_t t = 0; t < forced.logprobs.size(); ++t) EXPECT_NEAR(forced.logprobs[t], sample.logprobs[t], 0.17) << i << "/" << index << " token " << t;
+    }
+  }
 }
 
 // Sequences with a draft each, past the first steps: buffers have their sizes, the iteration is captured.
