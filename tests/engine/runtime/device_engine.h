@@ -26,7 +26,7 @@ inline EngineOptions SmallEngineOptions(const std::string& device) {
   options.num_threads = 2;
   options.max_num_seqs = 4;
   options.max_draft_tokens = 3;
-  options.max_step_tokens = 64;
+  options.max_step_tokens = 128;
   options.max_model_len = 128;
   options.dtype = DType::kFloat32;
   return options;
