@@ -26,6 +26,7 @@ using testing::Random;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int32_t kPageTokens = 4;
 constexpr int32_t kMaxPages = 64;
+constexpr int32_t kNumSamples = 3;  // of a request; one of them is in a slot
 
 static_assert(static_cast<int32_t>(VerifyRule::kOff) == static_cast<int32_t>(SpeculationMode::kOff));
 static_assert(static_cast<int32_t>(VerifyRule::kTargetOnly) == static_cast<int32_t>(SpeculationMode::kTargetOnly));
@@ -188,6 +189,7 @@ class Loop {
     constexpr float kMinP[] = {0.0f, 0.0f, 0.05f};
     constexpr double kSynthetic[] = {-1.0, -1.0, -1.0, -1.0, 0.0, 0.5, 1.0};
     GenerateRequest request;
+    request.num_samples = kNumSamples;
     for (int32_t i = 1 + random_.Below(9); i > 0; --i) request.prompt.push_back(RandomToken());
     request.sampling.temperature = kTemperatures[random_.Below(5)];
     request.sampling.top_p = kTopP[random_.Below(4)];
@@ -215,13 +217,13 @@ class Loop {
   void MoveIn(int32_t slot) {
     Live& live = live_[slot];
     live.group = std::make_unique<Group>(RandomRequest(), std::vector<uint32_t>{}, nullptr);
-    live.sequence = &live.group->samples[0];
+    live.sequence = &live.group->samples[static_cast<size_t>(slot) % kNumSamples];
     live.slot = slot;
     live.drafts.resize(static_cast<size_t>(scenario_.max_drafts));
     const GenerateRequest& request = live.group->request;
     SlotRequest out;
     out.seed = request.sampling.seed;
-    out.sample_index = 0;
+    out.sample_index = static_cast<uint32_t>(live.sequence->sample_index());
     out.rule = static_cast<VerifyRule>(request.speculation.mode);
     out.temperature = request.sampling.temperature;
     out.top_p = request.sampling.top_p;
@@ -339,7 +341,8 @@ class Loop {
     args.target = target;
     args.draft = draft;
     args.synthetic_acceptance = request.speculation.synthetic_acceptance;
-    PhiloxDraws draws(RandomKey{request.sampling.seed, 0, static_cast<uint32_t>(live.sequence->num_computed() + pass.num_known)});
+    PhiloxDraws draws(RandomKey{request.sampling.seed, static_cast<uint32_t>(live.sequence->sample_index()),
+                                static_cast<uint32_t>(live.sequence->num_computed() + pass.num_known)});
     const VerifyOutcome verified = bebop::Verify(args, draws);
     outcome->num_emitted = verified.num_emitted;
     outcome->num_accepted = verified.num_accepted;
@@ -371,7 +374,8 @@ class Loop {
     for (int32_t depth = 0; depth < pass.num_drafts_next; ++depth) {
       Transform(live, live.sequence->num_output() + outcome->num_emitted + depth, logits[depth], &live.drafts[depth]);
       if (!live.drafts[depth].view.finite) return;
-      PhiloxDraws draws(RandomKey{live.group->request.sampling.seed, 0, first_position});
+      PhiloxDraws draws(
+          RandomKey{live.group->request.sampling.seed, static_cast<uint32_t>(live.sequence->sample_index()), first_position});
       live.tokens[depth] = DrawDraft(live.group->request.speculation.mode, live.group->request.sampling.greedy(),
                                      live.drafts[depth].view, depth, draws);
       outcome->num_drafts_made = depth + 1;
@@ -833,7 +837,7 @@ TEST_F(StepLoopCudaTest, EachModeAlone) {
   for (const SpeculationMode mode :
        {SpeculationMode::kOff, SpeculationMode::kTargetOnly, SpeculationMode::kRejection, SpeculationMode::kCoupled}) {
     SCOPED_TRACE(SpeculationModeName(mode));
-    Loop loop({.vocab_size = 2100, .num_passes = 15, .seed = 77, .broken_rows = false, .mode = mode}, stream());
+    Loop loop({.vocab_size = 2100, .num_passes = 15, .seed = 78, .broken_rows = false, .mode = mode}, stream());
     loop.Run();
     EXPECT_EQ(loop.num_accepted() > 0, mode != SpeculationMode::kOff);
     if (HasFailure()) return;
