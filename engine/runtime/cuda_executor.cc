@@ -431,6 +431,9 @@ void CudaExecutor::StageChunks(const StepPlan& plan) {
     SequenceRows& target = rows[b] = SequenceRows{};
     target.first_row = row;
     target.num_rows = target.num_known_rows = num_known;
+    // The last token of a prompt always takes the step form: the samples of a group compute it apart from the rest, which they share.
+    const int32_t prompt_length = static_cast<int32_t>(sequence.request->prompt.size());
+    target.num_prefill_rows = std::clamp(prompt_length - 1 - sequence.num_computed, 0, num_known);
     target.num_replay_rows = sequence.num_replay;
     target.first_position = sequence.num_computed;
     target.state_src = sequence.state_src;
@@ -579,6 +582,7 @@ absl::Status CudaExecutor::RunScores(const StepPlan& plan, StepResult* result) {
     score_batch_.AddSequence(score.begin, score.pages);
     for (int32_t t = score.begin; t < score.end; ++t) score_batch_.AddRow(score.request->token_ids[static_cast<size_t>(t)]);
     SequenceRows& rows = score_batch_.last_sequence();
+    rows.num_prefill_rows = rows.num_known_rows;
     rows.state_src = score.state_src;
     rows.state_dst = score.state_dst;
   }

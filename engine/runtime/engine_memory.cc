@@ -19,11 +19,12 @@ constexpr int32_t kMaxDefaultModelLen = 32768;
 // Sizes that are for the backend to say.
 struct Defaults {
   int32_t page_tokens, max_num_seqs, step_tokens;
+  int32_t prefill_cut;  // SchedulerOptions::prefill_cut_tokens: a chunk of the device's delta rule
 };
 // A device reads a page at a time: larger pages make longer runs and shorter tables. Its weights are read at memory speed for hundreds
 // of rows, where a CPU is soon bound by arithmetic.
-constexpr Defaults kHostDefaults{.page_tokens = 16, .max_num_seqs = 32, .step_tokens = 512};
-constexpr Defaults kDeviceDefaults{.page_tokens = 64, .max_num_seqs = 256, .step_tokens = 8192};
+constexpr Defaults kHostDefaults{.page_tokens = 16, .max_num_seqs = 32, .step_tokens = 512, .prefill_cut = 1};
+constexpr Defaults kDeviceDefaults{.page_tokens = 64, .max_num_seqs = 256, .step_tokens = 8192, .prefill_cut = 64};
 
 // Samples of a group share pages, so the page tables of a step may name a page more than once: room for this many times.
 constexpr int64_t kPageTableShare = 4;
@@ -67,11 +68,13 @@ absl::StatusOr<EngineSizes> SizesWithoutPages(const EngineOptions& options, cons
   scheduler.max_num_seqs = options.max_num_seqs > 0 ? options.max_num_seqs : defaults.max_num_seqs;
   scheduler.max_model_len =
       options.max_model_len > 0 ? options.max_model_len : std::min(config.max_position_embeddings, kMaxDefaultModelLen);
-  const int32_t decode_rows = scheduler.max_num_seqs * (sizes.max_draft_tokens + 1);
+  scheduler.prefill_cut_tokens = defaults.prefill_cut;
+  // Beside all decodes there must be room to cut a prompt where no bit changes.
+  const int32_t decode_rows = scheduler.max_num_seqs * (sizes.max_draft_tokens + 1) + (defaults.prefill_cut > 1 ? defaults.prefill_cut : 0);
   if (options.max_step_tokens > 0 && options.max_step_tokens < decode_rows) {
     return absl::InvalidArgumentError(absl::StrCat("max_step_tokens: ", options.max_step_tokens, " is below the ", decode_rows,
-                                                   " rows that max_num_seqs ", scheduler.max_num_seqs, " x (drafts ",
-                                                   sizes.max_draft_tokens, " + 1) need"));
+                                                   " rows that max_num_seqs ", scheduler.max_num_seqs, " x (drafts ", sizes.max_draft_tokens,
+                                                   " + 1)", defaults.prefill_cut > 1 ? " and a piece of a prompt" : "", " need"));
   }
   scheduler.max_step_tokens = options.max_step_tokens > 0 ? options.max_step_tokens : std::max(defaults.step_tokens, decode_rows);
   scheduler.max_queued_requests = options.max_queued_requests;

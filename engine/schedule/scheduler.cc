@@ -455,7 +455,7 @@ void Scheduler::PlanSequences(int32_t row_budget, StepPlan* plan) {
   left -= decode_rows;
   for (Sequence* sequence : running_) {
     if (sequence->group()->paused || sequence->is_decoding() || left == 0) continue;
-    PlanOne(sequence, left, plan);
+    PlanOne(sequence, PrefillRows(*sequence, left), plan);
     left -= planned_.back().pass.num_rows();
   }
   left = row_budget;
@@ -466,6 +466,16 @@ void Scheduler::PlanSequences(int32_t row_budget, StepPlan* plan) {
       left -= rows;
     }
   }
+}
+
+// How many of `room` rows a chunk takes, so that it ends at a multiple of prefill_cut_tokens unless it reaches the prompt's last token, which
+// is computed apart from the others.
+int32_t Scheduler::PrefillRows(const Sequence& sequence, int32_t room) const {
+  const int32_t prompt_end = static_cast<int32_t>(sequence.group()->request.prompt.size()) - 1;
+  const int32_t end = sequence.num_computed() + room;
+  if (end >= prompt_end) return room;
+  const int32_t cut = end / options_.prefill_cut_tokens * options_.prefill_cut_tokens;
+  return cut > sequence.num_computed() ? cut - sequence.num_computed() : room;
 }
 
 void Scheduler::PlanOne(Sequence* sequence, int32_t max_known, StepPlan* plan) {

@@ -112,6 +112,7 @@ class Scheduler {
   void CompactRunning();
   void Reserve(Sequence* sequence);
   void PlanSequences(int32_t row_budget, StepPlan* plan);
+  int32_t PrefillRows(const Sequence& sequence, int32_t room) const;
   void PlanOne(Sequence* sequence, int32_t max_known, StepPlan* plan);
   void PlanScores(int32_t row_budget, StepPlan* plan);
 

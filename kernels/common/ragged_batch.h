@@ -17,6 +17,9 @@ struct SequenceRows {
   int32_t first_row = 0;         // index of the first row in the batch
   int32_t num_rows = 0;          // known + draft rows, >= 1; on a device 0 marks a padded sequence, which touches nothing
   int32_t num_known_rows = 0;    // 0 <= num_known_rows <= num_rows
+  // Of the known rows, the first so many may take the form that is meant for prompts (model.md section 5): the device's chunked delta rule. The
+  // others, generated tokens that a recompute brings back among them, take the step form, as when they were first computed.
+  int32_t num_prefill_rows = 0;
   int32_t num_replay_rows = 0;   // accepted rows of the window left in slot `state_src` by the previous pass
   int32_t first_position = 0;    // absolute position of the first row; row i has position first_position + i
   int32_t state_src = -1;        // recurrent-state slot to read; -1: the zero state (start of a sequence)

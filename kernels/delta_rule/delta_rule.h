@@ -47,7 +47,7 @@ void DeltaRuleWith(InstructionSet set, const DeltaRuleArgs& args, ThreadPool& po
 
 namespace cuda {
 // Enqueues the same on the device. qkv, a, b, out and the windows have one dtype, float32 or bf16; state and sums are float32. Rows take
-// the step form, whose bits depend on nothing but the sequence's own rows; except that in bf16 with dk = dv = 128 the known rows of a
+// the step form, whose bits depend on nothing but the sequence's own rows; except that in bf16 with dk = dv = 128 the prefill rows of a
 // pass between the same two absolute multiples of 64 take the chunked form if there are more than 32 of them (model.md section 5). There a
 // NaN reaches earlier rows of its chunk. dv <= 256; the workspace holds the draft rows' gates, 8 bytes each.
 void DeltaRule(const DeltaRuleArgs& args, Stream& stream);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gated delta rule, chunked form for long known runs (prompts) in bf16, after Yang, Kautz, Hatamizadeh, "Gated Delta Networks"
+// Gated delta rule, chunked form for prompts (num_prefill_rows) in bf16, after Yang, Kautz, Hatamizadeh, "Gated Delta Networks"
 // (2024), section 3.3. With G_i = g_1 + .. + g_i inside a chunk of at most 64 rows, S the state before it, k̂ and q̂ normalised:
 //
 //   (I + A) Δ = diag(β) (V - diag(e^G) K̂ S),   A_ij = β_i e^(G_i - G_j) (k̂_i · k̂_j) for j < i, else 0

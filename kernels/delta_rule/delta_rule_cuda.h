@@ -16,19 +16,19 @@ inline constexpr int32_t kMaxStepRows = 32;
 inline constexpr int32_t kChunkRows = 64;
 inline constexpr int32_t kChunkHeadDim = 128;  // the one dk and dv with a chunked form (in bf16)
 
-// The known rows [begin, end) of a sequence that take the chunked form in a call that has one; those before and behind are short
-// chunks. In device and host code.
+// The rows [begin, end) of a sequence that take the chunked form in a call that has one: prefill rows; those before and behind are short
+// chunks, or no prefill rows. In device and host code.
 struct ChunkRange {
   int32_t begin;
   int32_t end;
 };
 __host__ __device__ inline ChunkRange ChunkRangeOf(const SequenceRows& sequence) {
-  const int32_t known = sequence.num_known_rows;
+  const int32_t prefill = sequence.num_prefill_rows;
   const int32_t left = (kChunkRows - sequence.first_position % kChunkRows) % kChunkRows;  // up to the first multiple
-  if (left >= known) return known > kMaxStepRows ? ChunkRange{0, known} : ChunkRange{known, known};
-  const int32_t behind = (known - left) % kChunkRows;  // from the last multiple on
-  const ChunkRange range = {left > kMaxStepRows ? 0 : left, behind > kMaxStepRows ? known : known - behind};
-  return range.begin < range.end ? range : ChunkRange{known, known};
+  if (left >= prefill) return prefill > kMaxStepRows ? ChunkRange{0, prefill} : ChunkRange{prefill, prefill};
+  const int32_t behind = (prefill - left) % kChunkRows;  // from the last multiple on
+  const ChunkRange range = {left > kMaxStepRows ? 0 : left, behind > kMaxStepRows ? prefill : prefill - behind};
+  return range.begin < range.end ? range : ChunkRange{prefill, prefill};
 }
 
 // Values as they are stored: float, or the bits of bf16 (types in shared memory are trivial).

@@ -362,6 +362,7 @@ void Simulation::Configure() {
   options_.token_bytes = [](uint32_t token) { return TokenText(token); };
   may_fail_ = random_.OneIn(3);
   // None (the CPU), what a device that runs ahead asks for (engine/runtime/cuda_executor.h), or anything.
+  scheduler.prefill_cut_tokens = random_.OneIn(2) ? 1 : random_.Between(2, 20);
   scheduler.lookahead_tokens = random_.OneIn(2) ? 0 : random_.OneIn(2) ? 2 * (max_drafts_ + 1) : random_.Between(1, 40);
 }
 

@@ -55,6 +55,7 @@ struct Watcher final : Executor {
       prompt_rows += sequence.num_output == 0 ? static_cast<int32_t>(sequence.known_tokens.size()) : 0;
       forked += sequence.state_src >= 0 && sequence.state_src != sequence.state_dst ? 1 : 0;
       seeds.push_back(sequence.seed);
+      if (sequence.num_output == 0) chunk_ends.push_back(sequence.num_computed + static_cast<int32_t>(sequence.known_tokens.size()));
     }
     for (const ScorePlan& score : plan.scores) score_rows += score.end - score.begin;
     return fake.Execute(plan, result);
@@ -63,6 +64,7 @@ struct Watcher final : Executor {
   int32_t num_copies = 0, prompt_rows = 0, forked = 0, score_rows = 0;
   std::vector<int32_t> rows;
   std::vector<uint64_t> seeds;  // of planned sequences, in order
+  std::vector<int32_t> chunk_ends;  // positions where passes over prompts ended
 };
 
 class EngineCoreTest : public testing::Test {
@@ -198,6 +200,30 @@ TEST_F(EngineCoreTest, PrefillIsChunkedWithinTheBudgetBehindDecodes) {
   for (const int32_t rows : executor_->rows) EXPECT_LE(rows, 16);
   ExpectReference(first, *a);
   ExpectReference(second, *b);
+}
+
+TEST_F(EngineCoreTest, PromptsAreCutWhereADeviceMayCutThem) {
+  options_.scheduler.prefill_cut_tokens = 8;
+  options_.scheduler.max_step_tokens = 21;
+  Start();
+  const auto first = Submit(Request("a", 5, 30));  // decodes beside the other: 20 rows are left, or 21
+  Step();
+  executor_->chunk_ends.clear();
+  const auto second = Submit(Request("b", 50, 3, 2));
+  RunToRest();
+  // [0, 49) is shared; the last prompt token is each sample's own.
+  EXPECT_EQ(executor_->chunk_ends, (std::vector<int32_t>{16, 32, 49, 50, 50}));
+  ExpectReference(Request("b", 50, 3, 2), *second);
+}
+
+TEST_F(EngineCoreTest, WithoutRoomForAWholePieceAPromptIsCutAnywhere) {
+  options_.scheduler.prefill_cut_tokens = 64;
+  options_.scheduler.max_step_tokens = 10;
+  Start();
+  const auto recorder = Submit(Request("a", 25, 2));
+  RunToRest();
+  EXPECT_EQ(executor_->chunk_ends, (std::vector<int32_t>{10, 20, 25}));
+  ExpectReference(Request("a", 25, 2), *recorder);
 }
 
 TEST_F(EngineCoreTest, LowerPriorityValueRunsFirstAndFifoWithin) {

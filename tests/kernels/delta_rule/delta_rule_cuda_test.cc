@@ -355,6 +355,11 @@ TEST_F(DeltaRuleCudaTest, AgreesWithTheCpu) {
   }
 }
 
+// All known rows are prompt rows.
+void MarkPrompts(OwnedBatch* batch) {
+  for (SequenceRows& sequence : batch->sequences) sequence.num_prefill_rows = sequence.num_known_rows;
+}
+
 // Prompts of 33 to 200 rows from any position, alone and with decode steps, after a replay and before drafts.
 TEST_F(DeltaRuleCudaTest, ChunksAgreeWithDouble) {
   const Shape shape = {1, 2, 128, 128, 4};
@@ -373,6 +378,7 @@ TEST_F(DeltaRuleCudaTest, ChunksAgreeWithDouble) {
     batch.Add({.num_rows = 90, .num_known_rows = 87, .num_replay_rows = 1, .first_position = 54, .state_src = 8, .state_dst = 8});
     batch.Add({.num_rows = 40, .num_known_rows = 40, .first_position = 44, .state_src = -1, .state_dst = 9});
     batch.row_sequence.push_back(-1), batch.row_position.push_back(0);
+    MarkPrompts(&batch);
     Inputs in(shape, batch.num_rows(), DType::kBFloat16, random);
     for (float& a : in.a) a += gate_shift;
     in.a = RoundToBFloat16(in.a);
@@ -392,6 +398,7 @@ TEST_F(DeltaRuleCudaTest, ChunksOfAlikeKeys) {
   Random random(11);
   OwnedBatch batch;
   batch.Add({.num_rows = 96, .num_known_rows = 96, .state_src = -1, .state_dst = 0});
+  MarkPrompts(&batch);
   Inputs in(shape, batch.num_rows(), DType::kBFloat16, random);
   for (int32_t t = 0; t < 96; ++t) {
     for (int32_t i = 0; i < 128; ++i) {
@@ -429,6 +436,7 @@ TEST_F(DeltaRuleCudaTest, CutsAtMultiplesOf64ChangeNoBit) {
       batch.Add(
           {.num_rows = rows, .num_known_rows = rows, .first_position = cuts[i], .state_src = i == 0 ? -1 : 1, .state_dst = 1});
       if (company) batch.Add({.num_rows = 40, .num_known_rows = 38, .state_src = -1, .state_dst = 2});
+      MarkPrompts(&batch);
       const std::vector<float> out = Run(shape, in, batch, DType::kBFloat16, 8, &state);
       outs.insert(outs.end(), out.begin(), out.begin() + rows * shape.value_width());
     }
@@ -443,6 +451,42 @@ TEST_F(DeltaRuleCudaTest, CutsAtMultiplesOf64ChangeNoBit) {
   EXPECT_TRUE(SameBits(run({0, 64, 150}, false), run({0, 128, 150}, true)));
   // Chunks end at 128 wherever the pass begins.
   EXPECT_TRUE(SameBits(run({0, 90, 128, 171}, false), run({0, 90, 171}, false)));
+}
+
+// Generated tokens that a recompute brings back behind the prompt have the bits of decoding them one by one.
+TEST_F(DeltaRuleCudaTest, KnownRowsBehindThePromptTakeTheStepForm) {
+  const Shape shape = {1, 2, 128, 128, 4};
+  constexpr int32_t kPrompt = 70, kRows = 150;
+  Random random(14);
+  const Inputs all(shape, kRows, DType::kBFloat16, random);
+  // Passes that end at `cuts`.
+  const auto run = [&](const std::vector<int32_t>& cuts) {
+    OwnedLinearState state(1, shape.window, 1, 2, 128, 128, 4);
+    std::vector<float> outs;
+    int32_t begin = 0;
+    for (const int32_t end : cuts) {
+      Inputs in = all;
+      const auto part = [&](const std::vector<float>& from, std::vector<float>& to, int32_t width) {
+        to.assign(from.begin() + begin * width, from.begin() + end * width);
+      };
+      part(all.qkv, in.qkv, shape.channels());
+      part(all.a, in.a, 2);
+      part(all.b, in.b, 2);
+      OwnedBatch batch;
+      batch.Add({.num_rows = end - begin, .num_known_rows = end - begin, .num_prefill_rows = std::clamp(kPrompt - begin, 0, end - begin),
+                 .first_position = begin, .state_src = begin == 0 ? -1 : 0, .state_dst = 0});
+      const std::vector<float> out = Run(shape, in, batch, DType::kBFloat16, 8, &state);
+      outs.insert(outs.end(), out.begin(), out.begin() + (end - begin) * shape.value_width());
+      begin = end;
+    }
+    outs.insert(outs.end(), state.matrix.begin(), state.matrix.end());
+    return outs;
+  };
+  std::vector<int32_t> decoded = {kPrompt};
+  for (int32_t end = kPrompt + 1; end <= kRows; ++end) decoded.push_back(end);
+  const std::vector<float> expected = run(decoded);
+  EXPECT_TRUE(SameBits(run({kRows}), expected));
+  EXPECT_TRUE(SameBits(run({64, 101, kRows}), expected));
 }
 
 // The slice width follows the number of heads (on 4 multiprocessors: 16 columns alone, 64 with eleven others); the bits do not.
