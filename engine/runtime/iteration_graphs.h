@@ -20,20 +20,20 @@ struct IterationKey {
   auto operator<=>(const IterationKey&) const = default;
 };
 
-// The batch size that `count` sequences are captured with: at most three eighths of a batch is padding, a third from 9 sequences on and a fifth
-// from 129 on; an engine of 256 sequences has 16 sizes. The largest is max_num_seqs itself: no more rows than the engine was sized for.
-// REQUIRES: 1 <= count <= max_num_seqs.
+// The batch size that `count` sequences are captured with: at most three eighths of a batch is padding, a third from 9 sequences
+// on and a fifth from 129 on; an engine of 256 sequences has 16 sizes. The largest is max_num_seqs itself: no more rows than the
+// engine was sized for. REQUIRES: 1 <= count <= max_num_seqs.
 int32_t BatchBucket(int32_t count, int32_t max_num_seqs);
 
-// The bound of attended positions that an iteration is captured with: `shortest` times a power of four, or the most there is. A launch over a
-// long bound that finds short sequences wastes some blocks that return at once, but one class for all lengths would give short sequences
-// the splits that were chosen for long ones. `needed` may overestimate: beyond `most` there is nothing.
+// The bound of attended positions that an iteration is captured with: `shortest` times a power of four, or the most there is. A
+// launch over a long bound that finds short sequences wastes some blocks that return at once, but one class for all lengths would
+// give short sequences the splits that were chosen for long ones. `needed` may overestimate: beyond `most` there is nothing.
 int32_t LengthClass(int32_t needed, int32_t shortest, int32_t most);
 
-// The captured iterations of an engine: a few hundred launches become one. An iteration of a key is enqueued kernel by kernel the first time,
-// which makes the libraries' plans and loads the kernels (neither may happen under capture), captured at its second time, and replayed
-// from then on. Capturing takes host time and memory once a key; what ran once may never come again.
-// Not thread safe: the engine thread.
+// The captured iterations of an engine: a few hundred launches become one. An iteration of a key is enqueued kernel by kernel the
+// first time, which makes the libraries' plans and loads the kernels (neither may happen under capture), captured at its second
+// time, and replayed from then on. Capturing takes host time and memory once a key; what ran once may never come again. Not
+// thread safe: the engine thread.
 class IterationGraphs {
  public:
   // Not `enabled`: everything is enqueued kernel by kernel.

@@ -15,7 +15,8 @@ absl::StatusOr<std::shared_ptr<char>> AllocatePinned(int64_t bytes, const char* 
   const cudaError_t result = cudaHostAlloc(&memory, size, cudaHostAllocMapped | cudaHostAllocPortable);
   if (result == cudaErrorMemoryAllocation) {
     (void)cudaGetLastError();  // not sticky
-    return absl::ResourceExhaustedError(absl::StrCat(what, ": expected ", bytes, " bytes of pinned host memory, which cannot be had"));
+    return absl::ResourceExhaustedError(
+        absl::StrCat(what, ": expected ", bytes, " bytes of pinned host memory, which cannot be had"));
   }
   stream->Note(result, "cudaHostAlloc", __FILE__, __LINE__);
   if (!stream->ok()) return absl::InternalError(absl::StrCat("device error: ", stream->error()));

@@ -16,8 +16,8 @@ namespace {
 
 using std::chrono::steady_clock;
 
-// Most waits are long: the device has a whole iteration to do, and another one is queued behind it, so that sleeping a little too long
-// costs nothing. Only the last stretch of short iterations is worth a spinning core.
+// Most waits are long: the device has a whole iteration to do, and another one is queued behind it, so that sleeping a little too
+// long costs nothing. Only the last stretch of short iterations is worth a spinning core.
 constexpr auto kSpin = std::chrono::microseconds(50);
 constexpr auto kNap = std::chrono::microseconds(20);
 // Between questions whether the device is well; each takes a lock of the driver.
@@ -27,11 +27,13 @@ constexpr auto kLongWait = std::chrono::seconds(30);
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<RecordRing>> RecordRing::Create(int32_t max_sequences, DeviceMemory* memory, cuda::Stream* stream) {
+absl::StatusOr<std::unique_ptr<RecordRing>> RecordRing::Create(int32_t max_sequences, DeviceMemory* memory,
+                                                               cuda::Stream* stream) {
   std::unique_ptr<RecordRing> ring(new RecordRing(stream));
   ring->max_sequences_ = max_sequences;
   const int64_t records_bytes = static_cast<int64_t>(kEntries) * max_sequences * static_cast<int64_t>(sizeof(StepRecord));
-  BEBOP_ASSIGN_OR_RETURN(ring->pinned_, AllocatePinned(records_bytes + static_cast<int64_t>(sizeof(uint64_t)), "step records", stream));
+  BEBOP_ASSIGN_OR_RETURN(ring->pinned_,
+                         AllocatePinned(records_bytes + static_cast<int64_t>(sizeof(uint64_t)), "step records", stream));
   ring->records_ = reinterpret_cast<StepRecord*>(ring->pinned_.get());
   ring->host_number_ = reinterpret_cast<uint64_t*>(ring->pinned_.get() + records_bytes);
   BEBOP_ASSIGN_OR_RETURN(ring->device_number_, memory->Allocate(sizeof(uint64_t), "step counter"));
@@ -42,13 +44,15 @@ uint64_t RecordRing::Publish(const SlotArrays& slots, const PassArrays& pass) {
   BEBOP_CHECK(pass.num_sequences <= max_sequences_);
   const uint64_t number = ++published_;
   num_records_[number % kEntries] = pass.num_sequences;
-  cuda::PublishRecords(slots, pass, records_ + (number % kEntries) * max_sequences_, static_cast<uint64_t*>(device_number_.get()), host_number_,
-                       stream_);
+  cuda::PublishRecords(slots, pass, records_ + (number % kEntries) * max_sequences_, static_cast<uint64_t*>(device_number_.get()),
+                       host_number_, stream_);
   return number;
 }
 
 // Acquire: whoever sees the number sees the records that the device stored before it.
-bool RecordRing::Arrived(uint64_t number) const { return std::atomic_ref<uint64_t>(*host_number_).load(std::memory_order_acquire) >= number; }
+bool RecordRing::Arrived(uint64_t number) const {
+  return std::atomic_ref<uint64_t>(*host_number_).load(std::memory_order_acquire) >= number;
+}
 
 absl::Status RecordRing::Wait(uint64_t number) {
   BEBOP_CHECK(number <= published_);
@@ -70,7 +74,8 @@ absl::Status RecordRing::Wait(uint64_t number) {
     } else if (result != cudaErrorNotReady) {
       stream_.Note(result, "cudaStreamQuery", __FILE__, __LINE__);
     } else if (!logged && now - began > kLongWait) {
-      Log(LogLevel::kWarning, absl::StrCat("a step has been running for ", std::chrono::duration_cast<std::chrono::seconds>(kLongWait).count(), " s"));
+      Log(LogLevel::kWarning, absl::StrCat("a step has been running for ",
+                                           std::chrono::duration_cast<std::chrono::seconds>(kLongWait).count(), " s"));
       logged = true;
     }
   }

@@ -12,19 +12,20 @@
 
 namespace bebop {
 
-// How the results of passes come to the host: the device writes the records of each pass into pinned memory, and then a number that counts
-// passes. The host looks at the number; it never waits for the stream as a whole, whose last pass it has just enqueued.
-// Not thread safe: the engine thread.
+// How the results of passes come to the host: the device writes the records of each pass into pinned memory, and then a number
+// that counts passes. The host looks at the number; it never waits for the stream as a whole, whose last pass it has just
+// enqueued. Not thread safe: the engine thread.
 class RecordRing {
  public:
-  // Entries in flight at most: the iteration that ran ahead, then a step's prefill pass, catching-up iteration and iteration ahead.
+  // Entries in flight at most: the iteration that ran ahead, then a step's prefill pass, catching-up iteration and iteration
+  // ahead.
   static constexpr uint64_t kEntries = 4;
 
   // Room for passes of up to `max_sequences`.
   static absl::StatusOr<std::unique_ptr<RecordRing>> Create(int32_t max_sequences, DeviceMemory* memory, cuda::Stream* stream);
 
-  // Enqueues the publication of a pass's records; returns its number, 1 for the first. REQUIRES: the host is done with the records of
-  // number - kEntries.
+  // Enqueues the publication of a pass's records; returns its number, 1 for the first. REQUIRES: the host is done with the
+  // records of number - kEntries.
   uint64_t Publish(const SlotArrays& slots, const PassArrays& pass);
   uint64_t last_published() const { return published_; }
   // Waits for a publication. INTERNAL when the device fails meanwhile.

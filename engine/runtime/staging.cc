@@ -15,12 +15,15 @@ int64_t Aligned(int64_t bytes, int64_t alignment) { return (bytes + alignment - 
 
 }  // namespace
 
-// Each addition may lose up to kAlignment bytes; there are few arrays a step beside the writes, which have no more than that each.
+// Each addition may lose up to kAlignment bytes; there are few arrays a step beside the writes, which have no more than that
+// each.
 int64_t Staging::Bytes(int64_t bytes, int32_t max_writes) {
-  return Aligned(bytes, kAlignment) + 64 * kAlignment + int64_t{max_writes} * (kAlignment + static_cast<int64_t>(sizeof(ScatterWrite)));
+  return Aligned(bytes, kAlignment) + 64 * kAlignment +
+         int64_t{max_writes} * (kAlignment + static_cast<int64_t>(sizeof(ScatterWrite)));
 }
 
-absl::StatusOr<std::unique_ptr<Staging>> Staging::Create(int64_t bytes, int32_t max_writes, DeviceMemory* memory, cuda::Stream* stream) {
+absl::StatusOr<std::unique_ptr<Staging>> Staging::Create(int64_t bytes, int32_t max_writes, DeviceMemory* memory,
+                                                         cuda::Stream* stream) {
   std::unique_ptr<Staging> staging(new Staging(stream));
   staging->bytes_ = Bytes(bytes, max_writes);
   staging->max_writes_ = max_writes;
@@ -83,8 +86,10 @@ void Staging::Upload() {
     used_ += Aligned(bytes, kAlignment);
   }
   used_copies_ = true;
-  BEBOP_CUDA_TRY(stream_, cudaMemcpyAsync(device_.get(), host_[current_].get(), static_cast<size_t>(used_), cudaMemcpyHostToDevice, stream_.handle()));
-  cuda::Scatter({.num_writes = num_writes_, .writes = device_writes, .words = static_cast<const uint32_t*>(device_.get())}, stream_);
+  BEBOP_CUDA_TRY(stream_, cudaMemcpyAsync(device_.get(), host_[current_].get(), static_cast<size_t>(used_),
+                                          cudaMemcpyHostToDevice, stream_.handle()));
+  cuda::Scatter({.num_writes = num_writes_, .writes = device_writes, .words = static_cast<const uint32_t*>(device_.get())},
+                stream_);
 }
 
 void Staging::CopyNow(void* destination, const void* source, int64_t bytes) {
@@ -94,7 +99,8 @@ void Staging::CopyNow(void* destination, const void* source, int64_t bytes) {
   char* const host = host_[current_].get() + offset;
   std::memcpy(host, source, static_cast<size_t>(bytes));
   used_copies_ = true;
-  BEBOP_CUDA_TRY(stream_, cudaMemcpyAsync(destination, host, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, stream_.handle()));
+  BEBOP_CUDA_TRY(stream_,
+                 cudaMemcpyAsync(destination, host, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, stream_.handle()));
 }
 
 void Staging::End() {

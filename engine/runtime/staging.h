@@ -16,10 +16,10 @@
 
 namespace bebop {
 
-// What the host tells the device in a step: arrays that the step's kernels read, and small writes into longer-lived device memory. All of it
-// goes over in one copy from pinned memory, and one launch does the small writes. Two buffers take turns, so that the host fills one while the
-// copy out of the other may still be waiting behind a step that runs; the device's side needs but one, because copies and kernels are in
-// the order of the stream.
+// What the host tells the device in a step: arrays that the step's kernels read, and small writes into longer-lived device
+// memory. All of it goes over in one copy from pinned memory, and one launch does the small writes. Two buffers take turns, so
+// that the host fills one while the copy out of the other may still be waiting behind a step that runs; the device's side needs
+// but one, because copies and kernels are in the order of the stream.
 //
 //   BEBOP_RETURN_IF_ERROR(staging.Begin());
 //   int32_t* rows = staging.Add<int32_t>(n, &device_rows);  ... fill rows ...
@@ -32,7 +32,8 @@ namespace bebop {
 class Staging {
  public:
   // `bytes`: most that a step adds and writes; `max_writes`: most calls of Write in a step.
-  static absl::StatusOr<std::unique_ptr<Staging>> Create(int64_t bytes, int32_t max_writes, DeviceMemory* memory, cuda::Stream* stream);
+  static absl::StatusOr<std::unique_ptr<Staging>> Create(int64_t bytes, int32_t max_writes, DeviceMemory* memory,
+                                                         cuda::Stream* stream);
   // Device and, twice, pinned host bytes that Create takes.
   static int64_t Bytes(int64_t bytes, int32_t max_writes);
   ~Staging();
@@ -62,17 +63,17 @@ class Staging {
   int64_t Take(int64_t bytes);
 
   cuda::Stream& stream_;
-  int64_t bytes_ = 0;             // of a buffer
-  int64_t writes_offset_ = 0;     // the writes' list, behind what is added
+  int64_t bytes_ = 0;          // of a buffer
+  int64_t writes_offset_ = 0;  // the writes' list, behind what is added
   int32_t max_writes_ = 0;
   std::shared_ptr<char> host_[2];
-  cudaEvent_t copied_[2] = {};    // recorded when a step's copies were enqueued
+  cudaEvent_t copied_[2] = {};  // recorded when a step's copies were enqueued
   bool recorded_[2] = {};
   std::shared_ptr<void> device_;
   int current_ = 0;
   int64_t used_ = 0;
   int32_t num_writes_ = 0;
-  bool used_copies_ = false;      // this step enqueued a copy
+  bool used_copies_ = false;  // this step enqueued a copy
 };
 
 }  // namespace bebop

@@ -14,8 +14,8 @@ struct ScatterWrite {
   int32_t num_words = 0;
 };
 
-// Many small writes in one go: what the host changes about sequences between two iterations (a page more here, a new request there) would
-// be dozens of copies of a few bytes, each with the price of a launch. Destinations must not overlap.
+// Many small writes in one go: what the host changes about sequences between two iterations (a page more here, a new request
+// there) would be dozens of copies of a few bytes, each with the price of a launch. Destinations must not overlap.
 struct ScatterArgs {
   int32_t num_writes = 0;
   const ScatterWrite* writes = nullptr;  // [num_writes]

@@ -15,7 +15,8 @@ constexpr int kThreads = 128;
 __global__ void __launch_bounds__(kThreads) ScatterKernel(const ScatterWrite* writes, const uint32_t* words) {
   const ScatterWrite write = writes[blockIdx.x];
   uint32_t* const destination = static_cast<uint32_t*>(write.destination);
-  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < write.num_words; i += kThreads) destination[i] = words[write.source + i];
+  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < write.num_words; i += kThreads)
+    destination[i] = words[write.source + i];
 }
 
 }  // namespace
@@ -23,8 +24,8 @@ __global__ void __launch_bounds__(kThreads) ScatterKernel(const ScatterWrite* wr
 void Scatter(const ScatterArgs& args, Stream& stream) {
   BEBOP_CHECK(args.num_writes >= 0);
   if (args.num_writes == 0) return;
-  BEBOP_CUDA_TRY(stream, gpu::Launch(ScatterKernel, dim3(static_cast<unsigned>(args.num_writes)), dim3(kThreads), 0, stream.handle(), args.writes,
-                                     args.words));
+  BEBOP_CUDA_TRY(stream, gpu::Launch(ScatterKernel, dim3(static_cast<unsigned>(args.num_writes)), dim3(kThreads), 0,
+                                     stream.handle(), args.writes, args.words));
 }
 
 }  // namespace bebop::cuda

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The engine on a CUDA device against the engine on the CPU: the same requests, the same tokens. A small float32 model; under the emulated
-// device float32 products add up in the CPU's order of magnitude only, so log-probabilities are close and tokens equal but for near ties.
+// The engine on a CUDA device against the engine on the CPU: the same requests, the same tokens. A small float32 model; under the
+// emulated device float32 products add up in the CPU's order of magnitude only, so log-probabilities are close and tokens equal
+// but for near ties.
 #include "engine/runtime/cuda_executor.h"
 
 #include <cuda_runtime_api.h>
@@ -180,7 +181,8 @@ std::vector<GenerateRequest> AllModes(float temperature, int32_t max_new_tokens)
     for (const int32_t drafts : {0, 1, 3, kMaxDraftTokens}) {
       if (mode == SpeculationMode::kOff && drafts > 0) continue;
       const int32_t i = static_cast<int32_t>(requests.size());
-      GenerateRequest request = Request("m" + std::to_string(i), Prompt(1 + 5 * (i % 7), static_cast<uint32_t>(i)), max_new_tokens + i % 3);
+      GenerateRequest request =
+          Request("m" + std::to_string(i), Prompt(1 + 5 * (i % 7), static_cast<uint32_t>(i)), max_new_tokens + i % 3);
       request.sampling.temperature = temperature;
       request.sampling.seed = 100 + static_cast<uint64_t>(i);
       if (temperature > 0.0f) {
@@ -212,8 +214,8 @@ TEST_F(CudaExecutorTest, SampledTokensAreTheCpusInEveryMode) {
   ExpectSame(GenerateAll(cpu, requests), GenerateAll(*device, requests));
 }
 
-
-// Three sequences of different modes and lengths, one of them a group, with up to two drafts: enough to change buckets and γ on the way.
+// Three sequences of different modes and lengths, one of them a group, with up to two drafts: enough to change buckets and γ on
+// the way.
 std::vector<GenerateRequest> FewRequests() {
   std::vector<GenerateRequest> requests = {
       With(Request("off", Prompt(9, 1), 12), SpeculationMode::kOff, 0),
@@ -264,8 +266,8 @@ TEST_F(CudaExecutorTest, PreemptionChangesNoToken) {
   EXPECT_GT(device->core().Loads().preemptions, 0);
 }
 
-// Chunks of few rows, so that a recompute may end with a chunk of one known token that samples: which is no decode, since the device has not
-// drawn the token that it feeds.
+// Chunks of few rows, so that a recompute may end with a chunk of one known token that samples: which is no decode, since the
+// device has not drawn the token that it feeds.
 TEST_F(CudaExecutorTest, RecomputingInTinyChunksChangesNoToken) {
   std::vector<GenerateRequest> requests;
   for (int i = 0; i < 4; ++i) {
@@ -287,7 +289,8 @@ TEST_F(CudaExecutorTest, RecomputingInTinyChunksChangesNoToken) {
 // Iterations captured for 8, 32, 128 .. positions: each holds while it is used, at its border, too.
 TEST_F(CudaExecutorTest, LengthClassesReachAsFarAsTheirSequences) {
   std::vector<GenerateRequest> requests;
-  // All drafts accepted, so that sequences move by four positions: with prompts of four lengths every distance to a border occurs.
+  // All drafts accepted, so that sequences move by four positions: with prompts of four lengths every distance to a border
+  // occurs.
   for (int i = 1; i <= 4; ++i) {
     requests.push_back(With(Request("l" + std::to_string(i), Prompt(i), 33 + i), SpeculationMode::kTargetOnly, 3));
     requests.back().speculation.synthetic_acceptance = 1.0;
@@ -304,7 +307,8 @@ TEST_F(CudaExecutorTest, LengthClassesReachAsFarAsTheirSequences) {
 // Whoever comes back from a pause finds its record, however many iterations of others have been published in between.
 TEST_F(CudaExecutorTest, PausesThatTakeTurnsLoseNoRecord) {
   std::vector<GenerateRequest> requests;
-  for (int i = 0; i < 7; ++i) requests.push_back(With(Request("r" + std::to_string(i), Prompt(3 + i), 10), SpeculationMode::kCoupled, i % 2));
+  for (int i = 0; i < 7; ++i)
+    requests.push_back(With(Request("r" + std::to_string(i), Prompt(3 + i), 10), SpeculationMode::kCoupled, i % 2));
   SteppedEngine cpu({});
   const Samples expected = GenerateAll(cpu, requests);
   DeviceEngine device;
@@ -326,8 +330,8 @@ TEST_F(CudaExecutorTest, PausesThatTakeTurnsLoseNoRecord) {
   }
 }
 
-// Requests come and go at any step: groups, pauses, cancellations, stops of every kind, bans, scores between them. What ends by itself ends as it
-// does alone on the CPU.
+// Requests come and go at any step: groups, pauses, cancellations, stops of every kind, bans, scores between them. What ends by
+// itself ends as it does alone on the CPU.
 void RunMix(uint32_t seed) {
   std::mt19937 random(seed);
   SteppedEngine::Options cpu_options;
@@ -346,8 +350,9 @@ void RunMix(uint32_t seed) {
   std::vector<GenerateRequest> requests;
   for (int i = 0; i < 8; ++i) {
     const int32_t drafts = static_cast<int32_t>(random() % 3);
-    GenerateRequest request = With(Request("x" + std::to_string(i), Prompt(static_cast<int32_t>(1 + random() % 14), random() % 90), 4 + random() % 8),
-                                   drafts > 0 ? static_cast<SpeculationMode>(1 + random() % 3) : SpeculationMode::kOff, drafts);
+    GenerateRequest request =
+        With(Request("x" + std::to_string(i), Prompt(static_cast<int32_t>(1 + random() % 14), random() % 90), 4 + random() % 8),
+             drafts > 0 ? static_cast<SpeculationMode>(1 + random() % 3) : SpeculationMode::kOff, drafts);
     request.sampling.seed = random();
     request.sampling.temperature = i % 4 == 0 ? 0.0f : 0.9f;
     request.num_samples = 1 + static_cast<int32_t>(random() % 3);
@@ -413,7 +418,8 @@ void RunMix(uint32_t seed) {
   ExpectClose(expected_score.entropy, score_reader->result.entropy, expected_score.entropy.size(), "scored entropy");
   ASSERT_EQ(score_reader->result.draft.size(), 2u);
   for (size_t d = 0; d < 2; ++d) {
-    ExpectClose(expected_score.draft[d].logprobs, score_reader->result.draft[d].logprobs, expected_score.draft[d].logprobs.size(), "draft score");
+    ExpectClose(expected_score.draft[d].logprobs, score_reader->result.draft[d].logprobs, expected_score.draft[d].logprobs.size(),
+                "draft score");
   }
 }
 
@@ -431,7 +437,8 @@ TEST_F(CudaExecutorTest, NonFiniteRowsEndTheirOwnSample) {
   ASSERT_TRUE(copy.ok());
   device->memory().Copy(copy->get(), weights.embedding.data, bytes);
   const std::vector<float> row(static_cast<size_t>(weights.embedding.cols), std::numeric_limits<float>::quiet_NaN());
-  device->memory().CopyIn(static_cast<float*>(copy->get()) + 95 * weights.embedding.cols, row.data(), static_cast<int64_t>(row.size()) * 4);
+  device->memory().CopyIn(static_cast<float*>(copy->get()) + 95 * weights.embedding.cols, row.data(),
+                          static_cast<int64_t>(row.size()) * 4);
   weights.embedding.data = copy->get();
 
   const GenerateRequest good = With(Request("good", Prompt(7), 10), SpeculationMode::kRejection, 2);
@@ -474,7 +481,8 @@ TEST_F(CudaExecutorTest, PaddingTouchesNothing) {
     const std::vector<float> values = Download(device->memory(), data, count * each);
     int32_t blocks = 0;
     for (int64_t i = 0; i < count; ++i) {
-      blocks += std::any_of(values.begin() + i * each, values.begin() + (i + 1) * each, [](float value) { return value != 0.0f; });
+      blocks +=
+          std::any_of(values.begin() + i * each, values.begin() + (i + 1) * each, [](float value) { return value != 0.0f; });
     }
     return blocks;
   };
@@ -512,10 +520,10 @@ TEST_F(CudaExecutorTest, OptionsOutOfRangeAreRefused) {
   refused("max_model_len: 0", [](auto* options) { options->max_model_len = 0; });
 }
 
-// In bfloat16 tokens differ from the CPU's sooner or later, whose activations are float32. But what the device reports about its tokens is what
-// teacher forcing on the CPU finds for them. Logits of this model are up to 4 in size; some thirty roundings of 2^-9 in front of lm_head
-// leave a standard error of 4 2^-9 sqrt(30) = 0.043, four times which no value of a hundred should exceed. A wrong key, state or row
-// gives errors of the logits' own size.
+// In bfloat16 tokens differ from the CPU's sooner or later, whose activations are float32. But what the device reports about its
+// tokens is what teacher forcing on the CPU finds for them. Logits of this model are up to 4 in size; some thirty roundings of
+// 2^-9 in front of lm_head leave a standard error of 4 2^-9 sqrt(30) = 0.043, four times which no value of a hundred should
+// exceed. A wrong key, state or row gives errors of the logits' own size.
 TEST_F(CudaExecutorTest, BFloat16LogprobsAreThoseOfTeacherForcing) {
   SteppedEngine::Options cpu_options;
   cpu_options.dtype = DType::kBFloat16;
@@ -536,7 +544,8 @@ TEST_F(CudaExecutorTest, BFloat16LogprobsAreThoseOfTeacherForcing) {
       score.score_start = static_cast<int32_t>(requests[i].prompt.size());
       const ScoreResult forced = cpu.Score(score);
       ASSERT_EQ(forced.logprobs.size(), sample.logprobs.size());
-      for (size_t t = 0; t < forced.logprobs.size(); ++t) EXPECT_NEAR(forced.logprobs[t], sample.logprobs[t], 0.17) << i << "/" << index << " token " << t;
+      for (size_t t = 0; t < forced.logprobs.size(); ++t)
+        EXPECT_NEAR(forced.logprobs[t], sample.logprobs[t], 0.17) << i << "/" << index << " token " << t;
     }
   }
 }
@@ -594,7 +603,8 @@ TEST_F(CudaExecutorTest, IterationsAreEnqueuedAStepAhead) {
   EXPECT_TRUE(reader->finished);
 }
 
-// While the host has the results of one iteration, the next one is there or on its way: a paused sequence finds it when it comes back.
+// While the host has the results of one iteration, the next one is there or on its way: a paused sequence finds it when it comes
+// back.
 TEST_F(CudaExecutorTest, WhatRanAheadOfAPauseIsKept) {
   SteppedEngine cpu({});
   DeviceEngine device;
@@ -654,8 +664,9 @@ TEST_F(CudaExecutorTest, BytesAreForeseen) {
   const auto executor = MakeCudaExecutor(config, options, model->get(), storage->get(), memory.get(), &stream);
   ASSERT_TRUE(executor.ok()) << executor.status();
   const int64_t taken = before - memory->available_bytes();
-  const int64_t foreseen = CudaExecutorBytes(config, options) + Scorer::DeviceBytes(config, options.max_step_tokens, (64 + 8 + 15) / 16,
-                                                                                    DType::kFloat32, DType::kFloat32);
+  const int64_t foreseen =
+      CudaExecutorBytes(config, options) +
+      Scorer::DeviceBytes(config, options.max_step_tokens, (64 + 8 + 15) / 16, DType::kFloat32, DType::kFloat32);
   EXPECT_LE(taken, foreseen + 64 * 512);  // what rounding up of 64 allocations may take
   EXPECT_GE(taken, foreseen);
 }

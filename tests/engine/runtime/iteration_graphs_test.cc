@@ -29,7 +29,7 @@ TEST(IterationKeys, BucketsHoldTheirSequences) {
     last = bucket;
   }
   EXPECT_EQ(sizes, 16);
-  EXPECT_EQ(BatchBucket(5, 6), 6);      // never more rows than the engine was sized for
+  EXPECT_EQ(BatchBucket(5, 6), 6);  // never more rows than the engine was sized for
   EXPECT_EQ(BatchBucket(257, 400), 320);
   EXPECT_EQ(BatchBucket(390, 400), 400);
 }
@@ -48,7 +48,8 @@ TEST(IterationKeys, LengthClassesArePowersOfFour) {
 TEST_F(IterationGraphsTest, EachRunDoesTheWork) {
   DeviceArray<uint32_t> counter(std::vector<uint32_t>{0, 0});
   const DeviceArray<uint32_t> words(std::vector<uint32_t>{7, 8});
-  const DeviceArray<ScatterWrite> one(std::vector<ScatterWrite>{{counter.data(), 0, 1}}), other(std::vector<ScatterWrite>{{counter.data() + 1, 1, 1}});
+  const DeviceArray<ScatterWrite> one(std::vector<ScatterWrite>{{counter.data(), 0, 1}}),
+      other(std::vector<ScatterWrite>{{counter.data() + 1, 1, 1}});
   for (const bool enabled : {true, false}) {
     IterationGraphs graphs(enabled, &stream());
     int enqueued = 0;

@@ -13,8 +13,8 @@ namespace {
 
 class ScatterCudaTest : public CudaTest {};
 
-// Writes of 0, 1, 2 .. words, more than a block has threads, into places with gaps between them: the device's memory afterwards is the
-// host's, gaps and all.
+// Writes of 0, 1, 2 .. words, more than a block has threads, into places with gaps between them: the device's memory afterwards
+// is the host's, gaps and all.
 TEST_F(ScatterCudaTest, WritesWhatTheCpuWrites) {
   constexpr int32_t kLengths[] = {1, 2, 0, 127, 128, 129, 1, 700, 3};
   constexpr int32_t kNumWrites = static_cast<int32_t>(std::size(kLengths));
