@@ -71,7 +71,7 @@ cp tests/gpu.sh tests/gpu.py "$root/tests/"
 git ls-files -z tests/models tests/bench | xargs -0 cp --parents -t "$root"
 
 mkdir -p "$(dirname "$out")"
-tar -C "$stage" --sort=name --owner=0 --group=0 --numeric-owner --mtime=@0 -cf - bebop-bundle | xz -T0 -6 >"$out.part"
+tar -C "$stage" --sort=name --owner=0 --group=0 --numeric-owner --mtime=@0 -cf - bebop-bundle | xz -T0 -3 >"$out.part"
 mv "$out.part" "$out"
 
 bundle_bytes=$(stat -c %s "$out")

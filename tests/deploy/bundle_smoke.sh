@@ -33,6 +33,7 @@ echo "libraries: every program finds its own"
 "$bundle/run" bin/bebop-server --help >"$work/out" 2>"$work/err" || fail "bebop-server --help"
 grep -q -- --device "$work/out" || fail "bebop-server --help says nothing of --device"
 
+: >"$work/ready"
 "$bundle/run" bin/bebop-server --model "$model" --device cpu --port 0 --admin-port 0 --threads 2 >"$work/ready" 2>"$work/err" &
 server=$!
 tries=0
@@ -54,7 +55,7 @@ echo "server: the bundled model served on the CPU"
 
 # Without a device: --device cuda is refused in words, and the tests skip, saying so.
 ran=0
-for program in "$bundle"/tests/*_cuda_test; do
+for program in "$bundle"/tests/*cuda*_test; do
   "$program" >"$work/out" 2>"$work/err" || fail "$(cat "$work/out"; echo "$program without a device")"
   grep -q '\[  SKIPPED \]' "$work/out" || fail "$program neither fails nor skips without a device"
   ran=$((ran + 1))
