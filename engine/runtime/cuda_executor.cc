@@ -35,19 +35,21 @@ static_assert(static_cast<int>(SpeculationMode::kOff) == static_cast<int>(Verify
 constexpr int32_t kMaxScoresPerPass = 64;
 
 uint32_t RecordFlagsOf(const OutputParams& output) {
-  return (output.logprobs ? kRecordLogprob : 0u) | (output.raw_logprobs ? kRecordRawLogprob : 0u) | (output.entropy ? kRecordEntropy : 0u) |
-         (output.draft_logprobs ? kRecordDraftLogprob : 0u) | (output.spec_detail ? kRecordOverlap : 0u);
+  return (output.logprobs ? kRecordLogprob : 0u) | (output.raw_logprobs ? kRecordRawLogprob : 0u) |
+         (output.entropy ? kRecordEntropy : 0u) | (output.draft_logprobs ? kRecordDraftLogprob : 0u) |
+         (output.spec_detail ? kRecordOverlap : 0u);
 }
 
 // Everything in device memory but what Scorer, Staging and the score batch have.
 struct DeviceArrays {
   SlotArrays slots;
-  PassArrays pass;            // of decode passes, at their largest; prefill passes share what the device alone fills
+  PassArrays pass;                 // of decode passes, at their largest; prefill passes share what the device alone fills
   int32_t* slot_of_row = nullptr;  // [S] the batch of the iteration enqueued last
-  char* hidden = nullptr;     // [max_step_tokens, H] of the target, post-norm
-  char* mtp_hidden = nullptr; // [max_step_tokens, H] of the extend pass
-  char* draft_hidden[2] = {}; // [S, H] rows that the next draft is drawn from, and the MTP layer's next; [0] also the judged rows of a prefill pass
-  void* scratch = nullptr;    // of TransformRows
+  char* hidden = nullptr;          // [max_step_tokens, H] of the target, post-norm
+  char* mtp_hidden = nullptr;      // [max_step_tokens, H] of the extend pass
+  char* draft_hidden[2] =
+      {};  // [S, H] rows that the next draft is drawn from, and the MTP layer's next; [0] also the judged rows of a prefill pass
+  void* scratch = nullptr;  // of TransformRows
 };
 
 struct DevicePart {
@@ -61,7 +63,8 @@ int32_t MaxPages(const CudaExecutorOptions& options) {
 }
 
 // The arrays, their sizes and where their addresses go: the one list that sizes and allocates.
-std::vector<DevicePart> PartsOf(const ModelConfig& config, const CudaExecutorOptions& options, DType activation_dtype, DeviceArrays* arrays) {
+std::vector<DevicePart> PartsOf(const ModelConfig& config, const CudaExecutorOptions& options, DType activation_dtype,
+                                DeviceArrays* arrays) {
   const int64_t num_slots = options.max_num_seqs, num_drafts = options.max_draft_tokens, vocab = config.vocab_size;
   const int64_t rows = num_slots * (num_drafts + 1), step_rows = options.max_step_tokens;
   const int64_t blocks = NumSamplingBlocks(config.vocab_size);
@@ -112,8 +115,9 @@ std::vector<DevicePart> PartsOf(const ModelConfig& config, const CudaExecutorOpt
 constexpr int32_t kWritesPerSlot = 6;
 
 int64_t StagedBytes(const CudaExecutorOptions& options) {
-  const int64_t slot_bytes = static_cast<int64_t>(sizeof(SlotRequest) + sizeof(SlotState) + sizeof(PassSequence) + sizeof(SequenceRows)) +
-                             4 * (kMaxStopIds + kMaxBannedIds + int64_t{MaxPages(options)} + 2 + 2 * 2);
+  const int64_t slot_bytes =
+      static_cast<int64_t>(sizeof(SlotRequest) + sizeof(SlotState) + sizeof(PassSequence) + sizeof(SequenceRows)) +
+      4 * (kMaxStopIds + kMaxBannedIds + int64_t{MaxPages(options)} + 2 + 2 * 2);
   return options.max_num_seqs * slot_bytes + 3 * 4 * int64_t{options.max_step_tokens};
 }
 
@@ -127,8 +131,10 @@ absl::Status CheckOptions(const ModelConfig& config, const CudaExecutorOptions& 
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   BEBOP_RETURN_IF_ERROR(check("max_draft_tokens", options.max_draft_tokens, 0, config.num_mtp_layers > 0 ? kMaxDraftTokens : 0));
   BEBOP_RETURN_IF_ERROR(check("max_num_seqs", options.max_num_seqs, 1, 1 << 16));
-  BEBOP_RETURN_IF_ERROR(check("max_step_tokens", options.max_step_tokens, int64_t{options.max_num_seqs} * (options.max_draft_tokens + 1), kMost));
-  BEBOP_RETURN_IF_ERROR(check("end-of-sequence ids", static_cast<int64_t>(config.eos_token_ids.size()), 0, kMaxBannedIds - kMaxStopTokenIds));
+  BEBOP_RETURN_IF_ERROR(
+      check("max_step_tokens", options.max_step_tokens, int64_t{options.max_num_seqs} * (options.max_draft_tokens + 1), kMost));
+  BEBOP_RETURN_IF_ERROR(
+      check("end-of-sequence ids", static_cast<int64_t>(config.eos_token_ids.size()), 0, kMaxBannedIds - kMaxStopTokenIds));
   BEBOP_RETURN_IF_ERROR(check("page_tokens", options.page_tokens, 1, 1 << 16));
   BEBOP_RETURN_IF_ERROR(check("max_model_len", options.max_model_len, 1, 1 << 24));
   BEBOP_RETURN_IF_ERROR(check("shortest_class", options.shortest_class, 1, 1 << 24));
@@ -140,12 +146,13 @@ absl::Status CheckOptions(const ModelConfig& config, const CudaExecutorOptions& 
 
 // One instance serves one engine; not thread safe: the engine thread.
 //
-// Numbers of a step, for n sequences: the host's own work is a comparison of page table lengths and the translation of n records; the
-// device gets at most one copy and one launch of changes, one graph and one launch that publishes.
+// Numbers of a step, for n sequences: the host's own work is a comparison of page table lengths and the translation of n records;
+// the device gets at most one copy and one launch of changes, one graph and one launch that publishes.
 class CudaExecutor final : public Executor {
  public:
-  static absl::StatusOr<std::unique_ptr<Executor>> Create(const ModelConfig& config, const CudaExecutorOptions& options, Model* model,
-                                                          ModelStateStorage* storage, DeviceMemory* memory, cuda::Stream* stream);
+  static absl::StatusOr<std::unique_ptr<Executor>> Create(const ModelConfig& config, const CudaExecutorOptions& options,
+                                                          Model* model, ModelStateStorage* storage, DeviceMemory* memory,
+                                                          cuda::Stream* stream);
   ~CudaExecutor() override;
 
   absl::Status Execute(const StepPlan& plan, StepResult* result) override;
@@ -153,11 +160,11 @@ class CudaExecutor final : public Executor {
  private:
   // What the host knows about a slot in device memory.
   struct Slot {
-    uint64_t residency = 0;       // of the sequence there; 0: none yet
-    int32_t num_pages = 0;        // of its page table there
-    int32_t num_draft_tokens = 0; // γ of its request; 0 when it does not draft
-    bool decodes = false;         // the device has its last token: an iteration can run it
-    int32_t num_in_flight = 0;    // passes enqueued for it whose records have not been read
+    uint64_t residency = 0;        // of the sequence there; 0: none yet
+    int32_t num_pages = 0;         // of its page table there
+    int32_t num_draft_tokens = 0;  // γ of its request; 0 when it does not draft
+    bool decodes = false;          // the device has its last token: an iteration can run it
+    int32_t num_in_flight = 0;     // passes enqueued for it whose records have not been read
     // Its pass that has run and that no plan has asked for yet: in the ring within a step, else in `kept`. Null: none.
     const StepRecord* record = nullptr;
     StepRecord kept;
@@ -170,11 +177,13 @@ class CudaExecutor final : public Executor {
     bool extends_mtp = false;
   };
 
-  CudaExecutor(const ModelConfig& config, const CudaExecutorOptions& options, Model* model, ModelStateStorage* storage, DeviceMemory* memory,
-               cuda::Stream* stream);
+  CudaExecutor(const ModelConfig& config, const CudaExecutorOptions& options, Model* model, ModelStateStorage* storage,
+               DeviceMemory* memory, cuda::Stream* stream);
 
   Slot& SlotOf(const SequencePlan& sequence) { return slots_[static_cast<size_t>(sequence.slot)]; }
-  bool IsDecode(const SequencePlan& sequence) { return sequence.sample && sequence.known_tokens.size() == 1 && SlotOf(sequence).decodes; }
+  bool IsDecode(const SequencePlan& sequence) {
+    return sequence.sample && sequence.known_tokens.size() == 1 && SlotOf(sequence).decodes;
+  }
   void UpdateSlot(const SequencePlan& sequence);
   void MoveIn(const SequencePlan& sequence, Slot* slot);
   // Fills chunk_pass_ with the prefill chunks of the plan, in staged memory.
@@ -194,7 +203,9 @@ class CudaExecutor final : public Executor {
   // Copies records that nobody asked for out of the ring, whose entries come to be used again.
   void KeepRecords();
 
-  TensorView Hidden(char* data, int64_t rows) const { return {data, model_->activation_dtype(), rows, config_.hidden_size, config_.hidden_size}; }
+  TensorView Hidden(char* data, int64_t rows) const {
+    return {data, model_->activation_dtype(), rows, config_.hidden_size, config_.hidden_size};
+  }
   // Positions that a row of the sequence's next pass, and of the `passes` iterations from it on, may come to.
   int32_t PositionsAfter(const SequencePlan& sequence, int32_t passes) {
     const int32_t num_drafts = SlotOf(sequence).num_draft_tokens;
@@ -220,20 +231,21 @@ class CudaExecutor final : public Executor {
   std::unique_ptr<RecordRing> ring_;
   IterationGraphs graphs_;
 
-  std::vector<Slot> slots_;            // [max_num_seqs]
-  std::vector<int32_t> slot_of_row_;   // what the device's slot_of_row holds
-  std::vector<int32_t> batch_;         // slots of the iteration that is being enqueued
-  std::vector<size_t> chunks_;         // indexes into plan.sequences
+  std::vector<Slot> slots_;           // [max_num_seqs]
+  std::vector<int32_t> slot_of_row_;  // what the device's slot_of_row holds
+  std::vector<int32_t> batch_;        // slots of the iteration that is being enqueued
+  std::vector<size_t> chunks_;        // indexes into plan.sequences
   PassArrays chunk_pass_;
   PassBounds chunk_bounds_;
-  std::vector<size_t> waiting_;        // of plan.sequences, without a record yet
-  uint64_t read_ = 0;                  // passes whose records have been read
-  uint64_t kept_up_to_ = 0;            // passes whose unasked records are out of the ring
+  std::vector<size_t> waiting_;                       // of plan.sequences, without a record yet
+  uint64_t read_ = 0;                                 // passes whose records have been read
+  uint64_t kept_up_to_ = 0;                           // passes whose unasked records are out of the ring
   int32_t max_positions_[RecordRing::kEntries] = {};  // that the passes in the ring were launched for
 };
 
-absl::StatusOr<std::unique_ptr<Executor>> MakeCudaExecutor(const ModelConfig& config, const CudaExecutorOptions& options, Model* model,
-                                                           ModelStateStorage* storage, DeviceMemory* memory, cuda::Stream* stream) {
+absl::StatusOr<std::unique_ptr<Executor>> MakeCudaExecutor(const ModelConfig& config, const CudaExecutorOptions& options,
+                                                           Model* model, ModelStateStorage* storage, DeviceMemory* memory,
+                                                           cuda::Stream* stream) {
   return CudaExecutor::Create(config, options, model, storage, memory, stream);
 }
 
@@ -245,8 +257,8 @@ int64_t CudaExecutorBytes(const ModelConfig& config, const CudaExecutorOptions& 
   return bytes;
 }
 
-CudaExecutor::CudaExecutor(const ModelConfig& config, const CudaExecutorOptions& options, Model* model, ModelStateStorage* storage,
-                           DeviceMemory* memory, cuda::Stream* stream)
+CudaExecutor::CudaExecutor(const ModelConfig& config, const CudaExecutorOptions& options, Model* model,
+                           ModelStateStorage* storage, DeviceMemory* memory, cuda::Stream* stream)
     : config_(config),
       options_(options),
       most_positions_(MaxPages(options) * options.page_tokens),
@@ -265,8 +277,9 @@ CudaExecutor::CudaExecutor(const ModelConfig& config, const CudaExecutorOptions&
   score_batch_.Reserve(options.max_step_tokens, kMaxScoresPerPass, ScorePageEntries(options));
 }
 
-absl::StatusOr<std::unique_ptr<Executor>> CudaExecutor::Create(const ModelConfig& config, const CudaExecutorOptions& options, Model* model,
-                                                               ModelStateStorage* storage, DeviceMemory* memory, cuda::Stream* stream) {
+absl::StatusOr<std::unique_ptr<Executor>> CudaExecutor::Create(const ModelConfig& config, const CudaExecutorOptions& options,
+                                                               Model* model, ModelStateStorage* storage, DeviceMemory* memory,
+                                                               cuda::Stream* stream) {
   BEBOP_RETURN_IF_ERROR(CheckOptions(config, options));
   std::unique_ptr<CudaExecutor> executor(new CudaExecutor(config, options, model, storage, memory, stream));
   for (const DevicePart& part : PartsOf(config, options, model->activation_dtype(), &executor->device_)) {
@@ -280,7 +293,8 @@ absl::StatusOr<std::unique_ptr<Executor>> CudaExecutor::Create(const ModelConfig
   slots.vocab_size = config.vocab_size;
   slots.max_pages = MaxPages(options);
   slots.page_tokens = options.page_tokens;
-  BEBOP_ASSIGN_OR_RETURN(executor->staging_, Staging::Create(StagedBytes(options), kWritesPerSlot * options.max_num_seqs, memory, stream));
+  BEBOP_ASSIGN_OR_RETURN(executor->staging_,
+                         Staging::Create(StagedBytes(options), kWritesPerSlot * options.max_num_seqs, memory, stream));
   BEBOP_ASSIGN_OR_RETURN(executor->ring_, RecordRing::Create(options.max_num_seqs, memory, stream));
   BEBOP_ASSIGN_OR_RETURN(executor->device_score_batch_,
                          DeviceBatch::Create(options.max_step_tokens, kMaxScoresPerPass, ScorePageEntries(options), memory));
@@ -302,7 +316,8 @@ absl::Status CudaExecutor::Execute(const StepPlan& plan, StepResult* result) {
   for (const uint64_t handle : plan.dropped_score_handles) scorer_.Drop(handle);
   for (const PageCopy& copy : plan.page_copies) storage_->CopyPage(copy.source, copy.destination);
 
-  // What the device must know, and what is to be computed for this step. Sequences that ran ahead are done already, or will be soon.
+  // What the device must know, and what is to be computed for this step. Sequences that ran ahead are done already, or will be
+  // soon.
   staging_->Begin();
   chunks_.clear();
   batch_.clear();
@@ -322,7 +337,8 @@ absl::Status CudaExecutor::Execute(const StepPlan& plan, StepResult* result) {
   staging_->Upload();
   if (!chunks_.empty()) EnqueueChunks(plan);
   if (!batch_.empty()) EnqueueIteration(needed_positions);
-  // Scores wait for the device. The iteration ahead comes after them, so that the device has something to do while the host plans.
+  // Scores wait for the device. The iteration ahead comes after them, so that the device has something to do while the host
+  // plans.
   if (!plan.scores.empty()) BEBOP_RETURN_IF_ERROR(RunScores(plan, result));
   const uint64_t last_of_step = ring_->last_published();
   PlanAhead(plan);
@@ -379,8 +395,10 @@ void CudaExecutor::MoveIn(const SequencePlan& sequence, Slot* slot) {
   // Without num_pages: that word has its own write (UpdateSlot), and one step's writes must not overlap.
   static_assert(offsetof(SlotState, num_pages) + sizeof(int32_t) + alignof(SlotState) > sizeof(SlotState));
   staging_->Write(&slots.states[sequence.slot], &state, offsetof(SlotState, num_pages));
-  staging_->Write(slots.stop_ids + int64_t{sequence.slot} * kMaxStopIds, sequence.stop_ids.data(), int64_t{there.num_stop_ids} * 4);
-  staging_->Write(slots.banned_ids + int64_t{sequence.slot} * kMaxBannedIds, sequence.banned_before_min.data(), int64_t{there.num_banned_ids} * 4);
+  staging_->Write(slots.stop_ids + int64_t{sequence.slot} * kMaxStopIds, sequence.stop_ids.data(),
+                  int64_t{there.num_stop_ids} * 4);
+  staging_->Write(slots.banned_ids + int64_t{sequence.slot} * kMaxBannedIds, sequence.banned_before_min.data(),
+                  int64_t{there.num_banned_ids} * 4);
   *slot = Slot{};
   slot->residency = sequence.residency;
   slot->num_draft_tokens = there.num_draft_tokens;
@@ -431,7 +449,8 @@ void CudaExecutor::StageChunks(const StepPlan& plan) {
     SequenceRows& target = rows[b] = SequenceRows{};
     target.first_row = row;
     target.num_rows = target.num_known_rows = num_known;
-    // The last token of a prompt always takes the step form: the samples of a group compute it apart from the rest, which they share.
+    // The last token of a prompt always takes the step form: the samples of a group compute it apart from the rest, which they
+    // share.
     const int32_t prompt_length = static_cast<int32_t>(sequence.request->prompt.size());
     target.num_prefill_rows = std::clamp(prompt_length - 1 - sequence.num_computed, 0, num_known);
     target.num_replay_rows = sequence.num_replay;
@@ -470,7 +489,8 @@ void CudaExecutor::EnqueueIteration(int32_t needed_positions) {
     ++slots_[static_cast<size_t>(slot)].num_in_flight;
   }
   // With batch invariance a row's launch shape must not depend on how long its neighbours are.
-  key.max_positions = stream_.batch_invariant() ? most_positions_ : LengthClass(needed_positions, options_.shortest_class, most_positions_);
+  key.max_positions =
+      stream_.batch_invariant() ? most_positions_ : LengthClass(needed_positions, options_.shortest_class, most_positions_);
   batch_.resize(static_cast<size_t>(key.bucket), -1);
   if (!std::equal(batch_.begin(), batch_.end(), slot_of_row_.begin())) {
     std::copy(batch_.begin(), batch_.end(), slot_of_row_.begin());
@@ -503,7 +523,8 @@ void CudaExecutor::EnqueuePass(const PassArrays& pass, const PassBounds& bounds)
   const auto logits = [&](const TensorView& hidden, int32_t depth) {
     const TensorView rows = FloatMatrix(pass.logits, hidden.rows, config_.vocab_size);
     model_->Logits(hidden, rows);
-    cuda::TransformRows({.slots = slots, .pass = pass, .draft_depth = depth, .logits = pass.logits, .scratch = device_.scratch}, stream_);
+    cuda::TransformRows({.slots = slots, .pass = pass, .draft_depth = depth, .logits = pass.logits, .scratch = device_.scratch},
+                        stream_);
   };
   RaggedBatch target;
   target.num_sequences = pass.num_sequences;
