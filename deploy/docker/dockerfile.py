@@ -188,13 +188,15 @@ def self_test(good):
     changes = [
         ("FROM debian:bookworm-slim AS build", "FROM debian AS build"), ("FROM debian:bookworm-slim AS build", "FROM debian:latest AS build"),
         ("WORKDIR /src", "WORKDIR src"), ("--no-install-recommends ", ""), ("apt-get install -y", "apt-get install"),
-        ("  && rm -rf /var/lib/apt/lists/* \\\n", ""), ("RUN apt-get update", "RUN sudo apt-get update"), ("RUN apt-get update", "RUN cd /x && apt-get update"),
+        ("  && rm -rf /var/lib/apt/lists/* \\\n", ""), ("RUN apt-get update", "RUN sudo apt-get update"),
+        ("RUN apt-get update", "RUN cd /x && apt-get update"),
         ("COPY . .", "ADD . ."), ("COPY deploy/install_deps.sh", "COPY deploy/no_such.sh"), ("COPY deploy/install_deps.sh", "COPY build/x"),
         ("COPY --from=build", "COPY --from=bild"), ("USER 65532:65532", "USER root"), ("USER 65532:65532", "USER 0"), ("USER 65532:65532\n", ""),
         ("USER 65532:65532", "USER 65532\nRUN id"), ('ENTRYPOINT ["bebop-server", "--model", "/model"]', "ENTRYPOINT bebop-server"),
         ('"bebop", "--server", "127.0.0.1:50051", "health"', '"true"'), ("STOPSIGNAL SIGTERM", "STOPSIGNAL SIGKILL"), ("STOPSIGNAL SIGTERM\n", ""),
         ("org.opencontainers.image.licenses", "org.opencontainers.image.other"), ("&& useradd", "&& apt-get install g++ && useradd"),
-        ('CMD ["--device"', 'CMD ["--insecure-no-auth", "--device"'), ("ARG REVISION=unknown", "ARG API_KEY=x"), ("HEALTHCHECK --interval", "#HEALTHCHECK --interval"),
+        ('CMD ["--device"', 'CMD ["--insecure-no-auth", "--device"'), ("ARG REVISION=unknown", "ARG API_KEY=x"),
+        ("HEALTHCHECK --interval", "#HEALTHCHECK --interval"),
         ("/bebop /usr/local/bin/", "/bebop /usr/local/bin"), ("EXPOSE 50051", "MAINTAINER x\nEXPOSE 50051"),
     ]
     blind = [change for change in changes if good.replace(*change) == good or not lint(good.replace(*change))]

@@ -1,7 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# What an unpacked bundle can do on a machine without a GPU: bundle_smoke.sh BUNDLE_DIR. Needs nothing but a shell and coreutils, so that it runs in an
-# empty Debian, too. Run by bundle_test.sh.
+# What an unpacked bundle can do on a machine without a GPU: bundle_smoke.sh BUNDLE_DIR. Needs nothing but a shell and coreutils, so that
+# it runs in an empty Debian, too. Run by bundle_test.sh.
 set -eu
 bundle=$1
 model=$bundle/tests/models/bebop-tiny
@@ -62,6 +62,8 @@ for program in "$bundle"/tests/*cuda*_test; do
 done
 [ "$ran" -gt 0 ] || fail "no device tests in the bundle"
 echo "tests: $ran programs skip visibly"
-if "$bundle/run" bin/bebop-server --model "$model" --device cuda --port 0 --admin-port 0 >"$work/out" 2>"$work/err"; then fail "--device cuda without a device"; fi
+if "$bundle/run" bin/bebop-server --model "$model" --device cuda --port 0 --admin-port 0 >"$work/out" 2>"$work/err"; then
+  fail "--device cuda without a device"
+fi
 [ -s "$work/err" ] || fail "--device cuda without a device says nothing"
 echo "refused: $(tail -1 "$work/err")"
