@@ -103,11 +103,13 @@ run_stage() {
     emulated)
       say "emulated: build"
       cmake_args=("-DBEBOP_PYTHON=$PWD/$python")
-      configure_and_build cuda-emulated bebop-server bebop bebop_cuda_tests
+      configure_and_build cuda-emulated bebop-server bebop bebop_cuda_tests bebop_cuda_benches
       say "emulated: tests"
       ctest --preset cuda-emulated --output-on-failure -j "$jobs"
-      say "emulated: the device script"
+      say "emulated: the device scripts"
       tests/gpu.sh --device emulated --build build/cuda-emulated --only server
+      # The script's logic; an emulated device has no times worth reading.
+      tests/bench/gpu.sh --smoke --only iterations-4b >build/cuda-emulated-bench.log 2>&1 || { tail -30 build/cuda-emulated-bench.log; exit 1; }
       ;;
     *) echo "error: unknown stage '$1' (see --help)" >&2; exit 2 ;;
   esac
