@@ -26,6 +26,8 @@ Scheduler::Scheduler(const SchedulerOptions& options)
       slots_(options.max_num_seqs),
       queue_(options.max_queued_requests, options.max_queued_bytes) {
   BEBOP_CHECK(options.max_num_seqs > 0 && options.page_tokens > 0 && options.max_step_tokens > 0);
+  BEBOP_CHECK(options.prefill_cut_tokens > 0 && options.max_score_step_tokens >= options.prefill_cut_tokens);
+  BEBOP_CHECK(options.prefill_cut_tokens == 1 || options.max_step_tokens >= options.max_num_seqs + options.prefill_cut_tokens);
   // Everything that a steady step appends to has its largest size from the start.
   const size_t num_seqs = static_cast<size_t>(options.max_num_seqs);
   running_.reserve(2 * num_seqs);
@@ -226,7 +228,9 @@ void Scheduler::Plan(StepPlan* plan, std::vector<Work*>* admitted) {
 
   GrowRunning();
   int32_t row_budget = options_.max_step_tokens;
-  if (!running_scores_.empty() && score_steps_without_rows_ >= kScorePatience) row_budget -= (row_budget + 1) / 2;
+  if (!running_scores_.empty() && score_steps_without_rows_ >= kScorePatience) {
+    row_budget -= std::max(std::min((row_budget + 1) / 2, options_.max_score_step_tokens), options_.prefill_cut_tokens);
+  }
   int32_t decode_rows = 0;
   for (const Sequence* sequence : running_) {
     if (!sequence->group()->paused && sequence->is_decoding()) decode_rows += 1 + sequence->num_drafts();
@@ -455,7 +459,9 @@ void Scheduler::PlanSequences(int32_t row_budget, StepPlan* plan) {
   left -= decode_rows;
   for (Sequence* sequence : running_) {
     if (sequence->group()->paused || sequence->is_decoding() || left == 0) continue;
-    PlanOne(sequence, PrefillRows(*sequence, left), plan);
+    const int32_t rows = PrefillRows(*sequence, left);
+    if (rows == 0) continue;  // what a shorter prompt behind it may still use
+    PlanOne(sequence, rows, plan);
     left -= planned_.back().pass.num_rows();
   }
   left = row_budget;
@@ -469,13 +475,12 @@ void Scheduler::PlanSequences(int32_t row_budget, StepPlan* plan) {
 }
 
 // How many of `room` rows a chunk takes, so that it ends at a multiple of prefill_cut_tokens unless it reaches the prompt's last token, which
-// is computed apart from the others.
+// is computed apart from the others. 0: less than a piece, the sequence waits.
 int32_t Scheduler::PrefillRows(const Sequence& sequence, int32_t room) const {
   const int32_t prompt_end = static_cast<int32_t>(sequence.group()->request.prompt.size()) - 1;
-  const int32_t end = sequence.num_computed() + room;
-  if (end >= prompt_end) return room;
-  const int32_t cut = end / options_.prefill_cut_tokens * options_.prefill_cut_tokens;
-  return cut > sequence.num_computed() ? cut - sequence.num_computed() : room;
+  const int32_t begin = sequence.num_computed();
+  if (begin + room >= prompt_end) return room;
+  return CutDown(begin + room) - begin;
 }
 
 void Scheduler::PlanOne(Sequence* sequence, int32_t max_known, StepPlan* plan) {
@@ -519,8 +524,13 @@ void Scheduler::PlanScores(int32_t row_budget, StepPlan* plan) {
   }
   int32_t left = row_budget;
   for (const Planned& planned : planned_) left -= planned.pass.num_rows();
+  left = std::min(left, options_.max_score_step_tokens);
   for (ScoreWork* score : running_scores_) {
     if (left <= 0) break;
+    const int32_t begin = score->num_rows_done, num_rows = score->num_rows();
+    const int32_t end = left < num_rows - begin ? CutDown(begin + left) : num_rows;
+    // Less than a piece. Those behind it wait, too: rows for them would reset the patience that brings it its own.
+    if (begin < num_rows && end == begin) break;
     ScorePlan& out = plan->scores.emplace_back();
     planned_scores_.push_back(score);
     out.handle = score->handle;
@@ -529,10 +539,10 @@ void Scheduler::PlanScores(int32_t row_budget, StepPlan* plan) {
     out.first = score->num_rows_done == 0;
     out.state_src = out.first ? -1 : score->state_slot;
     out.state_dst = score->state_slot;
-    if (score->num_rows_done < score->num_rows()) {
-      out.begin = score->num_rows_done;
-      out.end = out.begin + std::min(left, score->num_rows() - out.begin);
-      out.last = out.end == score->num_rows() && score->num_bases() == 0;
+    if (begin < num_rows) {
+      out.begin = begin;
+      out.end = end;
+      out.last = end == num_rows && score->num_bases() == 0;
       left -= out.end - out.begin;
     } else {
       // A base takes a row in each of draft_depth steps.

@@ -23,7 +23,9 @@ namespace bebop {
 //     that its known tokens need plus one page of headroom for each running sequence. It takes only from paused sequences, from idle
 //     shared prefixes behind it and, unless it is a score, from strictly lower priorities. What finds no memory blocks everything behind it.
 //  2. Rows. Decodes take 1 + drafts rows each and are never cut (which drafts exist decides the tokens of rejection sampling), then
-//     prefill chunks in order, then scores. Scores that got no row for kScorePatience steps get half of the next step.
+//     prefill chunks in order, then scores. Scores that got no row for kScorePatience steps get half of the next step, and a piece of
+//     prefill_cut_tokens at least. Prompts and scores wait where rows are left but no whole piece: where they are cut must not depend on
+//     what else runs. The first prompt always finds a piece beside all decodes, but for the one step in kScorePatience + 1 that scores share.
 //  3. Groups. With two or more samples to start and a prompt of P > 1 tokens, a shared prefix computes [0, P-1) once; samples fork from
 //     it: full pages by reference, the page of position P-1 by copy, the state by reading the prefix's slot in their first pass. The
 //     last sample, or one for which nothing else would ever make room, takes the prefix over instead: no copy, no second slot.
@@ -112,6 +114,7 @@ class Scheduler {
   void CompactRunning();
   void Reserve(Sequence* sequence);
   void PlanSequences(int32_t row_budget, StepPlan* plan);
+  int32_t CutDown(int32_t position) const { return position / options_.prefill_cut_tokens * options_.prefill_cut_tokens; }
   int32_t PrefillRows(const Sequence& sequence, int32_t room) const;
   void PlanOne(Sequence* sequence, int32_t max_known, StepPlan* plan);
   void PlanScores(int32_t row_budget, StepPlan* plan);

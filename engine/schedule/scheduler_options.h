@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "absl/time/time.h"
 
@@ -14,9 +15,12 @@ struct SchedulerOptions {
   int32_t max_step_tokens = 512;         // known rows + drafts of one step (prefill budget); >= max_num_seqs * (γ+1)
   int32_t num_pages = 0;                 // KV pages in the pool
   int32_t page_tokens = 16;
-  // Prompts are cut into passes at absolute multiples of this where there is room for a whole piece: a device computes prompts in chunks
-  // (model.md section 5), and a cut elsewhere would let batch mates change low bits.
+  // Prompts and scores are cut into passes at absolute multiples of this and nowhere else: a device computes them in chunks (model.md
+  // section 5), and a cut elsewhere would let batch mates change low bits. Over 1: max_step_tokens and max_score_step_tokens leave room for
+  // a piece of it, the first beside all decodes.
   int32_t prefill_cut_tokens = 1;
+  // Rows that scores take in one step, at most: on a device their statistics are the host's work, and generation waits for it.
+  int32_t max_score_step_tokens = std::numeric_limits<int32_t>::max();
   // Positions that page tables reach beyond what the next step can write: a device runs one iteration ahead of the host.
   int32_t lookahead_tokens = 0;
   int32_t num_state_slots = 0;           // recurrent-state slots in the pool (>= 2)

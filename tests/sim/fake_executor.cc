@@ -54,12 +54,23 @@ bool FakeExecutor::CheckTogether(const StepPlan& plan) {
     if (!written_states.insert(dst).second) return Fail(absl::StrCat("state slot ", dst, " has two writers"));
     return true;
   };
+  // Where a prompt or a score is cut may not depend on what else runs.
+  const auto check_cut = [&](int32_t cut, int32_t end) {
+    return cut >= end || cut % options_.prefill_cut_tokens == 0 ||
+           Fail(absl::StrCat("cut at ", cut, ", not at a multiple of ", options_.prefill_cut_tokens));
+  };
+  int32_t score_rows = 0;
   for (const ScorePlan& score : plan.scores) {
+    if (!score.draft_phase && !check_cut(score.end, static_cast<int32_t>(score.request->token_ids.size()))) return false;
+    if (!score.draft_phase) score_rows += score.end - score.begin;
     if (!check_tables(score.pages, score.state_src, score.state_dst, "score")) return false;
     num_rows += (score.end - score.begin) * (score.draft_phase ? score.request->draft_depth : 1);
   }
+  if (score_rows > options_.max_score_step_tokens) return Fail(absl::StrCat("scores take ", score_rows, " rows of a step"));
   int32_t decode_rows = 0;
   for (const SequencePlan& sequence : plan.sequences) {
+    const int32_t cut = sequence.num_computed + static_cast<int32_t>(sequence.known_tokens.size());
+    if (!check_cut(cut, static_cast<int32_t>(sequence.request->prompt.size()) - 1)) return false;
     if (!check_tables(sequence.pages, sequence.state_src, sequence.state_dst, "sequence")) return false;
     if (sequence.slot < 0 || sequence.slot >= options_.max_num_seqs) return Fail(absl::StrCat("slot ", sequence.slot));
     if (!slots.insert(sequence.slot).second) return Fail(absl::StrCat("executor slot ", sequence.slot, " twice in a step"));
@@ -110,10 +121,9 @@ bool FakeExecutor::CheckResidency(const SequencePlan& plan) {
     if (plan.pages.size() < stay.pages.size() || !std::equal(stay.pages.begin(), stay.pages.end(), plan.pages.begin())) {
       return Fail(absl::StrCat("the page table in slot ", plan.slot, " has changed where it stood before"));
     }
-  } else if (plan.residency <= last_residency_) {
+  } else if (!residencies_.insert(plan.residency).second) {
     return Fail(absl::StrCat("residency ", plan.residency, " of slot ", plan.slot, " is not new"));
   }
-  last_residency_ = std::max(last_residency_, plan.residency);
   stay = {.residency = plan.residency,
           .request = plan.request,
           .sample_index = plan.sample_index,

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -86,7 +87,7 @@ class FakeExecutor final : public Executor {
     std::vector<int32_t> pages;
   };
   std::vector<Stay> stays_;          // by executor slot, the latest
-  uint64_t last_residency_ = 0;
+  std::set<uint64_t> residencies_;   // that were ever used
   std::map<uint64_t, int32_t> score_rows_;
   std::map<uint64_t, int32_t> score_bases_;
   std::string violation_;

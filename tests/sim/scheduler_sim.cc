@@ -363,6 +363,9 @@ void Simulation::Configure() {
   may_fail_ = random_.OneIn(3);
   // None (the CPU), what a device that runs ahead asks for (engine/runtime/cuda_executor.h), or anything.
   scheduler.prefill_cut_tokens = random_.OneIn(2) ? 1 : random_.Between(2, 20);
+  // There must be room for a piece beside all decodes, and among the rows of scores.
+  if (scheduler.prefill_cut_tokens > 1) scheduler.max_step_tokens += scheduler.prefill_cut_tokens;
+  if (random_.OneIn(2)) scheduler.max_score_step_tokens = scheduler.prefill_cut_tokens + random_.Below(20);
   scheduler.lookahead_tokens = random_.OneIn(2) ? 0 : random_.OneIn(2) ? 2 * (max_drafts_ + 1) : random_.Between(1, 40);
 }
 

@@ -57,7 +57,10 @@ struct Watcher final : Executor {
       seeds.push_back(sequence.seed);
       if (sequence.num_output == 0) chunk_ends.push_back(sequence.num_computed + static_cast<int32_t>(sequence.known_tokens.size()));
     }
-    for (const ScorePlan& score : plan.scores) score_rows += score.end - score.begin;
+    for (const ScorePlan& score : plan.scores) {
+      score_rows += score.end - score.begin;
+      score_ends.push_back(score.end);
+    }
     return fake.Execute(plan, result);
   }
   FakeExecutor fake;
@@ -65,6 +68,7 @@ struct Watcher final : Executor {
   std::vector<int32_t> rows;
   std::vector<uint64_t> seeds;  // of planned sequences, in order
   std::vector<int32_t> chunk_ends;  // positions where passes over prompts ended
+  std::vector<int32_t> score_ends;
 };
 
 class EngineCoreTest : public testing::Test {
@@ -216,14 +220,55 @@ TEST_F(EngineCoreTest, PromptsAreCutWhereADeviceMayCutThem) {
   ExpectReference(Request("b", 50, 3, 2), *second);
 }
 
-TEST_F(EngineCoreTest, WithoutRoomForAWholePieceAPromptIsCutAnywhere) {
-  options_.scheduler.prefill_cut_tokens = 64;
-  options_.scheduler.max_step_tokens = 10;
+TEST_F(EngineCoreTest, WithoutRoomForAWholePieceAPromptWaits) {
+  options_.scheduler.prefill_cut_tokens = 8;
+  options_.scheduler.max_step_tokens = 20;
   Start();
-  const auto recorder = Submit(Request("a", 25, 2));
+  const auto first = Submit(Request("a", 30, 2)), second = Submit(Request("b", 25, 2));
+  const auto third = Submit(Request("c", 5, 2));
   RunToRest();
-  EXPECT_EQ(executor_->chunk_ends, (std::vector<int32_t>{10, 20, 25}));
-  ExpectReference(Request("a", 25, 2), *recorder);
+  // Beside the end of a's prompt 6 rows are left, of which b takes none.
+  EXPECT_EQ(executor_->chunk_ends, (std::vector<int32_t>{16, 30, 16, 25, 5}));
+  ExpectReference(Request("a", 30, 2), *first);
+  ExpectReference(Request("b", 25, 2), *second);
+  ExpectReference(Request("c", 5, 2), *third);
+}
+
+// The same cuts whether the score has the steps to itself or the rows that decodes leave, which are fewer than a piece for many steps.
+TEST_F(EngineCoreTest, ScoresAreCutWhereADeviceMayCutThem) {
+  options_.scheduler.prefill_cut_tokens = 8;
+  options_.scheduler.max_step_tokens = 4 * 4 + 8;
+  ScoreRequest request;
+  request.token_ids.assign(45, 3);
+  for (const bool beside_others : {false, true}) {
+    Start();
+    if (beside_others) {
+      for (const char* id : {"a", "b", "c", "d"}) Submit(Request(id, 41, 150, 1, 3));
+    }
+    Step();
+    auto score = std::make_shared<ScoreRecorder>();
+    uint64_t handle = 0;
+    ASSERT_EQ(core_->SubmitScore(request, score, &handle), absl::OkStatus());
+    for (int32_t steps = 0; score->calls == 0 && steps < 100; ++steps) Step();
+    ASSERT_EQ(score->calls, 1);
+    EXPECT_EQ(score->status, absl::OkStatus());
+    EXPECT_EQ(executor_->score_ends.back(), 45);
+    executor_->score_ends.pop_back();
+    for (const int32_t end : executor_->score_ends) EXPECT_EQ(end % 8, 0);
+  }
+}
+
+TEST_F(EngineCoreTest, ScoresTakeNoMoreRowsOfAStepThanTheyMay) {
+  options_.scheduler.max_score_step_tokens = 10;
+  Start();
+  for (int i = 0; i < 2; ++i) {
+    ScoreRequest request;
+    request.token_ids.assign(14, 3);
+    uint64_t handle = 0;
+    ASSERT_EQ(core_->SubmitScore(request, std::make_shared<ScoreRecorder>(), &handle), absl::OkStatus());
+  }
+  EXPECT_EQ(RunToRest(), 3);
+  EXPECT_EQ(executor_->score_ends, (std::vector<int32_t>{10, 14, 6, 14}));
 }
 
 TEST_F(EngineCoreTest, LowerPriorityValueRunsFirstAndFifoWithin) {
