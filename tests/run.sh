@@ -31,7 +31,7 @@ say() { printf '\n== [%4ds] %s\n' "$((SECONDS - started))" "$*"; }
 
 # transformers and PyTorch are the oracles of the network; a CPU build of torch, so that no CUDA packages come along.
 make_venv() {
-  if [[ -x $python ]] && "$python" -c 'import torch, transformers, tokenizers, safetensors, numpy, scipy' 2>/dev/null; then
+  if [[ -x $python ]] && "$python" -c 'import torch, transformers, tokenizers, safetensors, numpy, scipy, grpc_tools, pytest' 2>/dev/null; then
     return
   fi
   {
@@ -109,7 +109,10 @@ run_stage() {
       say "emulated: the device scripts"
       tests/gpu.sh --device emulated --build build/cuda-emulated --only server
       # The script's logic; an emulated device has no times worth reading.
-      tests/bench/gpu.sh --smoke --only iterations-4b >build/cuda-emulated-bench.log 2>&1 || { tail -30 build/cuda-emulated-bench.log; exit 1; }
+      local bench=(--only iterations-4b --only operators --only summary)
+      if "$python" -c 'import torch' 2>/dev/null; then bench+=(--only baseline-c); fi
+      PYTHON=$([[ -x $python ]] && echo "$python" || echo python3) tests/bench/gpu.sh --smoke "${bench[@]}" >build/cuda-emulated-bench.log 2>&1 ||
+        { tail -30 build/cuda-emulated-bench.log; exit 1; }
       ;;
     *) echo "error: unknown stage '$1' (see --help)" >&2; exit 2 ;;
   esac

@@ -1,7 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Times whole draft-verify iterations of the CUDA executor, without server or network: dummy weights, caches filled with random values at the given
-// context, and a synthetic acceptance. Steps are planned here, as the scheduler would for sequences that only decode. One JSON line a cell.
+// Times whole draft-verify iterations of the CUDA executor, without server, scheduler or network: dummy weights, caches filled with random values at
+// the given context, and a synthetic acceptance. Steps are planned here, as the scheduler would for sequences that only decode. One JSON line a
+// cell:
+//   ms            wall time of all measured iterations over their number: what the executor and this planning make of it together
+//   execute_ms    median time inside Execute
+//   starved       share of the steps that found the device with nothing left to do when they began: with the iteration that runs ahead, none should
+//   host_gap      idle time of the device before those steps began, over the wall time. A lower bound: the device goes on waiting until the step
+//                 has launched its iteration
 //
 //   iteration_bench --config DIR [--batch B]... [--gamma G]... [--accept-length A]... [--context L] [--iterations N] [--warmup N] [--graphs on|off]
 //                   [--device N] [--memory-fraction F]
@@ -11,7 +17,6 @@
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
-#include <numeric>
 #include <string_view>
 #include <thread>
 
@@ -107,7 +112,8 @@ class IterationBench {
 
     // The largest context that fits.
     state.num_pages = 1;
-    const int64_t fixed = CudaExecutorBytes(config_, executor_options) + SlotBytes(config_, state) * batch;
+    const int64_t fixed = CudaExecutorBytes(config_, executor_options) + SlotBytes(config_, state) * batch +
+                          Model::ActivationBytes(config_, executor_options.max_step_tokens, DType::kBFloat16);
     const int64_t room = static_cast<int64_t>(static_cast<double>(memory_->available_bytes()) * options_.memory_fraction) - fixed;
     const int64_t pages_per_sequence = room / batch / std::max<int64_t>(1, PageBytes(config_, state));
     int32_t context = options_.context;
@@ -169,12 +175,13 @@ class IterationBench {
     }
     const uint64_t first_residency = next_residency_;
     next_residency_ += batch;
-    std::vector<double> wall;
+    std::vector<double> inside;
+    int32_t num_starved = 0;
+    std::chrono::steady_clock::time_point first;
     int64_t tokens = 0;
     StepPlan plan;
     StepResult result;
-    // Before and after each step's enqueueing. In the stream the iteration of a step lies between its two events, so the time from one step's `after`
-    // to the next one's `before` is time the device had nothing to do.
+    // In the stream a step's work lies between its two marks, so the time from one step's `after` to the next one's `before` is idle time.
     struct Marks {
       cudaEvent_t before, after;
     };
@@ -205,6 +212,8 @@ class IterationBench {
         out.seed = request.sampling.seed;
         out.sample_index = static_cast<uint32_t>(b);
       }
+      if (step == options_.warmup) first = std::chrono::steady_clock::now();
+      if (step >= options_.warmup && cudaStreamQuery(stream_.handle()) == cudaSuccess) ++num_starved;
       CheckCuda(cudaEventRecord(marks[step].before, stream_.handle()), "cudaEventRecord");
       const auto begin = std::chrono::steady_clock::now();
       const absl::Status status = executor.Execute(plan, &result);
@@ -224,8 +233,9 @@ class IterationBench {
         sequence.last_token = outcome.tokens[outcome.num_emitted - 1];
         if (step >= options_.warmup) tokens += outcome.num_emitted;
       }
-      if (step >= options_.warmup) wall.push_back(seconds);
+      if (step >= options_.warmup) inside.push_back(seconds);
     }
+    const double span = std::chrono::duration<double>(std::chrono::steady_clock::now() - first).count();
     CheckCuda(cudaStreamSynchronize(stream_.handle()), "the last iteration");
     double gap_ms = 0.0;
     for (size_t i = 1; i < marks.size(); ++i) {
@@ -237,14 +247,12 @@ class IterationBench {
       (void)cudaEventDestroy(mark.before);
       (void)cudaEventDestroy(mark.after);
     }
-    std::sort(wall.begin(), wall.end());
-    const double median = wall[wall.size() / 2];
-    const double mean = std::accumulate(wall.begin(), wall.end(), 0.0) / static_cast<double>(wall.size());
-    std::printf("{\"batch\": %d, \"gamma\": %d, \"context\": %d, \"accept_length\": %.3f, \"ms\": %.4f, \"ms_mean\": %.4f, \"ms_p10\": %.4f, "
-                "\"ms_p90\": %.4f, \"host_gap\": %.4f, \"iterations_per_s\": %.2f, \"tokens_per_s\": %.1f, \"graphs\": %s}\n",
-                batch, gamma, context, static_cast<double>(tokens) / options_.iterations / batch, median * 1e3, mean * 1e3,
-                wall[wall.size() / 10] * 1e3, wall[wall.size() * 9 / 10] * 1e3, gap_ms / (mean * 1e3 * options_.iterations), 1.0 / median,
-                static_cast<double>(tokens) / (mean * options_.iterations), options_.graphs ? "true" : "false");
+    std::sort(inside.begin(), inside.end());
+    std::printf("{\"batch\": %d, \"gamma\": %d, \"context\": %d, \"accept_length\": %.3f, \"ms\": %.4f, \"execute_ms\": %.4f, "
+                "\"starved\": %.3f, \"host_gap\": %.4f, \"iterations_per_s\": %.2f, \"tokens_per_s\": %.1f, \"graphs\": %s}\n",
+                batch, gamma, context, static_cast<double>(tokens) / options_.iterations / batch, span / options_.iterations * 1e3,
+                inside[inside.size() / 2] * 1e3, static_cast<double>(num_starved) / options_.iterations, gap_ms * 1e-3 / span,
+                options_.iterations / span, static_cast<double>(tokens) / span, options_.graphs ? "true" : "false");
     std::fflush(stdout);
   }
 

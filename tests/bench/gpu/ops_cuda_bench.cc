@@ -3,7 +3,10 @@
 // Times the CUDA operators at the shapes of the 4B and 27B models: bytes and FLOPs that must move, time, and the fraction of the bound given by
 // the copy bandwidth and the matrix rate measured in the same run. One JSON line a cell.
 //
-//   ops_cuda_bench [--only NAME]... [--samples N] [--smoke]     --smoke: tiny shapes, for a test of its logic
+//   ops_cuda_bench [--only ceilings|delta_rule|attention|linear|sampling|small]... [--samples N] [--smoke]
+//
+// The ceilings are measured and printed first, always. --smoke: tiny shapes, for a test of its logic.
+// "verify" is not cold: it reads one row a sequence of the same logits in every call.
 
 #include <cstdlib>
 #include <cstring>
@@ -81,7 +84,13 @@ class OpsBench {
       cuda::Linear({.x = x.Matrix(DType::kBFloat16, n, n), .w = Rows(w, n, n), .y = y.Matrix(DType::kBFloat16, n, n)}, plans_, stream_);
     }}, 10);
     matrix_rate_ = 2.0 * static_cast<double>(n) * n * n / product;
-    std::printf("{\"op\": \"ceilings\", \"copy_GB_per_s\": %.1f, \"bf16_TFLOP_per_s\": %.1f}\n", bandwidth_ / 1e9, matrix_rate_ / 1e12);
+    cudaDeviceProp properties{};
+    CheckCuda(cudaGetDeviceProperties(&properties, stream_.device()), "cudaGetDeviceProperties");
+    int driver = 0;
+    CheckCuda(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+    std::printf("{\"op\": \"ceilings\", \"device\": \"%s\", \"driver\": %d, \"copy_GB_per_s\": %.6g, \"bf16_TFLOP_per_s\": %.6g}\n",
+                properties.name, driver, bandwidth_ / 1e9, matrix_rate_ / 1e12);
+    std::fflush(stdout);
   }
 
   static PackedMatrix Rows(const DeviceBlock& block, int64_t rows, int64_t cols) {
@@ -126,8 +135,11 @@ class OpsBench {
       const int32_t per_sequence = (context + rows + page_tokens - 1) / page_tokens;
       num_pages = per_sequence * batch;
       for (int32_t b = 0; b < batch; ++b) {
-        sequences.push_back({.first_row = b * rows, .num_rows = rows, .num_known_rows = known, .num_replay_rows = rows / 2, .first_position = context,
-                             .state_src = b, .state_dst = b, .first_page = b * per_sequence});
+        // A prompt chunk replays nothing; a verification replays half of the last one's drafts.
+        const bool prompt = known == rows && rows > 1;
+        sequences.push_back({.first_row = b * rows, .num_rows = rows, .num_known_rows = known, .num_prefill_rows = prompt ? known : 0,
+                             .num_replay_rows = prompt ? 0 : rows / 2, .first_position = context, .state_src = b, .state_dst = b,
+                             .first_page = b * per_sequence});
         // Pages of a sequence lie apart, as they do after a while of serving.
         for (int32_t page = 0; page < per_sequence; ++page) pages.push_back(page * batch + b);
         for (int32_t row = 0; row < rows; ++row) {
@@ -228,7 +240,7 @@ class OpsBench {
     }
   }
   void DeltaRule(const std::string& name, int32_t key_heads, int32_t value_heads, int32_t dim, int32_t num_sequences, int32_t rows, int32_t known) {
-    const Batch batch(num_sequences, rows, 4096, 64, known);
+    const Batch batch(num_sequences, rows, known == rows && rows > 1 ? 0 : 4096, 64, known);
     const int64_t total_rows = int64_t{num_sequences} * rows;
     const int64_t channels = int64_t{2 * key_heads + value_heads} * dim, width = int64_t{value_heads} * dim;
     const int64_t state_bytes = int64_t{num_sequences} * value_heads * dim * dim * 4;
@@ -253,7 +265,7 @@ class OpsBench {
     }
     const std::string shape = name + " B=" + std::to_string(num_sequences) + " rows=" + std::to_string(rows);
     const double io = static_cast<double>(total_rows) * static_cast<double>(channels + width) * 2.0;
-    const double replayed = known == rows ? 0 : rows / 2;
+    const double replayed = known == rows && rows > 1 ? 0 : rows / 2;
     Report("delta_rule", shape, 2.0 * static_cast<double>(state_bytes) + io,
            (7.0 * static_cast<double>(total_rows) + 5.0 * replayed * num_sequences) * value_heads * dim * dim, SecondsPerCall(stream_, delta, options_.samples));
     Report("causal_conv", shape, static_cast<double>(total_rows * channels) * 4.0 + static_cast<double>(num_sequences) * channels * 2.0 * (3 + 2 + rows), 0.0,
@@ -341,6 +353,7 @@ class OpsBench {
     }
     const std::string shape = "V=" + std::to_string(vocab) + " B=" + std::to_string(batch) + " gamma=" + std::to_string(gamma);
     Report("transform", shape, static_cast<double>(logit_bytes), 0.0, SecondsPerCall(stream_, transform, options_.samples));
+    // target_rows name the logits of the last transform; the draft rows and they are what the caches may hold of the row that is read.
     PassArrays with = pass;
     with.logits = logits.back()->as<float>();
     verify.push_back([&, with] { cuda::VerifyRows(slots, with, stream_); });
@@ -384,7 +397,7 @@ int main(int argc, char** argv) {
       if (arg == "--only") options.only.push_back(argv[i + 1]); else options.samples = std::atoi(argv[i + 1]);
       ++i;
     } else {
-      std::fprintf(stderr, "usage: ops_cuda_bench [--only delta_rule|attention|linear|sampling|small]... [--samples N] [--smoke]\n");
+      std::fprintf(stderr, "usage: ops_cuda_bench [--only ceilings|delta_rule|attention|linear|sampling|small]... [--samples N] [--smoke]\n");
       return 2;
     }
   }
