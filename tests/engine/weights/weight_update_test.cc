@@ -24,6 +24,11 @@ using test::Place;
 using test::SmallConfig;
 
 constexpr int64_t kNoLimit = int64_t{1} << 40;
+#ifdef BEBOP_SANITIZED
+constexpr uint32_t kNumSeeds = 20;
+#else
+constexpr uint32_t kNumSeeds = 100;
+#endif
 constexpr MatrixLayout kLayouts[] = {MatrixLayout::kPanels, MatrixLayout::kRows};
 
 struct Chunk {
@@ -132,7 +137,7 @@ TEST(WeightUpdateTest, UpdatingIsLoading) {
             StrCat(tied ? "tied " : "", layout == MatrixLayout::kPanels ? "panels " : "rows ", source, " ", DTypeName(dtype)));
         Pair models(tied, layout, source, dtype);
         ASSERT_FALSE(Arena(*models.loaded) == Arena(*models.other));
-        for (uint32_t seed = 0; seed < 100; ++seed) {
+        for (uint32_t seed = 0; seed < kNumSeeds; ++seed) {
           WeightUpdateSpec spec = FullSpec(models.tensors);
           std::mt19937 random(seed);
           std::shuffle(spec.manifest.begin(), spec.manifest.end(), random);
@@ -238,7 +243,7 @@ TEST(WeightUpdateTest, DeltasKeepWhatIsNotSent) {
     for (const auto& [source, dtype] :
          {std::pair("BF16", DType::kBFloat16), std::pair("BF16", DType::kFloat32), std::pair("F32", DType::kFloat32)}) {
       Pair models(/*tied=*/false, layout, source, dtype);
-      for (uint32_t seed = 0; seed < 50; ++seed) {
+      for (uint32_t seed = 0; seed < kNumSeeds / 2; ++seed) {
         SCOPED_TRACE(seed);
         std::mt19937 random(seed);
         std::vector<TestTensor> wanted = models.old_tensors, named;
