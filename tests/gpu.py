@@ -6,7 +6,7 @@ Phases
   engine     the model and the engine against the CPU backend: float32 and bfloat16, greedy tokens, joint pairs, state over many windows
              (device tests elsewhere under tests/)
   server     bebop-server and bebop on the bundled model: --device cuda against --device cpu, and `bebop verify`
-  sanitizer  compute-sanitizer's four tools over the kernel tests
+  memcheck, racecheck, synccheck, initcheck   one tool of compute-sanitizer each over the kernel tests; `sanitizer` stands for all four
 
 Exit status: 0 everything that was asked for passed; 1 something failed, or nothing ran; 2 bad arguments.
 A test that skips is not a test that passed: a phase with a program whose tests all skipped fails.
@@ -19,6 +19,7 @@ import os
 import pathlib
 import platform
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -27,9 +28,10 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 TREE = HERE.parent  # the source tree, or the unpacked bundle
-PHASES = ["kernels", "engine", "server", "sanitizer"]
 PHASE_SECONDS = float(os.environ.get("BEBOP_GPU_PHASE_SECONDS", 460))  # of the 480 that a phase may take
 TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]
+PHASES = ["kernels", "engine", "server", *TOOLS]
+READY_SECONDS = 240  # from the start of a server to its ready line
 READY = re.compile(r"^bebop-server ready: rollout=(\S+) admin=(\S+)")
 MODEL = TREE / "tests" / "models" / "bebop-tiny"
 
@@ -159,7 +161,7 @@ def tests_of(run, phase):
     tests = [test for test in run.manifest["tests"] if not test["folder"].startswith("tests/support")]
     if phase == "engine":
         return [test for test in tests if not test["folder"].startswith("tests/kernels")]
-    if phase in ("kernels", "sanitizer"):
+    if phase == "kernels" or phase in TOOLS:
         return [test for test in tests if test["folder"].startswith("tests/kernels")]
     return []
 
@@ -174,31 +176,26 @@ def engine(run):
         run.gtest("engine", test)
 
 
-def sanitizer(run):
-    """Every tool over every kernel test. The tests' shapes are small ones already: the emulated device runs them, too."""
+def sanitizer(run, tool):
+    """One tool over every kernel test. The tests' shapes are small ones already: the emulated device runs them, too."""
     if run.device != "cuda":
-        run.record("sanitizer", "compute-sanitizer", "skip", 0, "the emulated device has checks of its own")
+        run.record(tool, "compute-sanitizer", "skip", 0, "the emulated device has checks of its own")
         return
     tool_path = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not os.access(tool_path, os.X_OK):
-        run.record("sanitizer", "compute-sanitizer", "not-run", 0, "the tool is not on this machine")
+        run.record(tool, "compute-sanitizer", "not-run", 0, "the tool is not on this machine")
         return
-    tests = tests_of(run, "sanitizer")
+    tests = tests_of(run, tool)
     if not tests:
         return
     # Some systems do not let the tool reach the device; then its findings would be about that.
     _, output = execute([tool_path, "--error-exitcode", "97", str(run.root / tests[0]["program"])], 120, run.environment)
     if re.search(r"Device not supported|not supported on this|Unable to launch|Internal Sanitizer Error", output):
         run.log.write(output)
-        run.record("sanitizer", "compute-sanitizer", "not-run", 0, "the tool does not work with this machine's device")
+        run.record(tool, "compute-sanitizer", "not-run", 0, "the tool does not work with this machine's device")
         return
-    end = run.deadline
-    for i, tool in enumerate(TOOLS):
-        run.deadline = time.monotonic() + (end - time.monotonic()) / (len(TOOLS) - i)  # an equal share of what is left
-        for test in tests:
-            run.gtest("sanitizer", test, prefix=[tool_path, "--tool", tool, "--error-exitcode", "97", "--print-limit", "5"],
-                      name=f"{tool}/{test['name']}")
-    run.deadline = end
+    for test in tests:
+        run.gtest(tool, test, prefix=[tool_path, "--tool", tool, "--error-exitcode", "97", "--print-limit", "5"], name=f"{tool}/{test['name']}")
 
 
 class Server:
@@ -216,11 +213,20 @@ class Server:
             flags += ["--max-num-seqs", "4", "--max-model-len", "256"]
         self.process = subprocess.Popen([str(run.root / "bin" / "bebop-server"), *flags], cwd=TREE, env=run.environment, text=True,
                                         stdout=subprocess.PIPE, stderr=self.log)
-        match = READY.match(self.process.stdout.readline())
+        match = READY.match(self.first_line())
         if not match:
-            self.process.wait(60)
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
             raise Failure(f"bebop-server {' '.join(flags)} exited with {self.process.returncode}: {self.last_words()}")
         self.rollout, self.admin = match.groups()
+
+    def first_line(self):
+        """What the server prints when it is ready; empty when it ended, or did not get that far in time."""
+        readable, _, _ = select.select([self.process.stdout], [], [], max(1.0, min(READY_SECONDS, self.run.left())))
+        return self.process.stdout.readline() if readable else ""
 
     def last_words(self):
         self.log.flush()
@@ -298,7 +304,7 @@ def server(run):
                 result = function()
                 run.record("server", f"{dtype}/{name}", "pass", time.monotonic() - started, result if isinstance(result, str) else "")
                 return result
-            except (Failure, subprocess.TimeoutExpired, KeyError, ValueError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - a reply of another shape is a failed check, too
                 run.record("server", f"{dtype}/{name}", "fail", time.monotonic() - started, f"{type(error).__name__}: {error}")
                 return None
 
@@ -388,13 +394,14 @@ def device_name():
 def main():
     parser = argparse.ArgumentParser(prog="gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="the phases and the tests that each would run")
-    parser.add_argument("--only", action="append", choices=PHASES, help="a phase; repeatable; default: all")
+    parser.add_argument("--only", action="append", choices=[*PHASES, "sanitizer"], help="a phase; repeatable; default: all")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--bundle", help="an unpacked bundle; default: the one that this script lies in")
     where.add_argument("--build", help="a build tree; default outside a bundle: build/cuda-release or build/cuda-emulated")
     parser.add_argument("--device", choices=["cuda", "emulated"], default="cuda")
     parser.add_argument("--out", help="folder of the logs; default: $OUT, then build/gpu")
     args = parser.parse_args()
+    chosen = [phase for name in args.only or PHASES for phase in (TOOLS if name == "sanitizer" else [name])]
     if not args.bundle and not args.build:
         if (TREE / "manifest.json").is_file():
             args.bundle = str(TREE)
@@ -417,16 +424,22 @@ def main():
 
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     name = device_name() if args.device == "cuda" else "emulated"
-    run.say(f"bebop {run.manifest['version']}, device: {name}, {started}, phases: {' '.join(args.only or PHASES)}")
+    run.say(f"bebop {run.manifest['version']}, device: {name}, {started}, phases: {' '.join(chosen)}")
     summary = []
-    for phase in args.only or PHASES:
+    for phase in chosen:
         before, begin = len(run.results), time.monotonic()
         run.deadline = begin + PHASE_SECONDS
-        globals()[phase](run)
+        try:
+            if phase in TOOLS:
+                sanitizer(run, phase)
+            else:
+                {"kernels": kernels, "engine": engine, "server": server}[phase](run)
+        except Exception as error:  # noqa: BLE001 - the report of what has run must not be lost
+            run.record(phase, "phase", "fail", time.monotonic() - begin, f"{type(error).__name__}: {error}")
         own = run.results[before:]
         counts = {status: sum(r["status"] == status for r in own) for status in ("pass", "fail", "skip", "not-run")}
-        # What did not run has not passed. The sanitizer is the exception that says so: the tool may not exist, or not work, on a machine.
-        excused = phase == "sanitizer" and not counts["pass"] and not counts["fail"]
+        # What did not run has not passed. compute-sanitizer is the exception that says so: the tool may not exist, or not work, on a machine.
+        excused = phase in TOOLS and not counts["pass"] and not counts["fail"]
         passed = not counts["fail"] and (excused or counts["pass"] > 0 and not counts["not-run"] and not counts["skip"])
         summary.append({"phase": phase, "passed": passed, "seconds": round(time.monotonic() - begin, 1), **counts})
         run.say(f"== {phase}: {'passed' if passed else 'FAILED'}: {counts['pass']} passed, {counts['fail']} failed, {counts['skip']} skipped, "
