@@ -60,16 +60,21 @@ void LinearWith(InstructionSet set, const LinearArgs& args, LinearScratch& scrat
 
 namespace cuda {
 
-// Chooses and caches how to run a product on the device: our small-row kernel (few rows: the weights are read once at memory speed) or a
-// cuBLASLt plan. Plans are made at the first use of a shape (N, K, padded T, dtypes), which allocates: warm up before a graph is captured
-// or a steady step begins. With the stream's batch_invariant, every T takes our own kernel with tiles and a K order that depend on N
-// and K alone, so a row's bits do not depend on T.
+// Chooses and caches how to run a product on the device: our small-row kernel (few rows: the weights are read once at memory
+// speed) or a cuBLASLt plan. A plan is made at the first use of a shape (N, K, T, strides, alignments, type of y), which
+// allocates and asks cuBLASLt's heuristic: warm up before a graph is captured or a steady step begins. T is the exact number of rows, since
+// rows beyond it are not ours to write; of prompts of many lengths the kMaxPlans plans used last are kept. With the stream's
+// batch_invariant, every T takes our own kernel with tiles and a K order that depend on N and K alone, so a row's bits do not
+// depend on T.
 class LinearPlans {
  public:
+  static constexpr int64_t kMaxPlans = 1024;  // about a hundred chunk lengths with the ten products of a model
+
   explicit LinearPlans(Stream* stream);  // must outlive the plans
   ~LinearPlans();
   LinearPlans(const LinearPlans&) = delete;
   LinearPlans& operator=(const LinearPlans&) = delete;
+  int64_t num_plans() const;  // of cuBLASLt, now
 
  private:
   friend void Linear(const LinearArgs& args, LinearPlans& plans, Stream& stream);

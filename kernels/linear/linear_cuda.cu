@@ -2,7 +2,7 @@
 // y = x Wᵀ on the device: our own kernels.
 //
 // bf16, few rows. The weights' N·K·2 bytes are nearly all that moves (x and y add T·(K + 2N) / (N·K), 1 % at T = 8), and the
-// arithmetic is T operations a byte against the H200's ridge of 184: memory bound, 2560 x 9216 takes 11 µs at 4.3 TB/s. What has
+// arithmetic is T operations a byte against the H200's ridge of 184: memory bound, 2560 x 9216 takes 11 µs (estimated). What has
 // to be right is the number of bytes in flight. A block takes 64 or 128 rows of W and a run of columns; stages of 64 columns pass
 // through a ring of 4 to 6 buffers filled by 16-byte cp.async, so that a block has 40 to 60 KiB under way and two to four blocks
 // fit a multiprocessor. Each byte of W is read by one block, and goes through shared memory because the tensor cores want it by
@@ -16,7 +16,8 @@
 // the order of the sum does not depend on the order of the blocks.
 //
 // bf16, more rows (batch-invariant mode): the same loop over tiles of 64 rows of x, which adds up its runs itself, one after the
-// other, with the same result to the bit. About half of what the tensor cores give through mma; speed is cuBLASLt's job.
+// other, with the same result to the bit. Speed is not its aim (estimated: half of what the tensor cores give through mma); that
+// is cuBLASLt's job.
 //
 // Shared memory: rows of 64 bf16 are 128 bytes, eight 16-byte chunks; chunk c of row r lies at c ^ (r % 8), so that both the
 // copies (eight chunks of a row) and ldmatrix (one chunk of eight rows) touch all banks.

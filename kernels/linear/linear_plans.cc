@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cublasLt.h>
 
+#include <algorithm>
 #include <compare>
 #include <map>
 #include <string>
@@ -44,6 +45,7 @@ struct Shape {
 struct Plan {
   Owned<cublasLtMatrixLayout_t> w, x, y;
   cublasLtMatmulAlgo_t algorithm = {};
+  uint64_t last_use = 0;
 };
 
 }  // namespace
@@ -58,7 +60,7 @@ struct LinearPlans::Impl {
   }
   // The library and the one description that all products share. False if the stream has failed.
   bool Open(const Shape& shape);
-  // The plan of a shape, made at its first use. Null if the stream has failed.
+  // The plan of a shape, made at its first use; it lives until the next call. Null if the stream has failed.
   const Plan* Find(const Shape& shape);
   void Multiply(const LinearArgs& args);
 
@@ -67,6 +69,7 @@ struct LinearPlans::Impl {
   Owned<cublasLtHandle_t> handle;
   Owned<cublasLtMatmulDesc_t> product;
   std::map<Shape, Plan> plans;
+  uint64_t num_uses = 0;
 };
 
 bool LinearPlans::Impl::Open(const Shape& shape) {
@@ -89,7 +92,10 @@ bool LinearPlans::Impl::Open(const Shape& shape) {
 
 const Plan* LinearPlans::Impl::Find(const Shape& shape) {
   const auto known = plans.find(shape);
-  if (known != plans.end()) return &known->second;
+  if (known != plans.end()) {
+    known->second.last_use = ++num_uses;
+    return &known->second;
+  }
   if (!Open(shape)) return nullptr;
 
   Plan plan;
@@ -127,6 +133,12 @@ const Plan* LinearPlans::Impl::Find(const Shape& shape) {
   if (!Try(num_results == 1 ? result.state : CUBLAS_STATUS_NOT_SUPPORTED, "cublasLtMatmulAlgoGetHeuristic", shape))
     return nullptr;
   plan.algorithm = result.algo;
+  plan.last_use = ++num_uses;
+  // What has been enqueued or captured needs its plan no more. A search takes as long as a fraction of the heuristic above.
+  if (static_cast<int64_t>(plans.size()) == LinearPlans::kMaxPlans) {
+    plans.erase(std::min_element(plans.begin(), plans.end(),
+                                 [](const auto& a, const auto& b) { return a.second.last_use < b.second.last_use; }));
+  }
   return &plans.emplace(shape, std::move(plan)).first->second;
 }
 
@@ -162,6 +174,8 @@ LinearPlans::~LinearPlans() {
   // Waits for the launches that use them; after a sticky error it fails, and nobody is left to tell.
   if (impl_->counters != nullptr) (void)cudaFree(impl_->counters);
 }
+
+int64_t LinearPlans::num_plans() const { return static_cast<int64_t>(impl_->plans.size()); }
 
 void Linear(const LinearArgs& args, LinearPlans& plans, Stream& stream) {
   const PackedMatrix& w = args.w;

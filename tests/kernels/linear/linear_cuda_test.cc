@@ -253,6 +253,34 @@ TEST_F(LinearCudaTest, NoRowsAreNoWork) {
   Enqueue(false, {{nullptr, DType::kBFloat16, 0, 8, 8}, weights.on_device, {nullptr, DType::kFloat32, 0, 16, 16}});
 }
 
+// Chunks of any number of lengths leave a bounded number of plans; a product whose plan was dropped comes out as before.
+TEST_F(LinearCudaTest, PlansAreBounded) {
+  constexpr int64_t kN = 8, kK = 8, kLengths = cuda::LinearPlans::kMaxPlans + 8;
+  Random random(13);
+  const Weights weights(SmallIntegers(random, kN * kK), kN, kK, DType::kBFloat16);
+  const int64_t most_rows = cuda::kMaxStreamRows + kLengths;
+  const std::vector<float> values = SmallIntegers(random, most_rows * kK);
+  const std::vector<float> expected = Run(true, values, most_rows, weights, DType::kFloat32);  // our own kernel
+  DeviceMatrix x(values, most_rows, kK, DType::kBFloat16), y(most_rows, kN, DType::kFloat32);
+  cuda::LinearPlans plans(&stream());
+  const auto multiply = [&](int64_t rows) {
+    TensorView few_x = x.View(), few_y = y.View();
+    few_x.rows = few_y.rows = rows;
+    cuda::Linear({few_x, weights.on_device, few_y}, plans, stream());
+    ASSERT_TRUE(stream().ok()) << stream().error();
+  };
+  for (int64_t i = 1; i <= kLengths; ++i) {
+    multiply(cuda::kMaxStreamRows + i);
+    multiply(cuda::kMaxStreamRows + 1);  // in use all the time
+    ASSERT_EQ(plans.num_plans(), std::min(i, cuda::LinearPlans::kMaxPlans)) << i;
+  }
+  EXPECT_EQ(y.Values(), expected);
+  multiply(cuda::kMaxStreamRows + kLengths);
+  multiply(cuda::kMaxStreamRows + 2);  // was the first to go
+  EXPECT_EQ(plans.num_plans(), cuda::LinearPlans::kMaxPlans);
+  EXPECT_EQ(y.Values(), expected);
+}
+
 // After the first failure nothing more is enqueued, and its words stay.
 TEST_F(LinearCudaTest, AFailedStreamTakesNoWork) {
   cuda::Stream failed(cuda::StreamOptions{.workspace_bytes = 1 << 20});
