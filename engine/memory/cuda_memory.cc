@@ -47,6 +47,7 @@ class CudaMemory final : public DeviceMemory {
   }
   void Copy(void* destination, const void* source, int64_t bytes) override {
     if (bytes == 0) return;
+    Enter();
     BEBOP_CUDA_TRY(stream_, cudaMemcpyAsync(destination, source, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, stream_.handle()));
   }
 

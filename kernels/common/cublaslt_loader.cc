@@ -83,10 +83,6 @@ cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* descriptor, cublas
                                         cudaDataType_t scale_type) {
   BEBOP_FORWARD(cublasLtMatmulDescCreate, descriptor, compute_type, scale_type);
 }
-cublasStatus_t cublasLtMatmulDescInit_internal(cublasLtMatmulDesc_t descriptor, size_t size, cublasComputeType_t compute_type,
-                                               cudaDataType_t scale_type) {
-  BEBOP_FORWARD(cublasLtMatmulDescInit_internal, descriptor, size, compute_type, scale_type);
-}
 cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t descriptor) {
   BEBOP_FORWARD(cublasLtMatmulDescDestroy, descriptor);
 }
@@ -99,21 +95,10 @@ cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* layout, cudaDa
                                           int64_t stride) {
   BEBOP_FORWARD(cublasLtMatrixLayoutCreate, layout, type, rows, cols, stride);
 }
-cublasStatus_t cublasLtMatrixLayoutInit_internal(cublasLtMatrixLayout_t layout, size_t size, cudaDataType type, uint64_t rows,
-                                                 uint64_t cols, int64_t stride) {
-  BEBOP_FORWARD(cublasLtMatrixLayoutInit_internal, layout, size, type, rows, cols, stride);
-}
 cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) { BEBOP_FORWARD(cublasLtMatrixLayoutDestroy, layout); }
-cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout, cublasLtMatrixLayoutAttribute_t attribute,
-                                                const void* value, size_t bytes) {
-  BEBOP_FORWARD(cublasLtMatrixLayoutSetAttribute, layout, attribute, value, bytes);
-}
 
 cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* preference) {
   BEBOP_FORWARD(cublasLtMatmulPreferenceCreate, preference);
-}
-cublasStatus_t cublasLtMatmulPreferenceInit_internal(cublasLtMatmulPreference_t preference, size_t size) {
-  BEBOP_FORWARD(cublasLtMatmulPreferenceInit_internal, preference, size);
 }
 cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) {
   BEBOP_FORWARD(cublasLtMatmulPreferenceDestroy, preference);
@@ -129,34 +114,6 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
                                               cublasLtMatmulPreference_t preference, int requested,
                                               cublasLtMatmulHeuristicResult_t* results, int* num_results) {
   BEBOP_FORWARD(cublasLtMatmulAlgoGetHeuristic, handle, descriptor, a, b, c, d, preference, requested, results, num_results);
-}
-cublasStatus_t cublasLtMatmulAlgoGetIds(cublasLtHandle_t handle, cublasComputeType_t compute_type, cudaDataType_t scale_type,
-                                        cudaDataType_t a, cudaDataType_t b, cudaDataType_t c, cudaDataType_t d, int requested,
-                                        int* ids, int* num_ids) {
-  BEBOP_FORWARD(cublasLtMatmulAlgoGetIds, handle, compute_type, scale_type, a, b, c, d, requested, ids, num_ids);
-}
-cublasStatus_t cublasLtMatmulAlgoInit(cublasLtHandle_t handle, cublasComputeType_t compute_type, cudaDataType_t scale_type,
-                                      cudaDataType_t a, cudaDataType_t b, cudaDataType_t c, cudaDataType_t d, int id,
-                                      cublasLtMatmulAlgo_t* algo) {
-  BEBOP_FORWARD(cublasLtMatmulAlgoInit, handle, compute_type, scale_type, a, b, c, d, id, algo);
-}
-cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t handle, cublasLtMatmulDesc_t descriptor, cublasLtMatrixLayout_t a,
-                                       cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
-                                       const cublasLtMatmulAlgo_t* algo, cublasLtMatmulHeuristicResult_t* result) {
-  BEBOP_FORWARD(cublasLtMatmulAlgoCheck, handle, descriptor, a, b, c, d, algo, result);
-}
-cublasStatus_t cublasLtMatmulAlgoCapGetAttribute(const cublasLtMatmulAlgo_t* algo, cublasLtMatmulAlgoCapAttributes_t attribute,
-                                                 void* value, size_t bytes, size_t* bytes_written) {
-  BEBOP_FORWARD(cublasLtMatmulAlgoCapGetAttribute, algo, attribute, value, bytes, bytes_written);
-}
-cublasStatus_t cublasLtMatmulAlgoConfigSetAttribute(cublasLtMatmulAlgo_t* algo, cublasLtMatmulAlgoConfigAttributes_t attribute,
-                                                    const void* value, size_t bytes) {
-  BEBOP_FORWARD(cublasLtMatmulAlgoConfigSetAttribute, algo, attribute, value, bytes);
-}
-cublasStatus_t cublasLtMatmulAlgoConfigGetAttribute(const cublasLtMatmulAlgo_t* algo,
-                                                    cublasLtMatmulAlgoConfigAttributes_t attribute, void* value, size_t bytes,
-                                                    size_t* bytes_written) {
-  BEBOP_FORWARD(cublasLtMatmulAlgoConfigGetAttribute, algo, attribute, value, bytes, bytes_written);
 }
 
 cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t descriptor, const void* alpha, const void* a,
