@@ -3,7 +3,7 @@
 // attention_cuda_split.cu (decode and verify) and attention_cuda_prefill.cu.
 //
 // MergeKernel: bytes 4·(head_dim + 2) per (row, q head, split) and 4·head_dim per (row, q head); limiter latency. At 128
-// sequences of 4 rows and 4,096 positions that is below 2 % of the keys and values.
+// sequences of 4 rows and 4,096 positions that is below 2 % of the keys' and values' bytes (counted).
 //
 // FloatKernel: the oracle mode's. Reads keys and values once per row and q head from the caches; limiter L1 loads. Plain on
 // purpose.
@@ -17,6 +17,7 @@
 #include "kernels/attention/attention_cuda.cuh"
 #include "kernels/common/check.h"
 #include "kernels/common/gpu.h"
+#include "kernels/common/gpu_vector.h"
 
 namespace bebop::cuda {
 namespace attention {
@@ -24,7 +25,6 @@ namespace {
 
 constexpr int kMergeThreads = 128;
 constexpr int kMergeWarps = kMergeThreads / 32;
-constexpr uint32_t kAllLanes = 0xffffffffu;
 
 // One (row, q head): splits, then the row's chain, the gate, the output. Four columns a thread; `num_lanes` threads have a whole
 // head, and the groups of them take splits in turn. The order of every sum depends on the row's number of splits and on head_dim
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kMergeThreads) MergeKernel(const Params<BFloat
   float max = -kInfinity;
   for (int32_t s = lane; s < num_splits; s += 32) max = fmaxf(max, plan.stats[first + s].x);
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) max = fmaxf(max, __shfl_xor_sync(kAllLanes, max, mask));
+  for (int mask = 16; mask > 0; mask /= 2) max = fmaxf(max, __shfl_xor_sync(gpu::kAllLanes, max, mask));
 
   const BFloat16* const query = params.q + row * params.q_stride + int64_t{head} * params.head_dim;
   for (int32_t c = warp; c < params.num_chain; c += kMergeWarps) {
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kMergeThreads) MergeKernel(const Params<BFloat
     float score = 0.0f;
     for (int32_t i = lane; i < params.head_dim; i += 32) score = __fmaf_rn(ToFloat(query[i]), ToFloat(key[i]), score);
 #pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) score += __shfl_xor_sync(kAllLanes, score, mask);
+    for (int mask = 16; mask > 0; mask /= 2) score += __shfl_xor_sync(gpu::kAllLanes, score, mask);
     if (lane == 0) chain_score[c] = score;
   }
 
@@ -255,9 +255,7 @@ void SplitAttention(const AttentionArgs& args, Stream& stream) {
   }
 }
 
-bool IsAligned(const TensorView& view) {
-  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.row_stride * ElementBytes(view.dtype) % 16 == 0;
-}
+bool IsAligned(const TensorView& view) { return gpu::RowsAligned(view.data, view.row_stride * ElementBytes(view.dtype)); }
 
 }  // namespace
 }  // namespace attention

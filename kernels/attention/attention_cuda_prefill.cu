@@ -15,13 +15,13 @@
 #include <algorithm>
 
 #include "kernels/common/gpu.h"
+#include "kernels/common/gpu_vector.h"
 
 namespace bebop::cuda::attention {
 namespace {
 
 constexpr int kThreads = 128;
 constexpr int kMaxSlots = 4;
-constexpr uint32_t kAllLanes = 0xffffffffu;
 
 template <int kDim>
 struct Shared {
@@ -136,8 +136,8 @@ __global__ void __launch_bounds__(kThreads, 2) PrefillKernel(const Params<BFloat
       float max = row_max[h];
 #pragma unroll
       for (int n = 0; n < kKeyColumns; ++n) max = fmaxf(max, fmaxf(score[n][2 * h], score[n][2 * h + 1]));
-      max = fmaxf(max, __shfl_xor_sync(kAllLanes, max, 1));
-      max = fmaxf(max, __shfl_xor_sync(kAllLanes, max, 2));
+      max = fmaxf(max, __shfl_xor_sync(gpu::kAllLanes, max, 1));
+      max = fmaxf(max, __shfl_xor_sync(gpu::kAllLanes, max, 2));
       const float base = max == -kInfinity ? 0.0f : max;  // 0 while the row has seen nothing but -infinity
       const float factor = exp2f((row_max[h] - base) * (params.scale * kLog2E));
       row_max[h] = max;
@@ -193,8 +193,8 @@ __global__ void __launch_bounds__(kThreads, 2) PrefillKernel(const Params<BFloat
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float total = sum[h];
-    total += __shfl_xor_sync(kAllLanes, total, 1);
-    total += __shfl_xor_sync(kAllLanes, total, 2);
+    total += __shfl_xor_sync(gpu::kAllLanes, total, 1);
+    total += __shfl_xor_sync(gpu::kAllLanes, total, 2);
     const int r = warp * 16 + quad_row + 8 * h;
     if (r >= rows.count) continue;
     const float inverse = InverseSum(total, limit[h] >= params.first_index);

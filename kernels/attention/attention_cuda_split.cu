@@ -20,6 +20,7 @@
 #include <algorithm>
 
 #include "kernels/common/gpu.h"
+#include "kernels/common/gpu_vector.h"
 
 namespace bebop::cuda::attention {
 namespace {
@@ -27,7 +28,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kKeyGroups = 4;  // of 16 keys
 constexpr int kMaxSlots = 6;
-constexpr uint32_t kAllLanes = 0xffffffffu;
 
 // Layout of the dynamic shared memory, in this order.
 template <int kDim, int kRowTiles>
@@ -166,8 +166,8 @@ __global__ void __launch_bounds__(kThreads, 1) SplitKernel(const Params<BFloat16
           }
         }
         float max = fmaxf(fmaxf(score[i][0][2 * h], score[i][0][2 * h + 1]), fmaxf(score[i][1][2 * h], score[i][1][2 * h + 1]));
-        max = fmaxf(max, __shfl_xor_sync(kAllLanes, max, 1));
-        max = fmaxf(max, __shfl_xor_sync(kAllLanes, max, 2));
+        max = fmaxf(max, __shfl_xor_sync(gpu::kAllLanes, max, 1));
+        max = fmaxf(max, __shfl_xor_sync(gpu::kAllLanes, max, 2));
         if (lane % 4 == 0) group_max[key_group * kRows + r] = max;
       }
     }
@@ -267,8 +267,8 @@ __global__ void __launch_bounds__(kThreads, 1) SplitKernel(const Params<BFloat16
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float total = sum[i][h];
-      total += __shfl_xor_sync(kAllLanes, total, 1);
-      total += __shfl_xor_sync(kAllLanes, total, 2);
+      total += __shfl_xor_sync(gpu::kAllLanes, total, 1);
+      total += __shfl_xor_sync(gpu::kAllLanes, total, 2);
       if (lane % 4 == 0) group_sum[key_group * kRows + m * 16 + quad_row + 8 * h] = total;
     }
   }

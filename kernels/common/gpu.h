@@ -13,6 +13,8 @@
 //  5. No block waits for another. Spinning loops read volatile and call __nanosleep.
 //  6. Arithmetic in float or double; bfloat16 is storage (BFloat16 of kernels/common/dtype.h, or packed pairs in uint32_t).
 //  7. No float atomics: results do not depend on the order of threads.
+//  8. Heads of files count bytes and operations. Times there are estimates and say so: bytes over 4.3e12 a second, the copy
+//     bandwidth that tests/bench/gpu/roofline.py has for an H200. What a device gave is in docs/benchmarks.md.
 //
 // Wrappers (namespace bebop::gpu; all lanes of a warp take part in ldmatrix and mma):
 //   Launch(kernel, grid, block, shared_bytes, stream, args...)   enqueues; cudaGetLastError-style result, for BEBOP_CUDA_TRY

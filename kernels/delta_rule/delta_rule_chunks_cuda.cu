@@ -24,12 +24,12 @@
 #include "kernels/common/check.h"
 #include "kernels/common/cuda_stream.h"
 #include "kernels/common/gpu.h"
+#include "kernels/common/gpu_vector.h"
 #include "kernels/delta_rule/delta_rule_cuda.h"
 
 namespace bebop::cuda {
 namespace {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarp = 32;
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
@@ -198,7 +198,7 @@ class ChunkBlock {
     for (int piece = thread_; piece < kRows * kPieces; piece += kThreads) {
       const int i = piece / kPieces, at = piece % kPieces * kValues;
       const bool valid = i < count;
-      const Bf16Bits* const from = RowOf<Bf16Bits>(args_.qkv, row + (valid ? i : 0)) + key_head_ * kDim + at;
+      const Bf16Bits* const from = gpu::Row<const Bf16Bits>(args_.qkv, row + (valid ? i : 0)) + key_head_ * kDim + at;
       gpu::CpAsync16(&shared_.q[i * kKeyStride + at], from, valid);
       gpu::CpAsync16(&shared_.k[i * kKeyStride + at], from + key_width, valid);
     }
@@ -206,7 +206,7 @@ class ChunkBlock {
     static_assert(kRows * kColumnPieces == kThreads);
     const int i = thread_ / kColumnPieces, at = thread_ % kColumnPieces * kValues;
     const bool valid = i < count;
-    const Bf16Bits* const from = RowOf<Bf16Bits>(args_.qkv, row + (valid ? i : 0)) + 2 * key_width +
+    const Bf16Bits* const from = gpu::Row<const Bf16Bits>(args_.qkv, row + (valid ? i : 0)) + 2 * key_width +
                                  static_cast<int64_t>(head_) * kDim + first_column_ + at;
     gpu::CpAsync16(&shared_.v[i * kColumnStride + at], from, valid);
     gpu::CpAsyncCommit();
@@ -225,7 +225,7 @@ class ChunkBlock {
       double sum = both;  // of the lanes up to this one
 #pragma unroll
       for (int distance = 1; distance < kWarp; distance *= 2) {
-        const double below = __shfl_up_sync(kAllLanes, sum, distance);
+        const double below = __shfl_up_sync(gpu::kAllLanes, sum, distance);
         if (lane_ >= distance) sum += below;
       }
       const double before = sum - both + first;
@@ -243,8 +243,8 @@ class ChunkBlock {
         kk = fmaf(gpu::HighBf16(k), gpu::HighBf16(k), fmaf(gpu::LowBf16(k), gpu::LowBf16(k), kk));
         qq = fmaf(gpu::HighBf16(q), gpu::HighBf16(q), fmaf(gpu::LowBf16(q), gpu::LowBf16(q), qq));
       }
-      kk = WarpSum(kk);
-      qq = WarpSum(qq);
+      kk = gpu::GroupSum<kWarp>(kk);
+      qq = gpu::GroupSum<kWarp>(qq);
       if (lane_ == 0) {
         shared_.k_scale[i] = rsqrtf(kk + 1e-6f);
         shared_.q_scale[i] = rsqrtf((qq + 1e-6f) * kDim);
@@ -304,7 +304,7 @@ class ChunkBlock {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int column = tile * 8 + PairColumn() + e;
-          const float v = ToValue(shared_.v[i * kColumnStride + column]);
+          const float v = gpu::ToValue(shared_.v[i * kColumnStride + column]);
           shared_.solution[i * kSolutionStride + column] = shared_.beta[i] * fmaf(-state_scale, read[tile][half * 2 + e], v);
         }
       }
@@ -401,10 +401,10 @@ class ChunkBlock {
       const float delta = shared_.solution[i * kSolutionStride + column] * shared_.k_scale[i];
       const Split plain = SplitOf(delta), decayed = SplitOf(delta * DecayBetween(kRows - 1, i));
       const int at = i * kColumnStride + column;
-      Store(plain.high, &shared_.delta[0][at]);
-      Store(plain.low, &shared_.delta[1][at]);
-      Store(decayed.high, &shared_.decayed[0][at]);
-      Store(decayed.low, &shared_.decayed[1][at]);
+      gpu::Store(plain.high, &shared_.delta[0][at]);
+      gpu::Store(plain.low, &shared_.delta[1][at]);
+      gpu::Store(decayed.high, &shared_.decayed[0][at]);
+      gpu::Store(decayed.low, &shared_.decayed[1][at]);
     }
   }
 

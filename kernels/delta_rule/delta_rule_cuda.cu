@@ -3,9 +3,9 @@
 // state once, and goes on through the draft rows without storing.
 //
 // Bound by the state's bytes. A head of 128 x 128 float32 is read once and written once (128 KB), whatever the rows: 4B at 128
-// sequences moves 537 MB a layer, 128 µs at 4.2 TB/s. Arithmetic is 3 instructions per element and replayed row and 4 per row
-// with an output (4 rows with 2 replayed: 0.4 of the time on an H200's float32 units, beside it), so it hides as long as other
-// blocks load meanwhile.
+// sequences moves 537 MB a layer (estimated: 125 µs). Arithmetic is 3 instructions per element and replayed row and 4 per row
+// with an output (4 rows with 2 replayed, estimated: 0.4 of that time on an H200's float32 units, beside it), so it hides as long
+// as other blocks load meanwhile.
 //
 // A block works on 16 to 64 columns of one head of one sequence. A warp holds 16 columns in registers: lane = 4 g + c holds
 // columns 4c..4c+3 of rows 32 j + 4 g + i (i < 4), so that a warp's load of 16 bytes a lane covers whole sectors, k and q come
@@ -19,7 +19,7 @@
 //
 // Races. All heads of a group and all slices read a slot's window while they replay it, and with src == dst the draft rows of
 // this pass go to the same memory. No block can know when the others are done, so nobody writes a window here: a second small
-// kernel does it after this one (12 KB a draft row of the 4B model, a launch of about 2 µs). k and v come from qkv; g and beta go
+// kernel does it after this one (12 KB a draft row of the 4B model, a launch of its own). k and v come from qkv; g and beta go
 // through the stream's workspace, so that a replay sees the very bits that the draft row was run with.
 //
 // Long known runs (prompts) in bf16: three launches, the step form for the rows before the chunks, the chunked form
@@ -32,12 +32,12 @@
 #include "kernels/common/check.h"
 #include "kernels/common/cuda_stream.h"
 #include "kernels/common/gpu.h"
+#include "kernels/common/gpu_vector.h"
 #include "kernels/delta_rule/delta_rule_cuda.h"
 
 namespace bebop::cuda {
 namespace {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarp = 32;
 constexpr int kLaneColumns = 4;
 constexpr int kWarpColumns = 16;
@@ -229,7 +229,7 @@ class StepBlock {
       return {static_cast<const T*>(state.window_k) + kept * key_width + key, nullptr,
               static_cast<const T*>(state.window_v) + kept * state.num_value_heads * value_dim_ + value};
     }
-    const T* const row = RowOf<T>(step_.call.qkv, RowIndex(token));
+    const T* const row = gpu::Row<const T>(step_.call.qkv, RowIndex(token));
     return {row + key_width + key, row + key, row + 2 * key_width + value};
   }
   __device__ int64_t RowIndex(int token) const { return sequence_.first_row + token - sequence_.num_replay_rows; }
@@ -298,9 +298,9 @@ class StepBlock {
         qq = Dot4(q, q, qq);
         kq = Dot4(k, q, kq);
       }
-      kk = WarpSum(kk);
-      qq = WarpSum(qq);
-      kq = WarpSum(kq);
+      kk = gpu::GroupSum<kWarp>(kk);
+      qq = gpu::GroupSum<kWarp>(qq);
+      kq = gpu::GroupSum<kWarp>(kq);
       if (lane_ == 0) {
         shared_.scalars[t].k_scale = rsqrtf(__fadd_rn(kk, 1e-6f));
         shared_.scalars[t].q_scale = rsqrtf(__fmul_rn(__fadd_rn(qq, 1e-6f), static_cast<float>(key_dim_)));
@@ -340,27 +340,27 @@ class StepBlock {
     float four[4], two[2];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      four[c] = __fadd_rn(is_q ? sq[c] : sk[c], __shfl_xor_sync(kAllLanes, is_q ? sk[c] : sq[c], 16));
+      four[c] = __fadd_rn(is_q ? sq[c] : sk[c], __shfl_xor_sync(gpu::kAllLanes, is_q ? sk[c] : sq[c], 16));
     }
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      two[c] = __fadd_rn(upper ? four[c + 2] : four[c], __shfl_xor_sync(kAllLanes, upper ? four[c] : four[c + 2], 8));
+      two[c] = __fadd_rn(upper ? four[c + 2] : four[c], __shfl_xor_sync(gpu::kAllLanes, upper ? four[c] : four[c + 2], 8));
     }
-    const float sum = __fadd_rn(odd ? two[1] : two[0], __shfl_xor_sync(kAllLanes, odd ? two[0] : two[1], 4));
+    const float sum = __fadd_rn(odd ? two[1] : two[0], __shfl_xor_sync(gpu::kAllLanes, odd ? two[0] : two[1], 4));
 
     // δ of that column, with k's norm, in the lanes with Sᵀk; then in all.
     const int column = lane_ % kLaneColumns * kLaneColumns + (upper ? 2 : 0) + (odd ? 1 : 0);  // of the warp's
-    const float v = ToValue(shared_.raw_v[t][warp_ * kWarpColumns + column]);
+    const float v = gpu::ToValue(shared_.raw_v[t][warp_ * kWarpColumns + column]);
     const float read = __fmul_rn(scalars.decay, scalars.k_scale);
     float delta = __fmul_rn(__fmul_rn(scalars.beta, fmaf(-read, sum, v)), scalars.k_scale);
-    delta = __shfl_sync(kAllLanes, delta, lane_ & 15);
+    delta = __shfl_sync(gpu::kAllLanes, delta, lane_ & 15);
     const int at = warp_ * kWarpColumns + column;
     if (has_output && is_q && (kExact || at < slice_columns_)) {
-      Store(__fmul_rn(fmaf(delta, scalars.kq, __fmul_rn(sum, scalars.decay)), scalars.q_scale), scalars.out + at);
+      gpu::Store(__fmul_rn(fmaf(delta, scalars.kq, __fmul_rn(sum, scalars.decay)), scalars.q_scale), scalars.out + at);
     }
     float deltas[kLaneColumns];
 #pragma unroll
-    for (int c = 0; c < kLaneColumns; ++c) deltas[c] = __shfl_sync(kAllLanes, delta, 4 * c + lane_ % kLaneColumns);
+    for (int c = 0; c < kLaneColumns; ++c) deltas[c] = __shfl_sync(gpu::kAllLanes, delta, 4 * c + lane_ % kLaneColumns);
 
 #pragma unroll
     for (int j = 0; j < kRuns; ++j) {
@@ -413,7 +413,7 @@ __global__ void __launch_bounds__(kWindowThreads) WindowKernel(const DeltaRuleAr
   const int thread = static_cast<int>(threadIdx.x);
   const int key_width = state.num_key_heads * state.key_head_dim, value_width = state.num_value_heads * state.value_head_dim;
   const int64_t kept = static_cast<int64_t>(sequence.state_dst) * state.window + draft;
-  const T* const k = RowOf<T>(args.qkv, sequence.first_row + sequence.num_known_rows + draft) + key_width;
+  const T* const k = gpu::Row<const T>(args.qkv, sequence.first_row + sequence.num_known_rows + draft) + key_width;
   const T* const v = k + key_width;
   T* const window_k = static_cast<T*>(state.window_k) + kept * key_width;
   T* const window_v = static_cast<T*>(state.window_v) + kept * value_width;
@@ -444,10 +444,6 @@ int32_t SliceColumns(int64_t heads, int32_t value_dim, int num_multiprocessors) 
     if (heads * ((value_dim + columns - 1) / columns) >= int64_t{4} * num_multiprocessors) return columns;
   }
   return kWarpColumns;
-}
-
-bool RowsAligned(const void* data, int64_t stride_bytes) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride_bytes % 16 == 0;
 }
 
 template <typename T>
@@ -501,9 +497,10 @@ void DeltaRule(const DeltaRuleArgs& args, Stream& stream) {
   const int64_t bytes = ElementBytes(dtype);
   const int64_t key_width = int64_t{state.num_key_heads} * state.key_head_dim;
   const bool exact = state.key_head_dim == kChunkHeadDim && state.value_head_dim == kChunkHeadDim &&
-                     RowsAligned(args.qkv.data, args.qkv.row_stride * bytes) &&
-                     RowsAligned(args.out.data, args.out.row_stride * bytes) && RowsAligned(state.window_k, key_width * bytes) &&
-                     RowsAligned(state.window_v, args.out.cols * bytes) && RowsAligned(state.matrix, 16);
+                     gpu::RowsAligned(args.qkv.data, args.qkv.row_stride * bytes) &&
+                     gpu::RowsAligned(args.out.data, args.out.row_stride * bytes) &&
+                     gpu::RowsAligned(state.window_k, key_width * bytes) &&
+                     gpu::RowsAligned(state.window_v, args.out.cols * bytes) && gpu::RowsAligned(state.matrix, 16);
   if (dtype == DType::kFloat32) {
     LaunchAll<float>(args, exact, stream);
   } else {

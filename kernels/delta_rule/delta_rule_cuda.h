@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels/common/gpu.h"
+#include "kernels/common/gpu_vector.h"
 #include "kernels/delta_rule/delta_rule.h"
 
 // What the device's step form (delta_rule_cuda.cu) and chunked form (delta_rule_chunks_cuda.cu) share. For these two files only.
@@ -31,17 +32,7 @@ __host__ __device__ inline ChunkRange ChunkRangeOf(const SequenceRows& sequence)
   return range.begin < range.end ? range : ChunkRange{prefill, prefill};
 }
 
-// Values as they are stored: float, or the bits of bf16 (types in shared memory are trivial).
-using Bf16Bits = uint16_t;
-__device__ inline float ToValue(float stored) { return stored; }
-__device__ inline float ToValue(Bf16Bits stored) { return gpu::LowBf16(stored); }
-__device__ inline void Store(float value, float* stored) { *stored = value; }
-__device__ inline void Store(float value, Bf16Bits* stored) { *stored = static_cast<Bf16Bits>(gpu::PackBf16(value, 0.0f)); }
-
-template <typename T>
-__device__ inline const T* RowOf(const TensorView& view, int64_t row) {
-  return static_cast<const T*>(view.data) + row * view.row_stride;
-}
+using gpu::Bf16Bits;
 
 struct Gate {
   float log_decay;
@@ -52,17 +43,10 @@ struct Gate {
 // and to 1e-38.
 template <typename T>
 __device__ inline Gate GateOf(const DeltaRuleArgs& args, int64_t row, int32_t head) {
-  const float x = __fadd_rn(ToValue(RowOf<T>(args.a, row)[head]), args.dt_bias[head]);
+  const float x = __fadd_rn(gpu::ToValue(gpu::Row<const T>(args.a, row)[head]), args.dt_bias[head]);
   const float softplus = __fadd_rn(fmaxf(x, 0.0f), log1pf(expf(-fabsf(x))));
-  const float b = ToValue(RowOf<T>(args.b, row)[head]);
+  const float b = gpu::ToValue(gpu::Row<const T>(args.b, row)[head]);
   return {__fmul_rn(-expf(args.a_log[head]), softplus), __fdividef(1.0f, __fadd_rn(1.0f, expf(-b)))};
-}
-
-// Σ over the lanes of a warp, in one order, in every lane.
-__device__ inline float WarpSum(float value) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value = __fadd_rn(value, __shfl_xor_sync(0xffffffffu, value, offset));
-  return value;
 }
 
 __device__ inline float* MatrixOf(const LinearStateView& state, int64_t slot, int64_t head) {

@@ -2,9 +2,9 @@
 // RMSNorm with an optional residual addition, and the gated RMSNorm of the linear-attention block.
 //
 // RmsNorm: one block a row, eight neighbouring values a thread and turn, which stay in registers between the sum of squares and
-// the normalisation, so that every byte moves once: T·H·(4 + 2 + 4 + 2) bytes with a float32 stream, bf16 residual and output. At
-// 4.3 TB/s a prompt chunk of 2,048 rows of H = 2560 is memory bound (15 µs); the few rows of a decode step are bound by the
-// latency of one load, one block reduction (a single barrier) and the launch, about 2 µs.
+// the normalisation, so that every byte moves once: T·H·(4 + 2 + 4 + 2) bytes with a float32 stream, bf16 residual and output. A
+// prompt chunk of 2,048 rows of H = 2560 is memory bound (estimated: 15 µs); the few rows of a decode step are bound by the
+// latency of one load, one block reduction (a single barrier) and the launch (estimated: 2 µs).
 //
 // GatedRmsNorm: sixteen lanes a head (head_dim 128 is one 16-byte load of bf16 a lane), no shared memory and no barrier.
 // T·Hv·dv·6 bytes in bf16; the same limits.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // SwiGLU: out = SiLU(gate) · up, eight values a thread. T·F·6 bytes in bf16 and some 25 operations a value, so large T is memory
-// bound (the 4B model's F = 9216: 2,048 rows move 113 MB, 26 µs at 4.3 TB/s); a decode step's few rows take the latency of one
+// bound (the 4B model's F = 9216: 2,048 rows move 113 MB, estimated: 26 µs); a decode step's few rows take the latency of one
 // load and the launch. The accurate exponential and quotient fit: at full memory speed an SM has about 40 float operations for
 // each value.
 
