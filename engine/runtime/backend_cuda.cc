@@ -14,6 +14,7 @@
 #include "engine/runtime/cuda_executor.h"
 #include "engine/runtime/scorer.h"
 #include "kernels/common/cuda_stream.h"
+#include "kernels/decode/decode.h"
 
 namespace bebop {
 namespace {
@@ -90,6 +91,7 @@ class CudaBackend final : public Backend {
 
   absl::Status CheckShapes(const ModelConfig& config, DType dtype) const override {
     BEBOP_RETURN_IF_ERROR(CheckSize("hidden_size", config.hidden_size, 8, 32768));
+    BEBOP_RETURN_IF_ERROR(CheckSize("vocab_size", config.vocab_size, 1, kMaxDecodeVocabSize));
     BEBOP_RETURN_IF_ERROR(CheckSize("intermediate_size", config.intermediate_size, 8, 1 << 30));
     BEBOP_RETURN_IF_ERROR(CheckSize("head_dim", config.head_dim, dtype == DType::kBFloat16 ? 16 : 8, 256));
     BEBOP_RETURN_IF_ERROR(CheckSize("linear_key_head_dim", config.linear_key_head_dim, 8, 256));
@@ -106,7 +108,9 @@ class CudaBackend final : public Backend {
     budget.lookahead_tokens = CudaLookaheadTokens(config.num_mtp_layers > 0 ? options.max_draft_tokens : 0);
     budget.activation_dtype = activation_dtype(options.dtype);
     budget.executor_bytes = [&](const EngineSizes& sizes) { return CudaExecutorBytes(config, ExecutorOptions(options, sizes)); };
-    return ResolveDeviceSizes(options, config, budget);
+    BEBOP_ASSIGN_OR_RETURN(EngineSizes sizes, ResolveDeviceSizes(options, config, budget));
+    BEBOP_RETURN_IF_ERROR(CheckCudaExecutorOptions(config, ExecutorOptions(options, sizes), stream_->workspace_bytes()));
+    return sizes;
   }
 
   absl::StatusOr<std::unique_ptr<Executor>> MakeExecutor(const EngineOptions& options, const ModelConfig& config, const EngineSizes& sizes,

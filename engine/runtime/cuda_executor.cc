@@ -123,14 +123,17 @@ int64_t StagedBytes(const CudaExecutorOptions& options) {
 
 int64_t ScorePageEntries(const CudaExecutorOptions& options) { return 4 * int64_t{MaxPages(options)}; }
 
-absl::Status CheckOptions(const ModelConfig& config, const CudaExecutorOptions& options) {
+}  // namespace
+
+absl::Status CheckCudaExecutorOptions(const ModelConfig& config, const CudaExecutorOptions& options,
+                                      int64_t workspace_bytes) {
   const auto check = [](const char* name, int64_t value, int64_t low, int64_t high) {
     if (value >= low && value <= high) return absl::OkStatus();
     return absl::InvalidArgumentError(absl::StrCat(name, ": ", value, " is outside [", low, ", ", high, "]"));
   };
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   BEBOP_RETURN_IF_ERROR(check("max_draft_tokens", options.max_draft_tokens, 0, config.num_mtp_layers > 0 ? kMaxDraftTokens : 0));
-  BEBOP_RETURN_IF_ERROR(check("max_num_seqs", options.max_num_seqs, 1, 1 << 16));
+  BEBOP_RETURN_IF_ERROR(check("max_num_seqs", options.max_num_seqs, 1, kMaxDecodeRows));
   BEBOP_RETURN_IF_ERROR(
       check("max_step_tokens", options.max_step_tokens, int64_t{options.max_num_seqs} * (options.max_draft_tokens + 1), kMost));
   BEBOP_RETURN_IF_ERROR(
@@ -139,10 +142,20 @@ absl::Status CheckOptions(const ModelConfig& config, const CudaExecutorOptions& 
   BEBOP_RETURN_IF_ERROR(check("max_model_len", options.max_model_len, 1, 1 << 24));
   BEBOP_RETURN_IF_ERROR(check("shortest_class", options.shortest_class, 1, 1 << 24));
   // Page tables are indexed by 32 bits.
-  return check("max_num_seqs x pages of max_model_len", int64_t{options.max_num_seqs} * MaxPages(options), 1, kMost);
+  BEBOP_RETURN_IF_ERROR(
+      check("max_num_seqs x pages of max_model_len", int64_t{options.max_num_seqs} * MaxPages(options), 1, kMost));
+  const int64_t decode_rows = int64_t{options.max_num_seqs} * (options.max_draft_tokens + 1);
+  BEBOP_RETURN_IF_ERROR(check("max_num_seqs x (max_draft_tokens + 1)", decode_rows, 1, kMaxDecodeRows));
+  BEBOP_RETURN_IF_ERROR(check("vocab_size", config.vocab_size, 1, kMaxDecodeVocabSize));
+  const int64_t verify_bytes = VerifyScratchBytes(options.max_num_seqs, options.max_draft_tokens, config.vocab_size);
+  if (verify_bytes > workspace_bytes) {
+    return absl::ResourceExhaustedError(absl::StrCat("max_num_seqs: ", options.max_num_seqs, " sequences with ",
+                                                     options.max_draft_tokens, " drafts take ", verify_bytes,
+                                                     " bytes to verify, and the workspace has ", workspace_bytes,
+                                                     ": lower max_num_seqs or max_draft_tokens"));
+  }
+  return absl::OkStatus();
 }
-
-}  // namespace
 
 // One instance serves one engine; not thread safe: the engine thread.
 //
@@ -280,7 +293,7 @@ CudaExecutor::CudaExecutor(const ModelConfig& config, const CudaExecutorOptions&
 absl::StatusOr<std::unique_ptr<Executor>> CudaExecutor::Create(const ModelConfig& config, const CudaExecutorOptions& options,
                                                                Model* model, ModelStateStorage* storage, DeviceMemory* memory,
                                                                cuda::Stream* stream) {
-  BEBOP_RETURN_IF_ERROR(CheckOptions(config, options));
+  BEBOP_RETURN_IF_ERROR(CheckCudaExecutorOptions(config, options, stream->workspace_bytes()));
   std::unique_ptr<CudaExecutor> executor(new CudaExecutor(config, options, model, storage, memory, stream));
   for (const DevicePart& part : PartsOf(config, options, model->activation_dtype(), &executor->device_)) {
     BEBOP_ASSIGN_OR_RETURN(std::shared_ptr<void> allocated, memory->Allocate(part.bytes, part.what));

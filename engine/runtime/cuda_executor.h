@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "engine/config/model_config.h"
 #include "engine/memory/device_memory.h"
@@ -34,6 +35,10 @@ inline constexpr int32_t CudaLookaheadTokens(int32_t max_draft_tokens) { return 
 // Device bytes that MakeCudaExecutor will allocate, at most: logits, draft distributions, hidden states between the model's calls
 // (counted as float32), arrays. The model's own memory and Scorer::DeviceBytes come on top.
 int64_t CudaExecutorBytes(const ModelConfig& config, const CudaExecutorOptions& options);
+
+// What MakeCudaExecutor checks first, for callers who would rather know before weights are loaded: INVALID_ARGUMENT for an option
+// out of range, RESOURCE_EXHAUSTED when verification does not fit into the stream's workspace.
+absl::Status CheckCudaExecutorOptions(const ModelConfig& config, const CudaExecutorOptions& options, int64_t workspace_bytes);
 
 // All pointers must outlive the executor. Everything a generation step touches is allocated here. INVALID_ARGUMENT names an
 // option out of range, RESOURCE_EXHAUSTED what did not fit, INTERNAL a device error.

@@ -5,6 +5,7 @@
 #include "kernels/common/check.h"
 #include "kernels/common/cuda_stream.h"
 #include "kernels/common/gpu.h"
+#include "kernels/common/gpu_vector.h"
 #include "kernels/decode/decode.h"
 
 namespace bebop::cuda {
@@ -182,9 +183,7 @@ void GatherRows(const TensorView& x, const int32_t* index, const TensorView& out
   BEBOP_CHECK(x.dtype == out.dtype && x.cols == out.cols);
   if (out.rows == 0 || out.cols == 0) return;
   const int64_t element = ElementBytes(x.dtype);
-  const auto aligned = [&](const TensorView& view) {
-    return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.row_stride * element % 16 == 0;
-  };
+  const auto aligned = [&](const TensorView& view) { return gpu::RowsAligned(view.data, view.row_stride * element); };
   if (aligned(x) && aligned(out) && x.cols * element % 16 == 0) {
     LaunchGather<uint4>(x, index, out, stream);
   } else if (element == 4) {

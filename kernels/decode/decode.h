@@ -23,6 +23,10 @@
 namespace bebop {
 
 inline constexpr int32_t kMaxDecodeDrafts = 8;
+// Sums over the sampling blocks of a row are in shared memory.
+inline constexpr int32_t kMaxDecodeVocabSize = 1 << 20;
+// Target rows of a decode pass, B (γ + 1): the vocabulary kernels' grids have a row in y.
+inline constexpr int32_t kMaxDecodeRows = 65535;
 // End-of-sequence and stop ids a slot can hold for the device's own stop test. A request with more is stopped by the host alone (its rows
 // run one iteration in vain). Ids banned before min_new_tokens have no such way out: kMaxBannedIds is what a request may have.
 inline constexpr int32_t kMaxStopIds = 64;
@@ -162,6 +166,10 @@ struct TransformRowsArgs {
   void* scratch = nullptr;   // TransformScratchBytes(...) bytes
 };
 int64_t TransformScratchBytes(int32_t num_rows, int32_t vocab_size);
+// What VerifyRows and DrawDrafts take of the stream's workspace for up to `num_sequences` sequences that verify up to
+// `num_drafts` drafts each. With drafts it is some 150 KB a sequence at V = 248,320: a caller compares it with the workspace at
+// start.
+int64_t VerifyScratchBytes(int32_t num_sequences, int32_t num_drafts, int32_t vocab_size);
 
 namespace cuda {
 
@@ -178,7 +186,8 @@ void GatherRows(const TensorView& x, const int32_t* index, const TensorView& out
 // are recorded, as in model_executor.cc). Draft rows are also copied to SlotArrays::draft_logits and fill draft_rows, draft_block_sums.
 void TransformRows(const TransformRowsArgs& args, Stream& stream);
 
-// Decides each sampling sequence and fills its StepRecord (all fields but num_drafts_made).
+// Decides each sampling sequence and fills its StepRecord (all fields but num_drafts_made). REQUIRES, as DrawDrafts: the stream's
+// workspace has VerifyScratchBytes(num_sequences, slots.max_drafts, vocab_size).
 void VerifyRows(const SlotArrays& slots, const PassArrays& pass, Stream& stream);
 
 // After VerifyRows: moves the slots on (also those that did not sample), sets stop flags, and builds the MTP extend pass: certain rows only, all

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/common/gpu.h"
+#include "kernels/common/gpu_vector.h"
 #include "kernels/common/philox.h"
 #include "kernels/decode/decode.h"
 #include "kernels/sampling/sampling.h"
@@ -15,7 +16,6 @@
 // log-probabilities, entropy and Gumbel noise.
 namespace bebop::cuda {
 
-inline constexpr unsigned kFullWarp = 0xffffffffu;
 // The vocabulary passes split a row into chunks of 8 blocks: one thread block a chunk, 16 threads a sampling block (thread l has
 // partial sum l).
 inline constexpr int32_t kChunkBlocks = 8;
@@ -23,7 +23,7 @@ inline constexpr int32_t kChunkIds = kChunkBlocks * kSamplingBlock;
 inline constexpr int32_t kChunkThreads = 16 * kChunkBlocks;
 // Arrays over the sampling blocks of a row fit in shared memory.
 inline constexpr int32_t kMaxBlocks = 1024;
-inline constexpr int32_t kMaxVocabSize = kMaxBlocks * kSamplingBlock;
+static_assert(kMaxBlocks * kSamplingBlock == kMaxDecodeVocabSize);
 
 inline int32_t NumChunks(int32_t vocab_size) { return (vocab_size + kChunkIds - 1) / kChunkIds; }
 
@@ -87,7 +87,7 @@ __device__ inline int32_t BlockCount(int32_t vocab_size, int32_t block) {
 // 16 partial sums, in the lanes of half a warp, halved as TokenDistribution documents. The result is in the half's first lane.
 // All 32 lanes call it.
 __device__ inline double HalvedSum(double partial) {
-  for (int32_t half = 8; half > 0; half /= 2) partial = __dadd_rn(partial, __shfl_down_sync(kFullWarp, partial, half, 16));
+  for (int32_t half = 8; half > 0; half /= 2) partial = __dadd_rn(partial, __shfl_down_sync(gpu::kAllLanes, partial, half, 16));
   return partial;
 }
 
@@ -119,7 +119,8 @@ struct TwoLevelShared {
 };
 
 // The walk of the inverse CDF over masses in shared memory: the index whose cumulative mass first exceeds u * total, or the last
-// one with mass. One thread; the additions depend on each other, so the bound is their latency: about 2 µs for half a block.
+// one with mass. One thread; the additions depend on each other, so the bound is their latency (estimated: 2 µs for half a
+// block).
 __device__ inline int32_t PickIndex(const double* masses, int32_t count, double total, double u) {
   const double goal = __dmul_rn(u, total);
   double cumulative = 0.0;
@@ -238,7 +239,8 @@ __device__ inline Candidate BestOfChunk(const DeviceDistribution& row, int32_t v
     }
   }
   for (int32_t distance = 16; distance > 0; distance /= 2) {
-    const Candidate other = {__shfl_xor_sync(kFullWarp, best.value, distance), __shfl_xor_sync(kFullWarp, best.id, distance)};
+    const Candidate other = {__shfl_xor_sync(gpu::kAllLanes, best.value, distance),
+                             __shfl_xor_sync(gpu::kAllLanes, best.id, distance)};
     if (Better(other, best)) best = other;
   }
   if (threadIdx.x % 32 == 0) {

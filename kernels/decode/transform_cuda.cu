@@ -7,8 +7,8 @@
 //   FinishRows   row           totals; top-p: the border, then the sums of what is left
 //
 // Bytes: a row of V float32 logits is read twice (the second time from L2 if few rows are in flight), a draft row is written once
-// more. At V = 248,320 that is 2 MB a row, 0.4 µs of an H200's memory each. FLOPs: about 30 float operations and one conversion
-// to double an id, of the order of the memory's time. Loads are 4 bytes a thread and 64 or 128 contiguous bytes a request: at one
+// more. At V = 248,320 that is 2 MB a row (estimated: 0.5 µs). FLOPs: about 30 float operations and one conversion to double an
+// id (estimated: of the order of the memory's time). Loads are 4 bytes a thread and 64 or 128 contiguous bytes a request: at one
 // load to thirty operations wider ones gain nothing, and rows need no alignment.
 //
 // Truncation works on single rows in single thread blocks: rows that do not ask leave at once. Both thresholds are found by radix
@@ -151,14 +151,14 @@ __device__ void MaxOfBlock(const float* logits, float* copy, int32_t first, int3
     }
   }
   for (int32_t distance = 16; distance > 0; distance /= 2) {
-    const float other = __shfl_xor_sync(kFullWarp, best, distance);
-    const int32_t other_id = __shfl_xor_sync(kFullWarp, best_id, distance);
+    const float other = __shfl_xor_sync(gpu::kAllLanes, best, distance);
+    const int32_t other_id = __shfl_xor_sync(gpu::kAllLanes, best_id, distance);
     if (other > best || (other == best && other_id < best_id)) {
       best = other;
       best_id = other_id;
     }
   }
-  *block_max = __all_sync(kFullWarp, usable) ? best : Infinity();
+  *block_max = __all_sync(gpu::kAllLanes, usable) ? best : Infinity();
   *block_argmax = best_id;
 }
 
@@ -293,8 +293,8 @@ __device__ float WarpMax(const float* values, int32_t count, int32_t* index) {
     }
   }
   for (int32_t distance = 16; distance > 0; distance /= 2) {
-    const float other = __shfl_xor_sync(kFullWarp, best, distance);
-    const int32_t other_idx = __shfl_xor_sync(kFullWarp, best_idx, distance);
+    const float other = __shfl_xor_sync(gpu::kAllLanes, best, distance);
+    const int32_t other_idx = __shfl_xor_sync(gpu::kAllLanes, best_idx, distance);
     if (other > best || (other == best && other_idx < best_idx)) {
       best = other;
       best_idx = other_idx;
@@ -405,7 +405,7 @@ __device__ int32_t RankFlags(const bool (&flags)[4], int32_t (&rank)[4], TopPSha
   uint32_t words[4];
 #pragma unroll
   for (int32_t k = 0; k < 4; ++k) {
-    words[k] = __ballot_sync(kFullWarp, flags[k]);
+    words[k] = __ballot_sync(gpu::kAllLanes, flags[k]);
     if (lane == 0) s.word_count[8 * k + warp] = __popc(words[k]);
   }
   __syncthreads();
@@ -663,7 +663,7 @@ __global__ void __launch_bounds__(kRowThreads) FinishRows(Params params) {
 void TransformRows(const TransformRowsArgs& args, Stream& stream) {
   const int32_t num_rows = args.draft_depth < 0 ? args.pass.num_judged : args.pass.num_sequences;
   const int32_t vocab_size = args.slots.vocab_size;
-  BEBOP_CHECK(vocab_size >= 1 && vocab_size <= kMaxVocabSize && args.draft_depth < args.slots.max_drafts &&
+  BEBOP_CHECK(vocab_size >= 1 && vocab_size <= kMaxDecodeVocabSize && args.draft_depth < args.slots.max_drafts &&
               args.scratch != nullptr);
   if (num_rows == 0) return;
   Params params = {args.slots, args.pass, args.draft_depth, args.logits, {}};

@@ -2,14 +2,13 @@
 // VerifyRows and DrawDrafts: engine/speculative/verify.cc and the draws behind it, for slots.
 //
 // VerifyRows, three launches:
-//   GumbelRows      chunk x judged row   coupled mode: the best id of every chunk. Places that will not be reached are judged
-//   with the others,
-//                                        because a place is known to be reached only when those before it are done; rows of other
-//                                        modes leave.
+//   GumbelRows      chunk x judged row   coupled mode: the best id of every chunk. Places that will not be reached are
+//                                        judged with the others, because a place is known to be reached only when those before it
+//                                        are done; rows of other modes leave.
 //   VocabularyRows  chunk x judged row   residual sums of the one rejected row; entropy and overlap sums where they are recorded
 //   FinishRows      sequence             the token that is no draft, log-probabilities, the record
-// Acceptance needs single logits only, so each thread block that wants it decides anew: 2 µs instead of another launch and a
-// round trip.
+// Acceptance needs single logits only, so each thread block that wants it decides anew (estimated: 2 µs) instead of another
+// launch and a round trip.
 //
 // DrawDrafts, two launches: GumbelDrafts (chunk x sequence; other modes leave) and DrawRows (sequence).
 //
@@ -19,23 +18,25 @@
 #include "kernels/common/cuda_stream.h"
 #include "kernels/decode/decode_device.cuh"
 
-namespace bebop::cuda {
+namespace bebop {
+namespace cuda {
 namespace {
 
 constexpr int32_t kFinishThreads = 256;
-// Of the closed form of coupled acceptance: bins of p/q, 256 an octave from 2^-16 to 2^16.
+// Of the closed form of coupled acceptance: bins of target mass / draft mass, 256 an octave from 2^-16 to 2^16.
 constexpr int32_t kRatioBins = 8192;
 
 struct Scratch {
   double* residual;            // [B, M]
   double* entropy;             // [R, M]: Σ w log w
   double* overlap;             // [R, M]
-  unsigned long long* ratios;  // [B, 2, kRatioBins]: masses of p and q by p/q, in units of 2^-62
+  // [B, 2, kRatioBins] where drafts are verified: target and draft mass by their ratio, in units of 2^-62.
+  unsigned long long* ratios;
   double* gumbel_value;        // [R or B, chunks]
   uint32_t* gumbel_id;         // [R or B, chunks]
 };
 
-int64_t LayOut(int64_t num_sequences, int64_t num_rows, int32_t vocab_size, char* base, Scratch* scratch) {
+int64_t LayOut(int64_t num_sequences, int64_t num_rows, bool has_drafts, int32_t vocab_size, char* base, Scratch* scratch) {
   const int64_t blocks = NumSamplingBlocks(vocab_size), chunks = NumChunks(vocab_size);
   int64_t offset = 0;
   const auto take = [&](int64_t bytes) {
@@ -46,7 +47,7 @@ int64_t LayOut(int64_t num_sequences, int64_t num_rows, int32_t vocab_size, char
   scratch->residual = reinterpret_cast<double*>(take(num_sequences * blocks * 8));
   scratch->entropy = reinterpret_cast<double*>(take(num_rows * blocks * 8));
   scratch->overlap = reinterpret_cast<double*>(take(num_rows * blocks * 8));
-  scratch->ratios = reinterpret_cast<unsigned long long*>(take(num_sequences * 2 * kRatioBins * 8));
+  scratch->ratios = reinterpret_cast<unsigned long long*>(take(has_drafts ? num_sequences * 2 * kRatioBins * 8 : 0));
   scratch->gumbel_value = reinterpret_cast<double*>(take(num_rows * chunks * 8));
   scratch->gumbel_id = reinterpret_cast<uint32_t*>(take(num_rows * chunks * 4));
   return offset;
@@ -283,11 +284,11 @@ __device__ int32_t SampleExcluding(const DeviceDistribution& target, const doubl
                    mass_of, s);
 }
 
-// cpu::CoupledOverlap without sorting: ids are gathered in bins of r = p/q, and a bin counts as one id of the bin's ratio P/Q.
-// With r known to a relative 2^-8 inside a bin of mass P the result is off by at most P / 256, summed over bins by the acceptance
-// within them: under 1/256 in all, 0 where the ratios of a bin are equal (as in p = q), and about 1e-5 for broad rows. Ids with r
-// outside [2^-16, 2^16] share the end bins, which adds at most 2^-16. Masses are integers of 2^-62, so the order of atomics does
-// not matter. A report, not a decision.
+// cpu::CoupledOverlap without sorting: ids are gathered in bins of r = target mass / draft mass, and a bin counts as one id of
+// the ratio of the bin's masses. With r known to a relative 2^-8 inside a bin the result is off by at most its target mass / 256,
+// summed over bins by the acceptance within them: under 1/256 in all, 0 where the ratios of a bin are equal (as between equal
+// rows), and about 1e-5 for broad rows. Ids with r outside [2^-16, 2^16] share the end bins, which adds at most 2^-16. Masses are
+// integers of 2^-62, so the order of atomics does not matter. A report, not a decision.
 __device__ double CoupledOverlap(const DeviceDistribution& target, const DeviceDistribution& draft, int32_t vocab_size,
                                  unsigned long long* ratios, double* partial) {
   constexpr double kUnits = 0x1.0p62;
@@ -522,11 +523,11 @@ __global__ void __launch_bounds__(kFinishThreads) DrawRows(Params params) {
 }
 
 Params MakeParams(const SlotArrays& slots, const PassArrays& pass, int32_t depth, int64_t num_rows, Stream& stream) {
-  BEBOP_CHECK(slots.vocab_size >= 1 && slots.vocab_size <= kMaxVocabSize);
+  BEBOP_CHECK(slots.vocab_size >= 1 && slots.vocab_size <= kMaxDecodeVocabSize && num_rows <= kMaxDecodeRows);
   BEBOP_CHECK(slots.max_drafts <= kMaxDecodeDrafts);
   Params params = {slots, pass, depth, {}};
-  const int64_t bytes =
-      LayOut(pass.num_sequences, num_rows, slots.vocab_size, static_cast<char*>(stream.workspace()), &params.scratch);
+  const int64_t bytes = LayOut(pass.num_sequences, num_rows, slots.max_drafts > 0, slots.vocab_size,
+                               static_cast<char*>(stream.workspace()), &params.scratch);
   BEBOP_CHECK(bytes <= stream.workspace_bytes());
   return params;
 }
@@ -555,4 +556,11 @@ void DrawDrafts(const SlotArrays& slots, const PassArrays& pass, int32_t depth, 
   BEBOP_CUDA_TRY(stream, gpu::Launch(DrawRows, dim3(num_sequences), kFinishThreads, 0, stream.handle(), params));
 }
 
-}  // namespace bebop::cuda
+}  // namespace cuda
+
+int64_t VerifyScratchBytes(int32_t num_sequences, int32_t num_drafts, int32_t vocab_size) {
+  cuda::Scratch scratch;
+  return cuda::LayOut(num_sequences, int64_t{num_sequences} * (num_drafts + 1), num_drafts > 0, vocab_size, nullptr, &scratch);
+}
+
+}  // namespace bebop

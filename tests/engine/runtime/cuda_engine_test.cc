@@ -5,6 +5,9 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <vector>
@@ -127,6 +130,31 @@ TEST_F(CudaEngineTest, WhatCannotBeIsSaidAtStart) {
   options = SmallEngineOptions(DeviceName());
   options.gpu_memory_utilization = 1e-9;
   EXPECT_EQ(refuse(options).code(), absl::StatusCode::kResourceExhausted);
+
+  // More sequences than the workspace can verify: said before anything is loaded, in words that name what to lower.
+  options = SmallEngineOptions(DeviceName());
+  options.max_num_seqs = 4096;
+  options.max_step_tokens = 0;
+  options.kv_cache_bytes = 1 << 20;
+  status = refuse(options);
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
+  EXPECT_EQ(status.message().find("max_num_seqs: 4096"), 0u) << status;
+
+  // A vocabulary whose block sums have no room in shared memory.
+  options = SmallEngineOptions(DeviceName());
+  const std::filesystem::path file = std::filesystem::path(options.model_path) / "config.json";
+  std::ifstream original(file);
+  std::string text((std::istreambuf_iterator<char>(original)), std::istreambuf_iterator<char>());
+  const std::string vocab = "\"vocab_size\": 97";
+  ASSERT_NE(text.find(vocab), std::string::npos);
+  text.replace(text.find(vocab), vocab.size(), "\"vocab_size\": 1048577");
+  const std::filesystem::path folder = std::filesystem::path(::testing::TempDir()) / "bebop-wide-vocabulary";
+  std::filesystem::create_directories(folder);
+  std::ofstream(folder / "config.json") << text;
+  options.model_path = folder;
+  status = refuse(options);
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
+  EXPECT_EQ(status.message().find("config.json: vocab_size: 1048577"), 0u) << status;
 }
 
 }  // namespace

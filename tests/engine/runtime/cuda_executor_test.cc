@@ -20,6 +20,7 @@
 #include "engine/runtime/scorer.h"
 #include "gtest/gtest.h"
 #include "kernels/common/cuda_stream.h"
+#include "kernels/decode/decode.h"
 #include "tests/engine/runtime/test_engine.h"
 #include "tests/support/allocation_counter.h"
 
@@ -519,6 +520,49 @@ TEST_F(CudaExecutorTest, OptionsOutOfRangeAreRefused) {
   refused("max_step_tokens: 35", [](auto* options) { options->max_step_tokens = 35; });
   refused("page_tokens: 0", [](auto* options) { options->page_tokens = 0; });
   refused("max_model_len: 0", [](auto* options) { options->max_model_len = 0; });
+  // Grids have a row of a decode pass in y: 7,281 sequences with 8 drafts are 65,529.
+  const auto rows = [](int32_t num_seqs) {
+    return [num_seqs](auto* options) {
+      options->max_num_seqs = num_seqs;
+      options->max_step_tokens = 1 << 20;
+    };
+  };
+  refused("max_num_seqs x (max_draft_tokens + 1): 65538 is outside [1, 65535]", rows(7282));
+  ModelConfig wide = config;
+  wide.vocab_size = kMaxDecodeVocabSize + 1;
+  const absl::Status too_wide = CheckCudaExecutorOptions(wide, good, int64_t{1} << 40);
+  EXPECT_TRUE(absl::IsInvalidArgument(too_wide)) << too_wide;
+  EXPECT_NE(too_wide.message().find("vocab_size: 1048577"), absl::string_view::npos) << too_wide;
+  wide.vocab_size = kMaxDecodeVocabSize;
+  EXPECT_TRUE(CheckCudaExecutorOptions(wide, good, int64_t{1} << 40).ok());
+}
+
+// What verification takes of the workspace is known at start: the operator's own check would end the process.
+TEST_F(CudaExecutorTest, VerificationBeyondTheWorkspaceIsRefused) {
+  ModelConfig config = SmallConfig();
+  config.vocab_size = 248320;
+  CudaExecutorOptions options;
+  options.max_num_seqs = 2000;
+  options.max_draft_tokens = 8;
+  options.max_step_tokens = 18000;
+  options.max_model_len = 64;
+  const int64_t bytes = VerifyScratchBytes(2000, 8, config.vocab_size);
+  EXPECT_GT(bytes, int64_t{2000} * 131072);
+  EXPECT_TRUE(CheckCudaExecutorOptions(config, options, bytes).ok());
+  const absl::Status refused = CheckCudaExecutorOptions(config, options, bytes - 1);
+  EXPECT_TRUE(absl::IsResourceExhausted(refused)) << refused;
+  for (const std::string& word : {std::string("max_num_seqs: 2000"), std::to_string(bytes), std::to_string(bytes - 1)}) {
+    EXPECT_NE(refused.message().find(word), absl::string_view::npos) << refused;
+  }
+  // The executor asks the same of its stream.
+  cuda::Stream stream({.workspace_bytes = 1 << 20});
+  const auto memory = MakeCudaMemory(&stream);
+  const auto made = MakeCudaExecutor(config, options, nullptr, nullptr, memory.get(), &stream);
+  EXPECT_TRUE(absl::IsResourceExhausted(made.status())) << made.status();
+  // Without drafts there is no overlap to keep bins for: 4,096 sequences fit into the default workspace.
+  options.max_num_seqs = 4096;
+  options.max_draft_tokens = 0;
+  EXPECT_TRUE(CheckCudaExecutorOptions(config, options, cuda::StreamOptions{}.workspace_bytes).ok());
 }
 
 // In bfloat16 tokens differ from the CPU's sooner or later, whose activations are float32. But what the device reports about its
@@ -674,7 +718,7 @@ TEST_F(CudaExecutorTest, BytesAreForeseen) {
 
 TEST_F(CudaExecutorTest, TooLittleMemorySaysWhatFor) {
   const ModelConfig config = SmallConfig();
-  cuda::Stream stream({.workspace_bytes = 1 << 20});
+  cuda::Stream stream({.workspace_bytes = 16 << 20});
   const auto memory = MakeCudaMemory(&stream);
   const auto ops = MakeCudaOps(&stream);
   ModelStateOptions state;
