@@ -17,15 +17,13 @@ extern char** environ;
 
 namespace {
 
-constexpr int kBadInput = 2;
-
 int Fail(const absl::Status& status) {
   std::string message(status.message());
   for (char& c : message) {
     if (c == '\n') c = ' ';  // one line, whatever a file put into it
   }
   std::fprintf(stderr, "error: %s\n", message.c_str());
-  return kBadInput;
+  return bebop::StartFailureStatus(status);
 }
 
 std::vector<std::pair<std::string, std::string>> Environment() {

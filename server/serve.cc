@@ -23,7 +23,7 @@ int WaitForSignal(const sigset_t& signals, absl::Duration wait) {
   return sigtimedwait(&signals, nullptr, &timeout);
 }
 
-int DrainAndReport(Server& server, const ServeOptions& options, int signal_number) {
+int DrainAndReport(const EngineInterface& engine, Server& server, const ServeOptions& options, int signal_number) {
   Log(LogLevel::kInfo, absl::StrCat("signal ", signal_number, ": draining for at most ", absl::ToDoubleSeconds(options.drain_timeout),
                                     " s; another signal stops at once"));
   std::atomic<bool> drained = false;
@@ -36,6 +36,10 @@ int DrainAndReport(Server& server, const ServeOptions& options, int signal_numbe
     if (second_signal > 0) _exit(128 + second_signal);  // as a shell reports a process that the signal ended
   }
   drain.join();
+  if (const absl::Status health = engine.health(); !health.ok()) {
+    Log(LogLevel::kError, absl::StrCat("engine failed while draining: ", std::string(health.message())));
+    return kEngineFailedStatus;
+  }
   return 0;
 }
 
@@ -44,7 +48,7 @@ int DrainAndReport(Server& server, const ServeOptions& options, int signal_numbe
 int ServeUntilStopped(const EngineInterface& engine, Server& server, const ServeOptions& options) {
   while (engine.health().ok()) {
     const int signal_number = WaitForSignal(options.stop_signals, kHealthInterval);
-    if (signal_number > 0) return DrainAndReport(server, options, signal_number);
+    if (signal_number > 0) return DrainAndReport(engine, server, options, signal_number);
   }
   Log(LogLevel::kError, absl::StrCat("engine failed, the process ends in ", absl::FormatDuration(options.failure_grace), ": ",
                                      std::string(engine.health().message())));

@@ -15,6 +15,11 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+class Ignorer final : public GenerateObserver {
+  void OnSample(const SampleResult&) override {}
+  void OnDone(const absl::Status&) override {}
+};
+
 class ServeTest : public testing::Test {
  protected:
   ServeTest() : server_(*Server::Start(&engine_, ListenOptions())) {
@@ -45,6 +50,27 @@ TEST_F(ServeTest, AFailedEngineEndsTheProcessAfterTheGrace) {
   failure.join();
   EXPECT_GE(Clock::now() - begin, std::chrono::milliseconds(500));
   EXPECT_NE(kEngineFailedStatus, 0);
+}
+
+// The device may fail while the last requests drain; a supervisor must hear of it all the same.
+TEST_F(ServeTest, AnEngineThatFailsWhileDrainingIsReported) {
+  std::thread failure([this] {
+    if (FakeEngine::WaitUntil([this] { return engine_.draining(); })) engine_.SetHealth(absl::InternalError("device error"));
+    engine_.Done("r", absl::InternalError("device error"));
+  });
+  GenerateRequest request;
+  request.request_id = "r";
+  ASSERT_TRUE(engine_.Submit(request, std::make_shared<Ignorer>()).ok());
+  pthread_kill(pthread_self(), SIGUSR1);
+  EXPECT_EQ(ServeUntilStopped(engine_, *server_, options_), kEngineFailedStatus);
+  failure.join();
+}
+
+TEST(StartFailureTest, OnlyADeviceErrorIsWorthAnotherStart) {
+  EXPECT_EQ(StartFailureStatus(absl::InternalError("device error")), kEngineFailedStatus);
+  EXPECT_EQ(StartFailureStatus(absl::InvalidArgumentError("--port")), 2);
+  EXPECT_EQ(StartFailureStatus(absl::NotFoundError("config.json")), 2);
+  EXPECT_EQ(StartFailureStatus(absl::ResourceExhaustedError("kv_cache_bytes")), 2);
 }
 
 TEST_F(ServeTest, ASignalCutsTheGraceShort) {
