@@ -19,12 +19,19 @@ constexpr int32_t kMaxDefaultModelLen = 32768;
 // Sizes that are for the backend to say.
 struct Defaults {
   int32_t page_tokens, max_num_seqs, step_tokens;
-  int32_t prefill_cut;  // SchedulerOptions::prefill_cut_tokens: a chunk of the device's delta rule
+  int32_t prefill_cut;        // SchedulerOptions::prefill_cut_tokens: a chunk of the device's delta rule
+  int32_t score_step_tokens;  // SchedulerOptions::max_score_step_tokens
 };
 // A device reads a page at a time: larger pages make longer runs and shorter tables. Its weights are read at memory speed for hundreds
-// of rows, where a CPU is soon bound by arithmetic.
-constexpr Defaults kHostDefaults{.page_tokens = 16, .max_num_seqs = 32, .step_tokens = 512, .prefill_cut = 1};
-constexpr Defaults kDeviceDefaults{.page_tokens = 64, .max_num_seqs = 256, .step_tokens = 8192, .prefill_cut = 64};
+// of rows, where a CPU is soon bound by arithmetic. The logits of scores go over the bus to the host, a MiB a row of the largest
+// vocabulary, and generation waits for them: so many rows in a step keep the products busy and the wait to some half a GB.
+constexpr Defaults kHostDefaults{.page_tokens = 16,
+                                 .max_num_seqs = 32,
+                                 .step_tokens = 512,
+                                 .prefill_cut = 1,
+                                 .score_step_tokens = std::numeric_limits<int32_t>::max()};
+constexpr Defaults kDeviceDefaults{
+    .page_tokens = 64, .max_num_seqs = 256, .step_tokens = 8192, .prefill_cut = 64, .score_step_tokens = 512};
 
 // Samples of a group share pages, so the page tables of a step may name a page more than once: room for this many times.
 constexpr int64_t kPageTableShare = 4;
@@ -69,6 +76,7 @@ absl::StatusOr<EngineSizes> SizesWithoutPages(const EngineOptions& options, cons
   scheduler.max_model_len =
       options.max_model_len > 0 ? options.max_model_len : std::min(config.max_position_embeddings, kMaxDefaultModelLen);
   scheduler.prefill_cut_tokens = defaults.prefill_cut;
+  scheduler.max_score_step_tokens = defaults.score_step_tokens;
   // Beside all decodes there must be room to cut a prompt where no bit changes.
   const int32_t decode_rows = scheduler.max_num_seqs * (sizes.max_draft_tokens + 1) + (defaults.prefill_cut > 1 ? defaults.prefill_cut : 0);
   if (options.max_step_tokens > 0 && options.max_step_tokens < decode_rows) {

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <iterator>
 
+#include "absl/strings/str_cat.h"
+#include "engine/base/logging.h"
 #include "kernels/common/check.h"
 
 namespace bebop {
@@ -22,29 +24,57 @@ int32_t LengthClass(int32_t needed, int32_t shortest, int32_t most) {
 }
 
 IterationGraphs::~IterationGraphs() {
-  for (const auto& [key, graph] : graphs_) {
-    if (graph != nullptr) (void)cudaGraphExecDestroy(graph);
+  for (const auto& [key, entry] : graphs_) {
+    if (entry.graph != nullptr) (void)cudaGraphExecDestroy(entry.graph);
   }
 }
 
 void IterationGraphs::Run(const IterationKey& key, absl::FunctionRef<void()> enqueue) {
-  if (!enabled_) return enqueue();
-  const auto [entry, first] = graphs_.try_emplace(key, nullptr);
+  if (!enabled_ && num_graphs_ == 0) return enqueue();
+  const auto [found, first] = graphs_.try_emplace(key);
+  Entry& entry = found->second;
+  entry.last_run = ++num_runs_;
   if (first) return enqueue();
-  if (entry->second == nullptr) entry->second = Capture(enqueue);
-  BEBOP_CUDA_TRY(stream_, cudaGraphLaunch(entry->second, stream_.handle()));
+  if (entry.graph == nullptr && enabled_) entry.graph = Capture(enqueue);
+  if (entry.graph == nullptr) return enqueue();
+  BEBOP_CUDA_TRY(stream_, cudaGraphLaunch(entry.graph, stream_.handle()));
+}
+
+void IterationGraphs::DropOldest() {
+  auto oldest = graphs_.end();
+  for (auto entry = graphs_.begin(); entry != graphs_.end(); ++entry) {
+    if (entry->second.graph == nullptr) continue;
+    if (oldest == graphs_.end() || entry->second.last_run < oldest->second.last_run) oldest = entry;
+  }
+  BEBOP_CUDA_TRY(stream_, cudaGraphExecDestroy(oldest->second.graph));
+  graphs_.erase(oldest);  // its key must come twice again
+  --num_graphs_;
 }
 
 cudaGraphExec_t IterationGraphs::Capture(absl::FunctionRef<void()> enqueue) {
+  if (num_graphs_ == max_graphs_) DropOldest();
   // Thread local: other threads, such as one that loads weights, may go on allocating.
   BEBOP_CUDA_TRY(stream_, cudaStreamBeginCapture(stream_.handle(), cudaStreamCaptureModeThreadLocal));
   enqueue();
   cudaGraph_t graph = nullptr;
   cudaGraphExec_t executable = nullptr;
   BEBOP_CUDA_TRY(stream_, cudaStreamEndCapture(stream_.handle(), &graph));
-  BEBOP_CUDA_TRY(stream_, cudaGraphInstantiate(&executable, graph, 0));
+  if (stream_.ok()) {
+    const cudaError_t result = cudaGraphInstantiate(&executable, graph, 0);
+    if (result == cudaErrorMemoryAllocation) {
+      (void)cudaGetLastError();  // not sticky
+      executable = nullptr;
+      enabled_ = false;
+      Log(LogLevel::kWarning, absl::StrCat("no device memory for another captured iteration beside ", num_graphs_,
+                                           "; the others run kernel by kernel. A lower gpu_memory_utilization leaves room"));
+    } else {
+      stream_.Note(result, "cudaGraphInstantiate", __FILE__, __LINE__);
+    }
+  }
   if (graph != nullptr) (void)cudaGraphDestroy(graph);
-  if (executable != nullptr) ++num_captured_;
+  if (executable == nullptr) return nullptr;
+  ++num_captured_;
+  ++num_graphs_;
   return executable;
 }
 

@@ -32,28 +32,46 @@ int32_t LengthClass(int32_t needed, int32_t shortest, int32_t most);
 
 // The captured iterations of an engine: a few hundred launches become one. An iteration of a key is enqueued kernel by kernel the
 // first time, which makes the libraries' plans and loads the kernels (neither may happen under capture), captured at its second
-// time, and replayed from then on. Capturing takes host time and memory once a key; what ran once may never come again. Not
-// thread safe: the engine thread.
+// time, and replayed from then on. Capturing takes host time and memory once a key; what ran once may never come again.
+//
+// Graphs live in device memory, and requests of many draft numbers under a changing load have hundreds of keys. So there are at
+// most `max_graphs`: a new one takes the place of the one that ran longest ago. When the device has no memory for another one, no
+// more are made; iterations without one are enqueued kernel by kernel, which is slower and otherwise the same.
+//
+// Not thread safe: the engine thread.
 class IterationGraphs {
  public:
-  // Not `enabled`: everything is enqueued kernel by kernel.
-  IterationGraphs(bool enabled, cuda::Stream* stream) : enabled_(enabled), stream_(*stream) {}
+  static constexpr int32_t kMaxGraphs = 64;
+
+  // Not `enabled`: everything is enqueued kernel by kernel. REQUIRES: max_graphs is more than the iterations that may be in flight, so
+  // that a graph that gives way is not running.
+  IterationGraphs(bool enabled, cuda::Stream* stream, int32_t max_graphs = kMaxGraphs)
+      : enabled_(enabled), max_graphs_(max_graphs), stream_(*stream) {}
   ~IterationGraphs();
   IterationGraphs(const IterationGraphs&) = delete;
   IterationGraphs& operator=(const IterationGraphs&) = delete;
 
   // Enqueues the iteration. `enqueue` must always enqueue the same work for the same key.
   void Run(const IterationKey& key, absl::FunctionRef<void()> enqueue);
-  int32_t num_captured() const { return num_captured_; }
+  int32_t num_captured() const { return num_captured_; }  // ever
+  int32_t num_graphs() const { return num_graphs_; }      // now
 
  private:
-  // Null when capturing failed; the stream says why.
-  cudaGraphExec_t Capture(absl::FunctionRef<void()> enqueue);
+  struct Entry {
+    cudaGraphExec_t graph = nullptr;  // null: the key has run once
+    uint64_t last_run = 0;
+  };
 
-  const bool enabled_;
+  // Null when capturing failed (the stream says why) or there is no memory for another graph.
+  cudaGraphExec_t Capture(absl::FunctionRef<void()> enqueue);
+  void DropOldest();
+
+  bool enabled_;  // may make graphs
+  const int32_t max_graphs_;
   cuda::Stream& stream_;
-  std::map<IterationKey, cudaGraphExec_t> graphs_;  // null: has run once
-  int32_t num_captured_ = 0;
+  std::map<IterationKey, Entry> graphs_;
+  uint64_t num_runs_ = 0;
+  int32_t num_captured_ = 0, num_graphs_ = 0;
 };
 
 }  // namespace bebop

@@ -75,5 +75,38 @@ TEST_F(IterationGraphsTest, EachRunDoesTheWork) {
   }
 }
 
+// At most so many graphs: the one that ran longest ago gives way, and comes back when its key has come twice again.
+TEST_F(IterationGraphsTest, TheOldestGivesWay) {
+  DeviceArray<uint32_t> counter(std::vector<uint32_t>{0});
+  const DeviceArray<uint32_t> words(std::vector<uint32_t>{7});
+  const DeviceArray<ScatterWrite> writes(std::vector<ScatterWrite>{{counter.data(), 0, 1}});
+  IterationGraphs graphs(true, &stream(), 2);
+  // Whether the iteration was enqueued kernel by kernel or captured anew; a replay does neither.
+  const auto enqueues = [&](int32_t bucket) {
+    bool enqueued = false;
+    counter.Upload({0});
+    graphs.Run({.bucket = bucket}, [&] {
+      enqueued = true;
+      cuda::Scatter({.num_writes = 1, .writes = writes.data(), .words = words.data()}, stream());
+    });
+    EXPECT_EQ(counter.Download(), std::vector<uint32_t>{7});
+    EXPECT_LE(graphs.num_graphs(), 2);
+    return enqueued;
+  };
+  for (const int32_t bucket : {1, 1, 2, 2}) EXPECT_TRUE(enqueues(bucket));
+  EXPECT_FALSE(enqueues(1));
+  for (const int32_t bucket : {3, 3}) EXPECT_TRUE(enqueues(bucket));  // 2 ran longest ago
+  EXPECT_EQ(graphs.num_captured(), 3);
+  EXPECT_FALSE(enqueues(1));
+  EXPECT_FALSE(enqueues(3));
+  EXPECT_TRUE(enqueues(2));
+  EXPECT_EQ(graphs.num_captured(), 3) << "once is too little";
+  EXPECT_TRUE(enqueues(2));
+  EXPECT_EQ(graphs.num_captured(), 4);
+  EXPECT_FALSE(enqueues(3));
+  EXPECT_FALSE(enqueues(2));
+  EXPECT_EQ(graphs.num_graphs(), 2);
+}
+
 }  // namespace
 }  // namespace bebop::testing
