@@ -12,6 +12,7 @@
 #include "engine/base/status_macros.h"
 #include "engine/runtime/backend.h"
 #include "engine/runtime/cuda_executor.h"
+#include "engine/runtime/iteration_graphs.h"
 #include "engine/runtime/scorer.h"
 #include "kernels/common/cuda_stream.h"
 #include "kernels/decode/decode.h"
@@ -26,9 +27,8 @@ constexpr char kDeviceKind[] = "emulated";
 constexpr char kDeviceKind[] = "cuda";
 #endif
 
-// Captured iterations: some ten MiB for each batch bucket and draft number of a large model, at most. Measured numbers belong here
-// once there are some.
-constexpr int64_t kGraphBytes = 256 << 20;
+// Captured iterations: an estimate of 4 MiB each (some hundred kernels with their arguments), not measured yet.
+constexpr int64_t kGraphBytes = int64_t{IterationGraphs::kMaxGraphs} * (4 << 20);
 
 // The number in "cuda:3"; 0 for "cuda". -1: not such a name.
 int DeviceNumber(const std::string& device) {

@@ -437,7 +437,6 @@ void CudaExecutor::StageChunks(const StepPlan& plan) {
     chunk_bounds_.extends_mtp = chunk_bounds_.extends_mtp || sequence.keep_mtp;
   }
   BEBOP_CHECK(pass.num_rows <= options_.max_step_tokens);
-  if (stream_.batch_invariant()) chunk_bounds_.max_positions = most_positions_;
 
   PassSequence* const sequences = staging_->Add(pass.num_sequences, &pass.sequences);
   SequenceRows* const rows = staging_->Add(pass.num_sequences, &pass.rows);
@@ -501,9 +500,8 @@ void CudaExecutor::EnqueueIteration(int32_t needed_positions) {
     key.num_drafts = std::max(key.num_drafts, slots_[static_cast<size_t>(slot)].num_draft_tokens);
     ++slots_[static_cast<size_t>(slot)].num_in_flight;
   }
-  // With batch invariance a row's launch shape must not depend on how long its neighbours are.
-  key.max_positions =
-      stream_.batch_invariant() ? most_positions_ : LengthClass(needed_positions, options_.shortest_class, most_positions_);
+  // Also with batch invariance: an invariant attention splits a row's keys by the row's position, whatever the bound is.
+  key.max_positions = LengthClass(needed_positions, options_.shortest_class, most_positions_);
   batch_.resize(static_cast<size_t>(key.bucket), -1);
   if (!std::equal(batch_.begin(), batch_.end(), slot_of_row_.begin())) {
     std::copy(batch_.begin(), batch_.end(), slot_of_row_.begin());
