@@ -315,8 +315,7 @@ absl::Status WeightUpdate::CheckDigest(const Tensor& tensor, const Sha256Digest&
 }
 
 void WeightUpdate::StartOver(Tensor& tensor) {
-  staging_bytes_ -= tensor.charged_bytes();
-  tensor.received.clear();
+  tensor.received.clear();  // one range, since the tensor is whole: charged with the manifest
   tensor.received_bytes = 0;
   tensor.based = false;
   tensor.hash.reset();

@@ -293,6 +293,15 @@ TEST(WeightFilesTest, RacingRenamesDoNotLeadOut) {
   swapper.join();
 }
 
+// The kernel's own files end before the size they claim.
+TEST(WeightFilesTest, FilesThatEndEarlyAreDataLoss) {
+  Scene scene;
+  const absl::StatusOr<WeightRoot> root = WeightRoot::Open("/sys/devices/system/cpu");
+  if (!root.ok() || !root->OpenBeneath("online").ok()) GTEST_SKIP() << "no /sys/devices/system/cpu/online here";
+  const auto update = scene.Start();
+  ExpectError(ReadWeights(*root, "online", *update), absl::StatusCode::kDataLoss, "", {"\"online\"", "the file ends after"});
+}
+
 // Reading, not mapping: a file cut short between its header and its values is an error.
 TEST(WeightFilesTest, FilesMayShrinkWhileTheyAreRead) {
   Scene scene;

@@ -307,6 +307,17 @@ TEST(WeightUpdateTest, DeltasNeedAProof) {
   const auto unsent = models.Start(spec).value();
   ASSERT_TRUE(unsent->WriteChunk(tensor.name, 0, "", whole).ok());
   ExpectError(unsent->Finish({}).status(), absl::StatusCode::kDataLoss, "DIGEST_MISMATCH", {tensor.name});
+  // A tensor that was sent whole and wrong starts over from the loaded one.
+  const auto again = models.Start(spec).value();
+  std::string wrong = tensor.bytes;
+  wrong[wrong.size() - 2] ^= 1;
+  const std::string partly = tensor.bytes.substr(0, 8) + models.old_tensors[3].bytes.substr(8);
+  ExpectError(again->WriteChunk(tensor.name, 0, wrong, whole), absl::StatusCode::kDataLoss, "DIGEST_MISMATCH", {tensor.name});
+  ASSERT_TRUE(again->WriteChunk(tensor.name, 0, tensor.bytes.substr(0, 8), Sha256Of(partly)).ok());
+  const auto mended = again->Finish({});
+  ASSERT_TRUE(mended.ok()) << mended.status();
+  EXPECT_EQ((*mended)->version.tensors[3].digest,
+            ResidentDigest(ResidentTensor(SlotsOf(models.config, **mended)[3], DType::kBFloat16, models.place.memory.get())));
   // Nothing named, nothing changed: a new step for the same bytes.
   spec.manifest.clear();
   const auto same = models.Start(spec).value()->Finish({});
@@ -580,6 +591,27 @@ TEST(WeightUpdateTest, ProgressTellsWhereToGoOn) {
   EXPECT_EQ(progress().received_bytes, static_cast<int64_t>(first.bytes.size()));
   ExpectError(update->Finish({}).status(), kPrecondition, "INCOMPLETE",
               {models.tensors[1].name, "before offset 0", StrCat("and ", models.tensors.size() - 2, " more")});
+}
+
+// Digests of the result prove a delta, component by component; they do not replace the bytes of a full update.
+TEST(WeightUpdateTest, ExpectedDigestsCompleteDeltasOnly) {
+  Pair models(/*tied=*/false, MatrixLayout::kPanels, "BF16", DType::kBFloat16);
+  const WeightVersion& loaded = models.loaded->version;
+  WeightUpdateSpec spec = FullSpec(models.tensors);
+  const auto full = models.Start(spec).value();
+  const TestTensor& last = models.tensors.back();
+  for (const TestTensor& tensor : models.tensors) {
+    if (&tensor == &last) continue;
+    ASSERT_TRUE(full->WriteChunk(tensor.name, 0, tensor.bytes).ok());
+  }
+  ExpectError(full->Finish({models.other->version.target_digest, models.other->version.draft_digest}).status(), kPrecondition,
+              "INCOMPLETE", {last.name});
+  spec.encoding = WeightEncoding::kOverwriteDelta;
+  spec.base_step = 0;
+  const auto delta = models.Start(spec).value();
+  ExpectError(delta->Finish({loaded.target_digest, std::nullopt}).status(), kPrecondition, "INCOMPLETE", {"mtp."});
+  ExpectError(delta->Finish({std::nullopt, loaded.draft_digest}).status(), kPrecondition, "INCOMPLETE", {"embed_tokens"});
+  EXPECT_TRUE(delta->Finish({loaded.target_digest, loaded.draft_digest}).ok());
 }
 
 // A bit that flips on the way is found at the tensor's last byte, whichever tensor, bit and order; sent again, the update goes
