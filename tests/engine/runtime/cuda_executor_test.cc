@@ -48,6 +48,7 @@ GenerateRequest With(GenerateRequest request, SpeculationMode mode, int32_t num_
 struct DeviceOptions : SteppedEngine::Options {
   bool graphs = true;
   int32_t shortest_class = 1024;
+  bool batch_invariant = false;
 };
 
 // An engine on the device, with the stream it runs on.
@@ -56,7 +57,7 @@ class DeviceEngine {
   explicit DeviceEngine(DeviceOptions options = DeviceOptions()) {
     if (options.lookahead_tokens == 0) options.lookahead_tokens = CudaLookaheadTokens(options.max_draft_tokens);
     if (options.lookahead_tokens < 0) options.lookahead_tokens = 0;
-    stream_ = std::make_unique<cuda::Stream>(cuda::StreamOptions{.workspace_bytes = 64 << 20});
+    stream_ = std::make_unique<cuda::Stream>(cuda::StreamOptions{.batch_invariant = options.batch_invariant, .workspace_bytes = 64 << 20});
     SteppedEngine::Backend backend;
     backend.memory = MakeCudaMemory(stream_.get());
     backend.ops = MakeCudaOps(stream_.get());
@@ -741,6 +742,58 @@ TEST_F(CudaExecutorTest, TooLittleMemorySaysWhatFor) {
 }
 
 #endif  // BEBOP_CUDA_EMULATION
+
+// What a batch-invariant engine promises, in the mode that servers run: the chunked form of the delta rule (bf16, heads of 128), prompts that
+// compete for the rows of a step, preemption, length classes that change. Alone or among others, every bit is the same.
+TEST_F(CudaExecutorTest, ABatchInvariantSequenceDoesNotDependOnItsBatch) {
+  DeviceOptions options;
+  options.dtype = DType::kBFloat16;
+  options.batch_invariant = true;
+  options.linear_head_dim = 128;
+  options.prefill_cut_tokens = 64;
+  options.max_draft_tokens = 1;
+  options.max_num_seqs = 2;
+  options.max_step_tokens = 2 * 2 + 64;
+  options.shortest_class = 32;
+  options.page_tokens = 16;
+  options.num_pages = 64;
+  std::vector<GenerateRequest> requests;
+  for (const int32_t length : {100, 90}) {
+    const std::string id = std::to_string(length);
+    requests.push_back(With(Request(id, Prompt(length, static_cast<uint32_t>(length)), 6), SpeculationMode::kRejection, 1));
+    requests.back().priority = 1;
+  }
+  Samples alone;
+  for (const GenerateRequest& request : requests) {
+    DeviceEngine engine(options);
+    alone.push_back(GenerateAll(*engine, {request})[0]);
+  }
+  DeviceEngine engine(options);
+  std::vector<std::shared_ptr<Reader>> readers;
+  for (const GenerateRequest& request : requests) {
+    readers.push_back(std::make_shared<Reader>());
+    ASSERT_TRUE(engine->core().Submit(request, readers.back()).ok());
+  }
+  for (int step = 0; step < 5; ++step) ASSERT_TRUE(engine->Step().ok());
+  // It takes the slot of the one that came last.
+  const auto urgent = std::make_shared<Reader>();
+  ASSERT_TRUE(engine->core().Submit(Request("urgent", Prompt(20), 2), urgent).ok());
+  engine->RunToEnd();
+  int32_t preemptions = 0;
+  for (size_t i = 0; i < requests.size(); ++i) {
+    ASSERT_TRUE(readers[i]->finished && readers[i]->done.ok()) << readers[i]->done;
+    const SampleResult& expected = alone[i].at(0);
+    const SampleResult& sample = readers[i]->samples.at(0);
+    preemptions += sample.preemptions;
+    EXPECT_EQ(expected.token_ids, sample.token_ids) << i;
+    ASSERT_EQ(expected.logprobs.size(), 6u) << i;
+    EXPECT_TRUE(std::all_of(expected.logprobs.begin(), expected.logprobs.end(), [](float x) { return std::isfinite(x); }));
+    EXPECT_EQ(expected.logprobs, sample.logprobs) << i;
+    EXPECT_EQ(expected.raw_logprobs, sample.raw_logprobs) << i;
+  }
+  EXPECT_GT(preemptions, 0);
+  EXPECT_TRUE(engine.stream().ok()) << engine.stream().error();
+}
 
 }  // namespace
 }  // namespace bebop::test

@@ -23,6 +23,12 @@ constexpr char kSmallConfigJson[] = R"({
   "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
   "mtp_num_hidden_layers": 1, "tie_word_embeddings": true, "eos_token_id": 96})";
 
+ModelConfig ConfigOf(const SteppedEngine::Options& options) {
+  ModelConfig config = SmallConfig();
+  if (options.linear_head_dim > 0) config.linear_key_head_dim = config.linear_value_head_dim = options.linear_head_dim;
+  return config;
+}
+
 }  // namespace
 
 ModelConfig SmallConfig() {
@@ -41,7 +47,7 @@ std::string WriteSmallConfigFolder() {
 
 SteppedEngine::SteppedEngine(const Options& options) : SteppedEngine(options, Backend{}) {}
 
-SteppedEngine::SteppedEngine(const Options& options, Backend backend) : config_(SmallConfig()), backend_(std::move(backend)) {
+SteppedEngine::SteppedEngine(const Options& options, Backend backend) : config_(ConfigOf(options)), backend_(std::move(backend)) {
   pool_ = std::make_unique<ThreadPool>(options.num_threads);
   if (backend_.make_executor == nullptr) {
     backend_.memory = MakeHostMemory();
@@ -81,6 +87,7 @@ SteppedEngine::SteppedEngine(const Options& options, Backend backend) : config_(
   core.scheduler.max_num_seqs = options.max_num_seqs;
   core.scheduler.max_model_len = kMaxModelLen;
   core.scheduler.lookahead_tokens = options.lookahead_tokens;
+  core.scheduler.prefill_cut_tokens = options.prefill_cut_tokens;
   core.scheduler.max_step_tokens = options.max_step_tokens;
   core.scheduler.num_pages = options.num_pages;
   core.scheduler.page_tokens = options.page_tokens;

@@ -67,6 +67,8 @@ class SteppedEngine {
     int32_t max_draft_tokens = kMaxDraftTokens;
     uint64_t weight_seed = 1;
     int32_t lookahead_tokens = 0;
+    int32_t prefill_cut_tokens = 1;
+    int32_t linear_head_dim = 0;  // of keys and values, in place of SmallConfig's
     std::function<std::string_view(uint32_t)> token_bytes;
   };
   // A backend other than the CPU.
