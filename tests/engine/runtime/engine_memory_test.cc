@@ -68,6 +68,7 @@ TEST(EngineMemoryTest, DeviceDefaultsAndMostPages) {
   ASSERT_TRUE(sizes.ok()) << sizes.status();
   EXPECT_EQ(sizes->scheduler.max_num_seqs, 256);
   EXPECT_EQ(sizes->scheduler.max_step_tokens, 8192);
+  EXPECT_EQ(sizes->scheduler.max_score_step_tokens, 512);
   EXPECT_EQ(sizes->scheduler.num_pages, (512 + 8 + 2 + 63) / 64 * 257);  // no more than all sequences could use
 }
 
