@@ -86,7 +86,7 @@ class Client:
                 return method(request, timeout=deadline.remaining(), metadata=metadata)
             except grpc.RpcError as rpc_error:
                 error = from_rpc_error(rpc_error)
-                delay = self._retry.delay(error, attempt) if self._retry else None
+                delay = self._retry.delay(error, attempt, deadline.elapsed()) if self._retry else None
                 if delay is None or not deadline.allows(delay):
                     raise error from None
                 time.sleep(delay)

@@ -25,22 +25,25 @@ CHANNEL_OPTIONS = [
 class RetryPolicy:
     """Which failures are tried again, and how long.
 
-    Only failures that a repeat can cure: no connection, and those that the server marks with RetryInfo (queue full, loading). Every call of this
-    package is safe to repeat: requests carry an id that the server recognises. A draining server is left at once.
+    Only failures that a repeat can cure. Those that the server marks with RetryInfo (queue full, loading) are repeated until the call's timeout,
+    without one for ever; a server that cannot be reached, for connect_seconds. Every call of this package is safe to repeat: requests carry an
+    id that the server recognises. A draining server is left at once.
     """
 
-    max_attempts: int = 8
+    connect_seconds: float = 30.0
     initial_seconds: float = 0.1
     max_seconds: float = 10.0
 
-    def delay(self, error: BebopError, attempt: int) -> float | None:
-        """Seconds to wait before attempt + 1 (attempts count from 1); None: give up."""
-        if attempt >= self.max_attempts or error.reason == "DRAINING":
+    def delay(self, error: BebopError, attempt: int, elapsed: float) -> float | None:
+        """Seconds to wait before attempt + 1 (attempts count from 1), `elapsed` seconds after the first began; None: give up."""
+        if error.reason == "DRAINING":
             return None
-        if error.retry_after is None and error.reached_server:
+        backoff = min(self.max_seconds, self.initial_seconds * 2 ** min(attempt - 1, 30)) * random.uniform(0.5, 1.0)
+        if error.retry_after is not None:
+            return max(error.retry_after, backoff)
+        if error.reached_server or elapsed + backoff > self.connect_seconds:
             return None
-        backoff = min(self.max_seconds, self.initial_seconds * 2 ** (attempt - 1))
-        return max(error.retry_after or 0.0, backoff * random.uniform(0.5, 1.0))
+        return backoff
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +93,14 @@ class Deadline:
     """A timeout that repeats of a call share. None: no limit."""
 
     def __init__(self, timeout: float | None):
+        self._begin = time.monotonic()
         self._end = None if timeout is None else time.monotonic() + timeout
 
     def remaining(self) -> float | None:
         return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self._begin
 
     def allows(self, seconds: float) -> bool:
         return self._end is None or time.monotonic() + seconds < self._end

@@ -184,16 +184,31 @@ def test_calls_wait_for_a_server_that_starts_later(prompt):
     thread = threading.Thread(target=start)
     thread.start()
     try:
-        with bebop.Client(f"127.0.0.1:{port}", retry=RetryPolicy(max_attempts=100, max_seconds=0.3)) as client:
+        with bebop.Client(f"127.0.0.1:{port}", retry=RetryPolicy(max_seconds=0.3)) as client:
             assert client.generate(prompt, max_new_tokens=2, timeout=60).samples
     finally:
         thread.join()
         for running in started:
             running.stop()
-    with bebop.Client(f"127.0.0.1:{port}", retry=None) as client:
-        with pytest.raises(bebop.UnavailableError) as info:
-            client.health()
-    assert not info.value.reached_server
+    for retry in (None, RetryPolicy(connect_seconds=0.5)):
+        begin = time.monotonic()
+        with bebop.Client(f"127.0.0.1:{port}", retry=retry) as client:
+            with pytest.raises(bebop.UnavailableError) as info:
+                client.health()
+        assert not info.value.reached_server
+        assert time.monotonic() - begin < 10
+
+
+def test_what_is_tried_again_and_how_long():
+    policy = RetryPolicy(connect_seconds=30, initial_seconds=1, max_seconds=4)
+    unreachable = bebop.UnavailableError("connection refused")
+    assert 0.5 <= policy.delay(unreachable, 1, 0.0) <= 1 and 2 <= policy.delay(unreachable, 9, 20.0) <= 4
+    assert policy.delay(unreachable, 9, 29.9) is None
+    full = bebop.ResourceExhaustedError("queue full", reason="CAPACITY", retry_after=7.0)
+    assert policy.delay(full, 5000, 1e6) == 7.0  # until the call's own timeout
+    for error in (bebop.ResourceExhaustedError("too large", reason="CANNOT_FIT"), bebop.InvalidArgumentError("no", reason="INVALID_FIELD"),
+                  bebop.UnavailableError("drain", reason="DRAINING", retry_after=1.0)):
+        assert policy.delay(error, 1, 0.0) is None
 
 
 def test_a_full_queue_is_retried_until_it_has_room(prompt):
