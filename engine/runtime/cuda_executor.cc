@@ -152,7 +152,7 @@ absl::Status CheckCudaExecutorOptions(const ModelConfig& config, const CudaExecu
     return absl::ResourceExhaustedError(absl::StrCat("max_num_seqs: ", options.max_num_seqs, " sequences with ",
                                                      options.max_draft_tokens, " drafts take ", verify_bytes,
                                                      " bytes to verify, and the workspace has ", workspace_bytes,
-                                                     ": lower max_num_seqs or max_draft_tokens"));
+                                                     ": lower max_num_seqs"));
   }
   return absl::OkStatus();
 }

@@ -161,14 +161,23 @@ absl::StatusOr<EngineSizes> ResolveDeviceSizes(const EngineOptions& options, con
   const int64_t kv_bytes = options.kv_cache_bytes > 0 ? options.kv_cache_bytes : std::min(std::max<int64_t>(0, left), page_bytes * MostPages(sizes));
   const int64_t num_pages = std::min(kv_bytes / page_bytes, MostPages(sizes));
   if (kv_bytes > left || num_pages < PagesPerSequence(sizes)) {
+    const int64_t needed_bytes = page_bytes * PagesPerSequence(sizes);
+    // Which of two things is wrong: the bytes asked for, or all the rest.
+    const bool asks_too_much = options.kv_cache_bytes > 0 && kv_bytes > left && left >= needed_bytes;
+    const bool asks_too_little = options.kv_cache_bytes > 0 && kv_bytes < needed_bytes && left >= needed_bytes;
+    const std::string problem =
+        asks_too_much || asks_too_little
+            ? absl::StrCat("kv_cache_bytes: ", kv_bytes, " are asked for, one sequence of max_model_len ", scheduler.max_model_len, " needs ")
+            : absl::StrCat("KV pages: one sequence of max_model_len ", scheduler.max_model_len, " needs ");
+    const char* const remedy = asks_too_much     ? ": lower kv_cache_bytes, or raise gpu_memory_utilization"
+                               : asks_too_little ? ": raise kv_cache_bytes, or lower max_model_len"
+                                                 : ": lower max_num_seqs (recurrent state, logits), max_step_tokens (activations) or "
+                                                   "max_model_len (pages), or raise gpu_memory_utilization";
     return absl::ResourceExhaustedError(absl::StrCat(
-        "kv_cache_bytes: ", kv_bytes, " bytes hold ", num_pages, " pages of ", page_bytes, " bytes, one sequence of max_model_len ",
-        scheduler.max_model_len, " needs ", PagesPerSequence(sizes), ", and ", std::max<int64_t>(0, left), " bytes are left of ", usable,
-        " (gpu_memory_utilization ", options.gpu_memory_utilization, " of ", budget.free_bytes, " free): weights ", budget.weight_bytes,
-        ", recurrent state ", slot_bytes, " (", scheduler.num_state_slots, " slots), activations ", activation_bytes, ", draft logits ", draft_bytes,
-        ", logits and arrays ", executor_bytes - draft_bytes, ", scores ", score_bytes, ", workspace ", budget.workspace_bytes, ", graphs ",
-        budget.graph_bytes, ": lower max_num_seqs (recurrent state, logits), max_step_tokens (activations) or max_model_len (pages)",
-        options.kv_cache_bytes > 0 ? " or kv_cache_bytes" : "", ", or raise gpu_memory_utilization"));
+        problem, needed_bytes, " bytes, and ", std::max<int64_t>(0, left), " are left of ", usable, " (gpu_memory_utilization ", options.gpu_memory_utilization, " of ",
+        budget.free_bytes, " free): weights ", budget.weight_bytes, ", recurrent state ", slot_bytes, " (", scheduler.num_state_slots,
+        " slots), activations ", activation_bytes, ", draft logits ", draft_bytes, ", logits and arrays ", executor_bytes - draft_bytes, ", scores ",
+        score_bytes, ", workspace ", budget.workspace_bytes, ", graphs ", budget.graph_bytes, remedy));
   }
   SetPages(num_pages, &sizes);
   return sizes;

@@ -92,7 +92,14 @@ TEST(EngineMemoryTest, AskedKvBytesMustFitTheDevice) {
   const ModelConfig config = test::SmallConfig();
   EngineOptions options = Options();
   options.kv_cache_bytes = 20'000'000;
-  EXPECT_EQ(ResolveDeviceSizes(options, config, Budget(24'000'000)).status().code(), absl::StatusCode::kResourceExhausted);
+  const absl::Status too_much = ResolveDeviceSizes(options, config, Budget(24'000'000)).status();
+  EXPECT_EQ(too_much.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_NE(too_much.message().find("kv_cache_bytes: 20000000 are asked for"), std::string::npos) << too_much;
+  EXPECT_NE(too_much.message().find(": lower kv_cache_bytes"), std::string::npos) << too_much;
+  EngineOptions stingy = options;
+  stingy.kv_cache_bytes = 10;
+  const absl::Status too_little = ResolveDeviceSizes(stingy, config, Budget(100'000'000)).status();
+  EXPECT_NE(too_little.message().find(": raise kv_cache_bytes"), std::string::npos) << too_little;
   const auto sizes = ResolveDeviceSizes(options, config, Budget(100'000'000));
   ASSERT_TRUE(sizes.ok()) << sizes.status();
   options.kv_cache_bytes = 400'000;
