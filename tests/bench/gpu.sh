@@ -48,6 +48,12 @@ if [[ -z $build ]]; then
   build=build/cuda-release
   if ((smoke)); then build=build/cuda-emulated; fi
 fi
+for program in iteration_bench ops_cuda_bench; do
+  if [[ ! -x ${bundle:-$build}/bench/$program ]]; then
+    echo "error: ${bundle:-$build}/bench/$program is missing: build the target bebop_cuda_benches, or name a bundle or build tree" >&2
+    exit 2
+  fi
+done
 run() {  # program of bench/, arguments...
   local program=$1
   shift

@@ -11,7 +11,7 @@ import grpc
 
 from bebop import requests
 from bebop.client import HEALTH_METHOD, Event, stream_event
-from bebop.errors import from_rpc_error
+from bebop.errors import BebopError, from_rpc_error
 from bebop.results import GroupResult, SampleResult, SequenceScore
 from bebop.rpc import health_pb2
 from bebop.transport import CHANNEL_OPTIONS, Deadline, Endpoint, RetryPolicy, Tls, read_token
@@ -149,3 +149,17 @@ class AsyncClient:
         """As Client.health."""
         reply = await self._call("_health", "", health_pb2.HealthCheckRequest(service=service), timeout, self._admin)
         return health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
+
+    async def wait_until_serving(self, timeout: float = 300.0) -> None:
+        """As Client.wait_until_serving."""
+        deadline = Deadline(timeout)
+        while True:
+            error: Exception | None = None
+            try:
+                if await self.health(timeout=min(5.0, timeout)) == "SERVING":
+                    return
+            except BebopError as failure:
+                error = failure
+            if not deadline.allows(0.1):
+                raise error or TimeoutError(f"{self._server.address}: not SERVING after {timeout} s")
+            await asyncio.sleep(0.1)

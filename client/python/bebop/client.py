@@ -10,7 +10,7 @@ from typing import Any, Union
 import grpc
 
 from bebop import requests
-from bebop.errors import from_rpc_error
+from bebop.errors import BebopError, from_rpc_error
 from bebop.results import Admitted, GroupResult, SampleResult, SequenceScore, TokenChunk
 from bebop.rpc import health_pb2
 from bebop.transport import CHANNEL_OPTIONS, Deadline, Endpoint, RetryPolicy, Tls, read_token
@@ -167,15 +167,15 @@ class Client:
 
     def wait_until_serving(self, timeout: float = 300.0) -> None:
         """Returns when the server answers SERVING; raises the last error after `timeout` seconds."""
-        end = time.monotonic() + timeout
+        deadline = Deadline(timeout)
         while True:
+            error: Exception | None = None
             try:
                 if self.health(timeout=min(5.0, timeout)) == "SERVING":
                     return
-                error = None
-            except Exception as failure:  # noqa: BLE001 - any failure may pass while the server starts
+            except BebopError as failure:
                 error = failure
-            if time.monotonic() >= end:
+            if not deadline.allows(0.1):
                 raise error or TimeoutError(f"{self._server.address}: not SERVING after {timeout} s")
             time.sleep(0.1)
 

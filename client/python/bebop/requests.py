@@ -15,6 +15,7 @@ TokenIds = Union[Sequence[int], np.ndarray]
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed")
 _STOPPING = ("max_new_tokens", "min_new_tokens", "stop_token_ids", "stop", "ignore_eos")
+_OUTPUT = ("prompt", "logprobs", "raw_logprobs", "entropy", "token_source", "draft_logprobs", "spec_detail", "stream_tokens")
 _SPECULATION = ("mode", "num_draft_tokens", "synthetic_acceptance")
 
 
@@ -47,7 +48,8 @@ def generate_request(prompt_token_ids: TokenIds, *, n: int = 1, request_id: str 
         for key, value in source.items():
             target = sampling if key in _SAMPLING else stopping if key in _STOPPING else None
             if target is None:
-                raise TypeError(f"generate: unknown argument {key!r}; sampling takes {', '.join(_SAMPLING)}, stopping {', '.join(_STOPPING)}")
+                raise TypeError(f"generate: unknown argument {key!r}; known: n, timeout, request_id, priority, speculation, {', '.join(_OUTPUT)}, "
+                                f"{', '.join(_SAMPLING + _STOPPING)}")
             if key in target:
                 raise TypeError(f"generate: {key} is given twice")
             target[key] = value

@@ -83,7 +83,7 @@ class Timing:
 class SampleResult:
     """One finished sample of a group.
 
-    token_ids: uint32 [T]. logprobs, raw_logprobs, entropy, draft_logprobs: float32 [T] or None. token_source: int32 [T] or None: 0 plain,
+    token_ids: int64 [T], what torch and numpy index with. logprobs, raw_logprobs, entropy, draft_logprobs: float32 [T] or None. token_source: int32 [T] or None: 0 plain,
     d >= 1 accepted draft at depth d, -1 corrected, -2 bonus.
     """
 
@@ -159,7 +159,7 @@ class SampleResult:
         finish = Finish(rollout_pb2.Finish.Reason.Name(message.finish.reason), **({matched: getattr(message.finish, matched)} if matched else {}))
         spec, usage, timing = message.spec, message.usage, message.timing
         return SampleResult(
-            sample_index=message.sample_index, seed_used=message.seed_used, token_ids=_array(message.token_ids, np.uint32),
+            sample_index=message.sample_index, seed_used=message.seed_used, token_ids=_array(message.token_ids, np.int64),
             logprobs=values("logprobs", np.float32, "logprobs"), raw_logprobs=values("raw_logprobs", np.float32, "raw_logprobs"),
             entropy=values("entropy", np.float32, "entropy"), token_source=values("token_source", np.int32, "token_source"),
             draft_logprobs=values("draft_logprobs", np.float32, "draft_logprobs"), finish=finish,
@@ -183,7 +183,7 @@ class GroupResult:
     @staticmethod
     def from_proto(message: rollout_pb2.GenerateResult, output: rollout_pb2.OutputParams | None = None) -> GroupResult:
         return GroupResult(message.request_id, tuple(SampleResult.from_proto(sample, output) for sample in message.samples),
-                           _array(message.prompt_token_ids, np.uint32, len(message.prompt_token_ids) > 0))
+                           _array(message.prompt_token_ids, np.int64, len(message.prompt_token_ids) > 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +204,7 @@ class TokenChunk:
 
     @staticmethod
     def from_proto(message: rollout_pb2.TokenChunk) -> TokenChunk:
-        return TokenChunk(message.sample_index, message.start, _array(message.token_ids, np.uint32),
+        return TokenChunk(message.sample_index, message.start, _array(message.token_ids, np.int64),
                           _array(message.logprobs, np.float32, len(message.logprobs) > 0))
 
 
@@ -238,7 +238,7 @@ class SequenceScore:
         chosen = message.token_ids_logprobs
         return SequenceScore(
             logprobs=_array(message.logprobs, np.float32), entropy=_array(message.entropy, np.float32, len(message.entropy) > 0),
-            top_token_ids=tuple(_array(entry.token_ids, np.uint32) for entry in top) if top else None,
+            top_token_ids=tuple(_array(entry.token_ids, np.int64) for entry in top) if top else None,
             top_logprobs=tuple(_array(entry.logprobs, np.float32) for entry in top) if top else None,
             token_ids_logprobs=np.stack([_array(entry.logprobs, np.float32) for entry in chosen]) if chosen else None,
             draft=tuple(DraftScore(entry.depth, entry.start, _array(entry.logprobs, np.float32), _array(entry.overlap, np.float32),
