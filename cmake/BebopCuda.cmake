@@ -57,7 +57,12 @@ if(BEBOP_ENABLE_CUDA)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
   set(CMAKE_CUDA_EXTENSIONS OFF)
 endif()
+# CMake 3.25 marks CUDA::nvToolsExt as deprecated for projects that ask for 3.25, and with NVIDIA's wheels of CUDA 13, which lack that library,
+# failed there ("set_property could not find TARGET").
+set(minimum_required ${CMAKE_MINIMUM_REQUIRED_VERSION})
+set(CMAKE_MINIMUM_REQUIRED_VERSION 3.24)
 find_package(CUDAToolkit REQUIRED)
+set(CMAKE_MINIMUM_REQUIRED_VERSION ${minimum_required})
 if(CUDAToolkit_VERSION VERSION_LESS 13.0)
   message(FATAL_ERROR "CUDA ${CUDAToolkit_VERSION} at ${CUDAToolkit_BIN_DIR}: bebop needs 13.0 or later (deploy/install_deps.sh cuda)")
 endif()
