@@ -48,10 +48,22 @@ class AsyncClient:
             return
         self._channel = connect(self._server)
         self._admin_channel = connect(self._admin) if self._admin else self._channel
-        self._rollout = rollout_pb2_grpc.RolloutStub(self._channel)
-        self._info = info_pb2_grpc.InfoStub(self._admin_channel)
-        self._health = self._admin_channel.unary_unary(HEALTH_METHOD, request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-                                                       response_deserializer=health_pb2.HealthCheckResponse.FromString)
+
+    @property
+    def _rollout(self) -> rollout_pb2_grpc.RolloutStub:
+        self._connect()
+        return rollout_pb2_grpc.RolloutStub(self._channel)
+
+    @property
+    def _info(self) -> info_pb2_grpc.InfoStub:
+        self._connect()
+        return info_pb2_grpc.InfoStub(self._admin_channel)
+
+    @property
+    def _health(self) -> grpc.aio.UnaryUnaryMultiCallable:
+        self._connect()
+        return self._admin_channel.unary_unary(HEALTH_METHOD, request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+                                               response_deserializer=health_pb2.HealthCheckResponse.FromString)
 
     def __getstate__(self):
         return self._state
@@ -76,9 +88,7 @@ class AsyncClient:
                 await self._admin_channel.close()
             self._channel = self._admin_channel = None
 
-    async def _call(self, stub: str, name: str, request, timeout: float | None, endpoint: Endpoint | None = None):
-        self._connect()
-        method = getattr(self, stub) if not name else getattr(getattr(self, stub), name)
+    async def _call(self, method, request, timeout: float | None, endpoint: Endpoint | None = None):
         deadline = Deadline(self._timeout if timeout is None else timeout)
         metadata = (endpoint or self._server).metadata()
         attempt = 0
@@ -96,13 +106,12 @@ class AsyncClient:
     async def generate(self, prompt_token_ids: requests.TokenIds, *, n: int = 1, timeout: float | None = None, **params: Any) -> GroupResult:
         """As Client.generate."""
         request = requests.generate_request(prompt_token_ids, n=n, **params)
-        return GroupResult.from_proto(await self._call("_rollout", "Generate", request, timeout), request.output)
+        return GroupResult.from_proto(await self._call(self._rollout.Generate, request, timeout), request.output)
 
     async def generate_stream(self, prompt_token_ids: requests.TokenIds, *, n: int = 1, timeout: float | None = None, events: bool = False,
                               **params: Any) -> AsyncIterator[Event]:
         """As Client.generate_stream: `async for sample in client.generate_stream(...)`."""
         request = requests.generate_request(prompt_token_ids, n=n, **params)
-        self._connect()
         deadline = Deadline(self._timeout if timeout is None else timeout)
         call = self._rollout.GenerateStream(request, timeout=deadline.remaining(), metadata=self._server.metadata())
         try:
@@ -117,37 +126,37 @@ class AsyncClient:
 
     async def score(self, sequences: Sequence[requests.TokenIds], *, timeout: float | None = None, **params: Any) -> list[SequenceScore]:
         """As Client.score."""
-        result = await self._call("_rollout", "Score", requests.score_request(sequences, **params), timeout)
+        result = await self._call(self._rollout.Score, requests.score_request(sequences, **params), timeout)
         return [SequenceScore.from_proto(score) for score in result.scores]
 
     async def abort(self, request_ids: str | Sequence[str], *, timeout: float | None = None) -> list[str]:
         """As Client.abort."""
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
-        return list((await self._call("_rollout", "Abort", rollout_pb2.AbortRequest(request_ids=ids), timeout)).aborted_request_ids)
+        return list((await self._call(self._rollout.Abort, rollout_pb2.AbortRequest(request_ids=ids), timeout)).aborted_request_ids)
 
     async def tokenize(self, text: str, *, parse_special: bool = False, timeout: float | None = None) -> list[int]:
         """As Client.tokenize."""
         request = info_pb2.TokenizeRequest(text=text, parse_special=parse_special)
-        return list((await self._call("_info", "Tokenize", request, timeout, self._admin)).token_ids)
+        return list((await self._call(self._info.Tokenize, request, timeout, self._admin)).token_ids)
 
     async def detokenize(self, token_ids: requests.TokenIds, *, skip_special: bool = False, timeout: float | None = None) -> str:
         """As Client.detokenize."""
         request = info_pb2.DetokenizeRequest(token_ids=[int(token) for token in token_ids], skip_special=skip_special)
-        return (await self._call("_info", "Detokenize", request, timeout, self._admin)).text
+        return (await self._call(self._info.Detokenize, request, timeout, self._admin)).text
 
     async def server_info(self, *, timeout: float | None = None) -> info_pb2.ServerInfo:
-        return await self._call("_info", "GetServerInfo", info_pb2.GetServerInfoRequest(), timeout, self._admin)
+        return await self._call(self._info.GetServerInfo, info_pb2.GetServerInfoRequest(), timeout, self._admin)
 
     async def model_info(self, *, timeout: float | None = None) -> info_pb2.ModelInfo:
-        return await self._call("_info", "GetModelInfo", info_pb2.GetModelInfoRequest(), timeout, self._admin)
+        return await self._call(self._info.GetModelInfo, info_pb2.GetModelInfoRequest(), timeout, self._admin)
 
     async def loads(self, *, timeout: float | None = None) -> info_pb2.Loads:
         """As Client.loads."""
-        return await self._call("_info", "GetLoads", info_pb2.GetLoadsRequest(), timeout, self._admin)
+        return await self._call(self._info.GetLoads, info_pb2.GetLoadsRequest(), timeout, self._admin)
 
     async def health(self, service: str = "", *, timeout: float | None = None) -> str:
         """As Client.health."""
-        reply = await self._call("_health", "", health_pb2.HealthCheckRequest(service=service), timeout, self._admin)
+        reply = await self._call(self._health, health_pb2.HealthCheckRequest(service=service), timeout, self._admin)
         return health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
 
     async def wait_until_serving(self, timeout: float = 300.0) -> None:
