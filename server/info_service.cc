@@ -104,7 +104,7 @@ class InfoService final : public WithRawMethods<v1::Info::Service> {
     reply->mutable_default_speculation()->set_mode(ToProto(rules.default_mode));
     reply->mutable_default_speculation()->set_num_draft_tokens(rules.default_num_draft_tokens);
     reply->set_synthetic_acceptance_allowed(rules.allow_synthetic_acceptance);
-    reply->set_weight_step(info.weight_step);
+    reply->set_weight_step(context_.engine->weight_version().target_step);
     reply->set_weight_bytes(info.weight_bytes);
     reply->set_kv_cache_bytes(info.kv_cache_bytes);
     reply->set_state_bytes(info.state_bytes);

@@ -78,7 +78,7 @@ int main(int argc, char** argv) {
 
   std::printf("bebop-server ready: rollout=%s admin=%s model=%s version=%lld\n", (*server)->rollout_address().c_str(),
               (*server)->admin_address().c_str(), (*server)->served_model_name().c_str(),
-              static_cast<long long>((*engine)->info().weight_step));
+              static_cast<long long>((*engine)->weight_version().target_step));
   std::fflush(stdout);
 
   const int status = bebop::ServeUntilStopped(**engine, **server, {.stop_signals = stop_signals, .drain_timeout = absl::Seconds(options.drain_timeout_s)});

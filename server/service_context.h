@@ -8,6 +8,7 @@
 #include "absl/time/time.h"
 #include "engine/base/clock.h"
 #include "engine/runtime/engine_interface.h"
+#include "server/access.h"
 #include "server/translation.h"
 
 namespace bebop {
@@ -16,6 +17,7 @@ namespace bebop {
 struct ServiceContext {
   EngineInterface* engine = nullptr;
   RequestRules rules;
+  Access access;  // every handler's first question
   std::string served_model_name;
   std::string boot_id;
   std::string build;

@@ -5,6 +5,7 @@
 
 #include <memory>
 
+#include "server/blocking_calls.h"
 #include "server/service_context.h"
 
 namespace bebop {
@@ -13,5 +14,8 @@ namespace bebop {
 // that bytes that are no message get INVALID_ARGUMENT / MALFORMED_MESSAGE. `context` must outlive the service.
 std::unique_ptr<grpc::Service> MakeRolloutService(const ServiceContext* context);
 std::unique_ptr<grpc::Service> MakeInfoService(const ServiceContext* context);
+// `calls` runs what blocks.
+std::unique_ptr<grpc::Service> MakeWeightsService(const ServiceContext* context, BlockingCalls* calls);
+std::unique_ptr<grpc::Service> MakeControlService(ServiceContext* context, BlockingCalls* calls);
 
 }  // namespace bebop

@@ -194,6 +194,8 @@ v1::Finish::Reason ToProto(FinishReason reason) {
     case FinishReason::kDrained: return v1::Finish::DRAINED;
     case FinishReason::kNonFinite: return v1::Finish::NON_FINITE;
     case FinishReason::kDeadline: return v1::Finish::TIME_BUDGET;
+    case FinishReason::kSuperseded: return v1::Finish::SUPERSEDED;
+    case FinishReason::kWeightPolicy: return v1::Finish::WEIGHT_POLICY;
     case FinishReason::kNone:
     case FinishReason::kFailed: break;
   }
@@ -408,12 +410,16 @@ v1::SampleResult ToProto(const SampleResult& sample, const GenerateRequest& requ
   usage->set_preemptions(sample.preemptions);
   usage->set_recomputed_tokens(sample.recomputed_tokens);
   *result.mutable_spec() = ToProto(sample.spec, request.speculation.num_draft_tokens, request.output.spec_detail);
-  if (!sample.token_ids.empty()) {
-    v1::WeightSpan* span = result.add_weight_spans();
-    span->set_step(sample.weight_step);
-    span->set_draft_step(sample.weight_step);
-    span->set_end(static_cast<int32_t>(sample.token_ids.size()));
+  for (const WeightSpan& span : sample.weight_spans) {
+    v1::WeightSpan* out = result.add_weight_spans();
+    out->set_step(span.target_step);
+    if (!span.label.empty()) out->set_label(span.label);
+    out->set_draft_step(span.draft_step);
+    out->set_start(span.begin);
+    out->set_end(span.end);
   }
+  result.set_kv_mixed(sample.kv_mixed);
+  result.set_abort_epoch(sample.abort_epoch);
 
   v1::Timing* timing = result.mutable_timing();
   timing->set_queue(absl::ToDoubleSeconds(sample.queue_time));

@@ -169,6 +169,8 @@ class CudaExecutor final : public Executor {
   ~CudaExecutor() override;
 
   absl::Status Execute(const StepPlan& plan, StepResult* result) override;
+  absl::Status SetWeights(const ModelWeights*, int64_t) override { return absl::UnimplementedError("weight updates on a device"); }
+  absl::Status Quiesce() override { return absl::UnimplementedError("sleep on a device"); }
 
  private:
   // What the host knows about a slot in device memory.

@@ -62,6 +62,8 @@ struct Engine::Impl {
       impl_->executing = false;
       return status;
     }
+    absl::Status SetWeights(const ModelWeights* weights, int64_t epoch) override { return impl_->executor->SetWeights(weights, epoch); }
+    absl::Status Quiesce() override { return impl_->executor->Quiesce(); }
 
    private:
     Impl* const impl_;
@@ -285,6 +287,21 @@ void Engine::Drain(absl::Duration deadline) {
   MutexLock lock(&impl_->mutex);
   while (!impl_->core->Idle() && !impl_->stopping) impl_->settled.WaitFor(&impl_->mutex, kSettleWait);
 }
+
+// ---- Weights and control: seams, to be filled ----
+std::shared_ptr<const ModelWeights> Engine::weights() const { return std::shared_ptr<const ModelWeights>(impl_->weights->storage, impl_->weights.get()); }
+WeightVersion Engine::weight_version() const { return impl_->weights->version; }
+absl::StatusOr<std::unique_ptr<WeightUpdate>> Engine::StartWeightUpdate(WeightUpdateSpec spec, int64_t limit_bytes) {
+  return WeightUpdate::Start(impl_->info.config, *impl_->weights, std::move(spec), limit_bytes, impl_->backend->memory());
+}
+absl::StatusOr<CommitResult> Engine::CommitWeights(std::unique_ptr<ModelWeights>, InFlight, absl::Duration) { return absl::UnimplementedError("seam"); }
+absl::StatusOr<WeightVersion> Engine::RehashWeights() const { return absl::UnimplementedError("seam"); }
+absl::StatusOr<int32_t> Engine::Pause(PauseMode, bool, absl::Duration) { return absl::UnimplementedError("seam"); }
+absl::Status Engine::Resume() { return absl::UnimplementedError("seam"); }
+absl::Status Engine::Sleep(SleepTags) { return absl::UnimplementedError("seam"); }
+absl::Status Engine::WakeUp(SleepTags) { return absl::UnimplementedError("seam"); }
+absl::Status Engine::FlushCache() { return absl::UnimplementedError("seam"); }
+EngineControl Engine::control() const { return {}; }
 
 const EngineInfo& Engine::info() const { return impl_->info; }
 const Tokenizer* Engine::tokenizer() const { return impl_->tokenizer.get(); }

@@ -59,6 +59,19 @@ class Engine final : public EngineInterface {
   void Wake() override;
   void Drain(absl::Duration deadline) override;
 
+  std::shared_ptr<const ModelWeights> weights() const override;
+  WeightVersion weight_version() const override;
+  absl::StatusOr<std::unique_ptr<WeightUpdate>> StartWeightUpdate(WeightUpdateSpec spec, int64_t limit_bytes) override;
+  absl::StatusOr<CommitResult> CommitWeights(std::unique_ptr<ModelWeights> weights, InFlight in_flight, absl::Duration deadline) override;
+  absl::StatusOr<WeightVersion> RehashWeights() const override;
+
+  absl::StatusOr<int32_t> Pause(PauseMode mode, bool clear_cache, absl::Duration deadline) override;
+  absl::Status Resume() override;
+  absl::Status Sleep(SleepTags tags) override;
+  absl::Status WakeUp(SleepTags tags) override;
+  absl::Status FlushCache() override;
+  EngineControl control() const override;
+
   const EngineInfo& info() const override;
   const Tokenizer* tokenizer() const override;
   EngineLoads GetLoads() const override;

@@ -10,7 +10,10 @@
 #include "engine/config/model_config.h"
 #include "engine/schedule/engine_loads.h"
 #include "engine/schedule/request.h"
+#include "engine/schedule/weight_commit.h"
 #include "engine/tokenizer/tokenizer.h"
+#include "engine/weights/model_weights.h"
+#include "engine/weights/weight_update.h"
 #include "kernels/common/dtype.h"
 
 namespace bebop {
@@ -24,7 +27,6 @@ struct EngineInfo {
   int32_t num_threads = 0;
   int32_t max_model_len = 0, max_num_seqs = 0, max_step_tokens = 0, max_draft_tokens = 0;
   bool has_mtp = false, dummy_weights = false;
-  int64_t weight_step = 0;
   int64_t weight_bytes = 0, kv_cache_bytes = 0, state_bytes = 0;
   // Bytes one target pass / one lm_head product / one MTP step streams (for effective bandwidth).
   int64_t layer_bytes = 0, lm_head_bytes = 0, mtp_bytes = 0;
@@ -57,6 +59,36 @@ class EngineInterface {
 
   // Refuses new work and lets running work finish until `deadline`, then ends the rest as kDrained with partial tokens. Blocks.
   virtual void Drain(absl::Duration deadline) = 0;
+
+  // ---- Weights ----
+
+  // The weights that sample now, with their version; shares the arena, so it may outlive a swap. Null while they sleep.
+  virtual std::shared_ptr<const ModelWeights> weights() const = 0;
+  // What they are; also while they sleep.
+  virtual WeightVersion weight_version() const = 0;
+  // Opens an update of the present weights, in memory (and on a stream) of its own; see WeightUpdate::Start. At most one may exist, which is the caller's
+  // to see to; it must end before the engine does. FAILED_PRECONDITION [ASLEEP].
+  virtual absl::StatusOr<std::unique_ptr<WeightUpdate>> StartWeightUpdate(WeightUpdateSpec spec, int64_t limit_bytes) = 0;
+  // Swaps in what WeightUpdate::Finish made, target and draft together, between two steps, and tells what it did. Blocks: for a step, or, with kWait,
+  // until the samples that it waits for have ended, at most until `deadline` passes (DEADLINE_EXCEEDED: nothing has changed; `weights` is gone). Works
+  // while paused. FAILED_PRECONDITION [ASLEEP]; UNAVAILABLE: the engine ends; INTERNAL: it failed.
+  virtual absl::StatusOr<CommitResult> CommitWeights(std::unique_ptr<ModelWeights> weights, InFlight in_flight, absl::Duration deadline) = 0;
+  // Hashes the resident bytes again; generation goes on. FAILED_PRECONDITION [ASLEEP].
+  virtual absl::StatusOr<WeightVersion> RehashWeights() const = 0;
+
+  // ---- Control; each may be repeated. They block for a step, or as said ----
+
+  // Returns the samples it ended. kWait blocks until what runs has ended, at most until `deadline` passes (DEADLINE_EXCEEDED: paused as kKeep).
+  // `clear_cache`: as FlushCache. What comes meanwhile is accepted, and waits.
+  virtual absl::StatusOr<int32_t> Pause(PauseMode mode, bool clear_cache, absl::Duration deadline) = 0;
+  virtual absl::Status Resume() = 0;  // FAILED_PRECONDITION [ASLEEP]
+  // Pauses (kKeep) and gives memory back; WakeUp takes it again, and resumes if it was Sleep that paused and nothing sleeps any more.
+  // WakeUp: RESOURCE_EXHAUSTED, still asleep.
+  virtual absl::Status Sleep(SleepTags tags) = 0;
+  virtual absl::Status WakeUp(SleepTags tags) = 0;
+  // All that was computed for running samples and shared prefixes is forgotten, and computed again at Resume. FAILED_PRECONDITION [NOT_PAUSED].
+  virtual absl::Status FlushCache() = 0;
+  virtual EngineControl control() const = 0;
 
   virtual const EngineInfo& info() const = 0;
   virtual const Tokenizer* tokenizer() const = 0;  // null: the checkpoint has none

@@ -47,10 +47,18 @@ ModelExecutor::ModelExecutor(const ModelConfig& config, const ModelExecutorOptio
   drafting_.reserve(options.max_num_seqs);
 }
 
+absl::Status ModelExecutor::SetWeights(const ModelWeights* weights, int64_t epoch) {
+  model_->SetWeights(weights);
+  weight_epoch_ = epoch;
+  return absl::OkStatus();
+}
+
 absl::Status ModelExecutor::Execute(const StepPlan& plan, StepResult* result) {
   for (const uint64_t handle : plan.dropped_score_handles) scorer_.Drop(handle);
   for (const PageCopy& copy : plan.page_copies) storage_->CopyPage(copy.source, copy.destination);
-  result->sequences.assign(plan.sequences.size(), SequenceOutcome{});
+  SequenceOutcome outcome;
+  outcome.weight_epoch = weight_epoch_;
+  result->sequences.assign(plan.sequences.size(), outcome);
   result->finished_scores.clear();
 
   BuildTargetBatch(plan);

@@ -40,6 +40,8 @@ class ModelExecutor final : public Executor {
                 DeviceMemory* memory, ThreadPool* pool);
 
   absl::Status Execute(const StepPlan& plan, StepResult* result) override;
+  absl::Status SetWeights(const ModelWeights* weights, int64_t epoch) override;
+  absl::Status Quiesce() override { return absl::OkStatus(); }  // a step ends with Execute, and addresses are looked up in every pass
 
  private:
   // Drafts made for one sequence at the end of a step, verified in its next. Draft i's distribution is row slot * γ + i of draft_rows_.
@@ -73,6 +75,7 @@ class ModelExecutor final : public Executor {
   ModelStateStorage* const storage_;
   ThreadPool* const pool_;
   const int32_t logit_rows_;  // most rows of one lm_head product
+  int64_t weight_epoch_ = 0;
 
   Scorer scorer_;
   BatchBuilder target_batch_, mtp_batch_;

@@ -259,7 +259,9 @@ void EngineCore::Impl::EndSample(LiveGroup* live, Sequence* sample, FinishReason
   const absl::Time now = clock->Now();
   SampleResult& done = sample->result;
   done.finish = finish;
-  done.weight_step = weight_step;
+  if (!done.token_ids.empty()) {
+    done.weight_spans = {{.target_step = weight_step, .draft_step = weight_step, .label = "", .begin = 0, .end = static_cast<int32_t>(done.token_ids.size())}};
+  }
   const absl::Time admitted_at = group.admitted ? group.admitted_at : now;
   const absl::Time first_token = done.token_ids.empty() ? now : sample->first_token_time;
   done.queue_time = admitted_at - group.submitted;

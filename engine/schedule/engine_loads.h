@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <array>
 #include <cstdint>
 
+#include "absl/time/time.h"
 #include "engine/schedule/request.h"
 
 namespace bebop {
+
+inline constexpr int32_t kNumStepSpreads = 8;
 
 // Snapshot of what the engine does (Info.GetLoads, metrics). Requests are groups and scores alike. Counters since start satisfy
 //   submitted = finished + cancelled + failed + running_requests + waiting_requests      (I26)
@@ -27,6 +31,16 @@ struct EngineLoads {
   int64_t generated_tokens = 0;  // emitted, after trimming at stops
   int64_t preemptions = 0;       // sequences that lost their pages and were, or will be, recomputed
   SpecCounts spec;               // summed over all samples, running ones included
+  // Samples by how they ended, indexed by FinishReason; and those by max target step - min target step of their spans, the last counts all above.
+  std::array<int64_t, kNumFinishReasons> samples_by_finish{};
+  std::array<int64_t, kNumStepSpreads> samples_by_spread{};
+  int64_t recomputed_tokens = 0;
+  // Weights.
+  int64_t target_step = 0, draft_step = 0;
+  int64_t weight_commits = 0;
+  absl::Duration last_swap_time, total_swap_time;
+  SpecCounts version_spec;           // of verifications under the present weights
+  SpecCounts previous_version_spec;  // and of those under the weights before, whole
 };
 
 }  // namespace bebop

@@ -12,6 +12,7 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "engine/sampling/sampling_params.h"
+#include "engine/schedule/weight_commit.h"
 
 namespace bebop {
 
@@ -32,35 +33,17 @@ struct SpeculationParams {
   double synthetic_acceptance = -1.0;   // < 0: off
 };
 
-// A validated generation request: a group of samples of one prompt.
-struct GenerateRequest {
-  std::string request_id;     // unique while known to the server
-  uint64_t body_hash = 0;     // of everything but the id: same id + same hash attaches, same id + another hash is refused
-  std::vector<uint32_t> prompt;  // >= 1 tokens
-  int32_t num_samples = 1;
-  SamplingParams sampling;
-  StoppingParams stopping;
-  OutputParams output;
-  SpeculationParams speculation;
-  int32_t priority = 0;       // lower runs first
-  bool stream_tokens = false;
-  absl::Time deadline = absl::InfiniteFuture();  // on the engine's (monotonic) clock
+// Tokens [begin, end) of a sample were drawn from the target of one weight version (I3); where they were drafted, by that version's draft layer
+// or, at the first verification after a swap, by the one before.
+struct WeightSpan {
+  int64_t target_step = 0, draft_step = 0;
+  std::string label;
+  int32_t begin = 0, end = 0;
+  bool operator==(const WeightSpan&) const = default;
 };
 
-// Teacher-forced scoring of one sequence (cli.md section 3).
-struct ScoreRequest {
-  std::vector<uint32_t> token_ids;  // T >= 1
-  int32_t score_start = 0;
-  float temperature = 1.0f;         // > 0
-  int32_t top_logprobs = 0;
-  std::vector<uint32_t> token_ids_logprob;
-  bool entropy = false;
-  int32_t draft_depth = 0;          // 0..kMaxDraftTokens
-  int32_t priority = 0;
-  absl::Time deadline = absl::InfiniteFuture();
-};
-
-enum class FinishReason : uint8_t { kNone, kStop, kLength, kAborted, kDrained, kNonFinite, kDeadline, kFailed };
+enum class FinishReason : uint8_t { kNone, kStop, kLength, kAborted, kDrained, kNonFinite, kDeadline, kFailed, kSuperseded, kWeightPolicy };
+inline constexpr int32_t kNumFinishReasons = 10;
 
 // Exact counts of speculation for one sample; per position i (0-based) over steps whose draft i existed and whose drafts before i were
 // accepted, before trimming at a stop (cli.md section 3).
@@ -86,9 +69,46 @@ struct SampleResult {
   std::optional<uint32_t> stop_token_id;
   std::optional<std::string> stop_string;
   SpecCounts spec;
-  int64_t weight_step = 0;
+  std::vector<WeightSpan> weight_spans;  // tile [0, token_ids.size())
+  bool kv_mixed = false;      // some token was drawn with keys, values or states computed under other weights than its own
+  int64_t abort_epoch = 0;    // of the pause that ended it (kAborted); else 0
+  int32_t pending_drafts = 0;  // that stood behind the last token when it was cut short: whoever goes on makes the same ones anew
   int32_t prompt_tokens = 0, cached_tokens = 0, preemptions = 0, recomputed_tokens = 0;
   absl::Duration queue_time, prefill_time, decode_time, time_to_first_token, total_time;
+};
+
+// A validated generation request: a group of samples of one prompt.
+struct GenerateRequest {
+  std::string request_id;     // unique while known to the server
+  uint64_t body_hash = 0;     // of everything but the id: same id + same hash attaches, same id + another hash is refused
+  std::vector<uint32_t> prompt;  // >= 1 tokens
+  int32_t num_samples = 1;
+  SamplingParams sampling;
+  StoppingParams stopping;
+  OutputParams output;
+  SpeculationParams speculation;
+  int32_t priority = 0;       // lower runs first
+  bool stream_tokens = false;
+  WeightPolicy weights;
+  bool detach = false;        // runs on when its last observer leaves
+  // Samples that were cut short, to go on with: num_samples of them with the request's seed, in the order of their index; empty: new ones. Tokens,
+  // per-token arrays as asked for, spans, kv_mixed, pending drafts and counts are taken over, and stops are matched on from there; reason, times and
+  // epoch are not. Draws are keyed by position and drafts made anew, so under unchanged weights the tokens are those of an undisturbed run.
+  std::vector<SampleResult> resume;
+  absl::Time deadline = absl::InfiniteFuture();  // on the engine's (monotonic) clock
+};
+
+// Teacher-forced scoring of one sequence (cli.md section 3).
+struct ScoreRequest {
+  std::vector<uint32_t> token_ids;  // T >= 1
+  int32_t score_start = 0;
+  float temperature = 1.0f;         // > 0
+  int32_t top_logprobs = 0;
+  std::vector<uint32_t> token_ids_logprob;
+  bool entropy = false;
+  int32_t draft_depth = 0;          // 0..kMaxDraftTokens
+  int32_t priority = 0;
+  absl::Time deadline = absl::InfiniteFuture();
 };
 
 // What a request tells its owner. Calls come one at a time, under the engine's lock: from the engine thread, from Submit when a repeat

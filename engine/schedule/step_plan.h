@@ -11,6 +11,8 @@
 
 namespace bebop {
 
+struct ModelWeights;  // engine/weights/model_weights.h
+
 // Sequence counters (defined once, in docs/engine_contract.md): a sequence's tokens are prompt + output. `num_computed` of them have
 // been through the target and are in KV pages and recurrent state (the accepted drafts of the last iteration count as computed; they
 // sit in the slot's window until the next pass replays them). Outside a step at least one token is not computed: the last
@@ -90,6 +92,7 @@ struct SequenceOutcome {
   std::array<float, kMaxDraftTokens + 1> logprob{}, raw_logprob{}, entropy{}, draft_logprob{};
   std::array<double, kMaxDraftTokens> overlap{};  // of the reached places, when spec_detail asks
   int32_t num_drafts_made = 0;  // <= num_drafts_next
+  int64_t weight_epoch = 0;     // of the weights whose target pass this was (Executor::SetWeights)
 };
 
 struct StepResult {
@@ -104,6 +107,15 @@ class Executor {
   // Fills *result (reused between steps). An error means the engine cannot go on: everything in flight fails with it.
   // A plan without sequences and scores may still carry page copies or dropped handles.
   virtual absl::Status Execute(const StepPlan& plan, StepResult* result) = 0;
+
+  // Weights of the passes that are enqueued from now on; their outcomes carry `epoch`, which starts at 0 and grows. Called between two steps, while
+  // no score is under way (the scheduler restarts them). When it returns nothing reads the previous weights any more. An iteration that
+  // ran ahead keeps the weights and the epoch it was enqueued with; its outcome is returned by the step that plans it, or dropped with its
+  // residency. Drafts that are pending stay what they are.
+  virtual absl::Status SetWeights(const ModelWeights* weights, int64_t epoch) = 0;
+  // Waits until nothing that was enqueued runs, and forgets what ran ahead and every address of caches and weights that it keeps. REQUIRES: no
+  // sequence of earlier plans will be planned again with its residency (all were preempted).
+  virtual absl::Status Quiesce() = 0;
 };
 
 }  // namespace bebop

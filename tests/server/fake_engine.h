@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "engine/base/mutex.h"
 #include "engine/runtime/engine_interface.h"
 
@@ -40,7 +41,7 @@ class FakeEngine final : public EngineInterface {
     info_.max_num_seqs = 4;
     info_.max_draft_tokens = 5;
     info_.has_mtp = true;
-    info_.weight_step = 7;
+    version_.target_step = version_.draft_step = 7;
   }
 
   // ---- EngineInterface ----
@@ -101,6 +102,57 @@ class FakeEngine final : public EngineInterface {
     draining_ = true;
     while (HasOpenRequests()) std::this_thread::sleep_for(std::chrono::milliseconds(5));
   }
+
+  // Weights: a real update needs real weights, so this engine has none and only tells its version; commits are counted.
+  std::shared_ptr<const ModelWeights> weights() const override { return nullptr; }
+  WeightVersion weight_version() const override {
+    MutexLock lock(&mutex_);
+    return version_;
+  }
+  absl::StatusOr<std::unique_ptr<WeightUpdate>> StartWeightUpdate(WeightUpdateSpec, int64_t) override {
+    return absl::FailedPreconditionError("the fake engine has no weights");
+  }
+  absl::StatusOr<CommitResult> CommitWeights(std::unique_ptr<ModelWeights>, InFlight, absl::Duration) override {
+    return absl::FailedPreconditionError("the fake engine has no weights");
+  }
+  absl::StatusOr<WeightVersion> RehashWeights() const override { return weight_version(); }
+
+  // Control: remembers what it was told.
+  absl::StatusOr<int32_t> Pause(PauseMode mode, bool clear_cache, absl::Duration deadline) override {
+    MutexLock lock(&mutex_);
+    control_.paused = true;
+    if (mode == PauseMode::kAbort) ++control_.abort_epoch;
+    calls_.push_back(absl::StrCat("pause ", static_cast<int>(mode), clear_cache ? " clear " : " ", absl::ToInt64Milliseconds(deadline)));
+    return mode == PauseMode::kAbort ? 3 : 0;
+  }
+  absl::Status Resume() override {
+    MutexLock lock(&mutex_);
+    control_.paused = false;
+    calls_.push_back("resume");
+    return absl::OkStatus();
+  }
+  absl::Status Sleep(SleepTags tags) override {
+    MutexLock lock(&mutex_);
+    control_.sleeping.weights |= tags.weights;
+    control_.sleeping.kv_cache |= tags.kv_cache;
+    return absl::OkStatus();
+  }
+  absl::Status WakeUp(SleepTags tags) override {
+    MutexLock lock(&mutex_);
+    control_.sleeping.weights &= !tags.weights;
+    control_.sleeping.kv_cache &= !tags.kv_cache;
+    return absl::OkStatus();
+  }
+  absl::Status FlushCache() override {
+    MutexLock lock(&mutex_);
+    calls_.push_back("flush");
+    return absl::OkStatus();
+  }
+  EngineControl control() const override {
+    MutexLock lock(&mutex_);
+    return control_;
+  }
+
   const EngineInfo& info() const override { return info_; }
   const Tokenizer* tokenizer() const override { return nullptr; }
   EngineLoads GetLoads() const override {
@@ -213,6 +265,10 @@ class FakeEngine final : public EngineInterface {
     MutexLock lock(&mutex_);
     return num_cancelled_scores_;
   }
+  std::vector<std::string> calls() const {
+    MutexLock lock(&mutex_);
+    return calls_;
+  }
   int num_wakes() const { return num_wakes_; }
   bool draining() const { return draining_; }
 
@@ -225,6 +281,9 @@ class FakeEngine final : public EngineInterface {
   int scores_left_ ABSL_GUARDED_BY(mutex_) = 1 << 20;
   absl::Status submit_status_ ABSL_GUARDED_BY(mutex_);
   absl::Status health_ ABSL_GUARDED_BY(mutex_);
+  WeightVersion version_ ABSL_GUARDED_BY(mutex_);
+  EngineControl control_ ABSL_GUARDED_BY(mutex_);
+  std::vector<std::string> calls_ ABSL_GUARDED_BY(mutex_);  // of control, in order
   int num_detached_ ABSL_GUARDED_BY(mutex_) = 0;
   int num_cancelled_scores_ ABSL_GUARDED_BY(mutex_) = 0;
   std::atomic<int> num_wakes_ = 0;

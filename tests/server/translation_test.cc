@@ -196,7 +196,7 @@ SampleResult FullSample() {
   sample.spec.drafted_per_pos = {4, 3, 2};
   sample.spec.accepted_per_pos = {3, 2, 1};
   sample.spec.overlap_per_pos = {2.5, 1.5, 0.5};
-  sample.weight_step = 11;
+  sample.weight_spans = {{.target_step = 11, .draft_step = 11, .label = "", .begin = 0, .end = static_cast<int32_t>(sample.token_ids.size())}};
   sample.prompt_tokens = 4;
   sample.cached_tokens = 3;
   sample.preemptions = 1;
@@ -384,6 +384,8 @@ TEST(UnknownFields, RefusedUnlessAllowed) {
 // What an engine with a pool of one page says to a request for two.
 absl::Status RefusalThatNoRetryCures() {
   struct IdleExecutor final : Executor {
+    absl::Status SetWeights(const ModelWeights*, int64_t) override { return absl::OkStatus(); }
+    absl::Status Quiesce() override { return absl::OkStatus(); }
     absl::Status Execute(const StepPlan&, StepResult*) override { return absl::OkStatus(); }
   } executor;
   const MonotonicClock clock;

@@ -378,6 +378,7 @@ absl::Status FakeExecutor::Execute(const StepPlan& plan, StepResult* result) {
   }
   for (size_t i = 0; i < plan.sequences.size(); ++i) {
     if (!RunSequence(plan.sequences[i], &result->sequences[i])) return violated();
+    result->sequences[i].weight_epoch = weight_epoch_;
   }
   return absl::OkStatus();
 }

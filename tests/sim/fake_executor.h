@@ -34,6 +34,11 @@ class FakeExecutor final : public Executor {
   explicit FakeExecutor(const SchedulerOptions& options);
 
   absl::Status Execute(const StepPlan& plan, StepResult* result) override;
+  absl::Status SetWeights(const ModelWeights*, int64_t epoch) override {
+    weight_epoch_ = epoch;
+    return absl::OkStatus();
+  }
+  absl::Status Quiesce() override { return absl::OkStatus(); }
 
   const std::string& violation() const { return violation_; }
   // Called in the middle of every Execute: what other threads do to the core while the real executor runs without its lock.
@@ -94,6 +99,7 @@ class FakeExecutor final : public Executor {
   absl::Status fail_next_;
   std::function<void()> while_executing_;
   int64_t num_calls_ = 0;
+  int64_t weight_epoch_ = 0;
   SpecCounts spec_;
   std::vector<std::string> planned_ids_;
 };

@@ -151,6 +151,8 @@ class FailingExecutor final : public Executor {
   absl::Status Execute(const StepPlan& plan, StepResult* result) override {
     return steps_-- > 0 ? inner_->Execute(plan, result) : absl::InternalError("injected device failure");
   }
+  absl::Status SetWeights(const ModelWeights* weights, int64_t epoch) override { return inner_->SetWeights(weights, epoch); }
+  absl::Status Quiesce() override { return inner_->Quiesce(); }
 
  private:
   const std::unique_ptr<Executor> inner_;

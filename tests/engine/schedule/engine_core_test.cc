@@ -47,6 +47,8 @@ struct ScoreRecorder final : ScoreObserver {
 // Keeps what each plan said.
 struct Watcher final : Executor {
   explicit Watcher(const SchedulerOptions& options) : fake(options) {}
+  absl::Status SetWeights(const ModelWeights* weights, int64_t epoch) override { return fake.SetWeights(weights, epoch); }
+  absl::Status Quiesce() override { return fake.Quiesce(); }
   absl::Status Execute(const StepPlan& plan, StepResult* result) override {
     num_copies += static_cast<int32_t>(plan.page_copies.size());
     rows.push_back(0);
@@ -653,6 +655,8 @@ TEST_F(EngineCoreTest, ResultsAreKeptForTheirTimeToLive) {
 
 // Emits one token a sequence and nothing else, without allocating.
 struct PlainExecutor final : Executor {
+  absl::Status SetWeights(const ModelWeights*, int64_t) override { return absl::OkStatus(); }
+  absl::Status Quiesce() override { return absl::OkStatus(); }
   absl::Status Execute(const StepPlan& plan, StepResult* result) override {
     result->sequences.resize(plan.sequences.size());
     for (size_t i = 0; i < plan.sequences.size(); ++i) {
