@@ -19,12 +19,15 @@ constexpr SizeLimit kSizeLimits[] = {
     {"GenerateRequest.prompt_token_ids", 0, "ids", "1 .. the model length - 1"},
     {"StoppingParams.stop_token_ids", kStopTokenIds, "ids", ""},
     {"StoppingParams.stop", kStopStrings, "strings", "of 1 .. 256 bytes each"},
+    {"GenerateRequest.resume", kNumSamples, "handles", "one a sample; of 32 MiB together"},
     {"ScoreRequest.sequences", kScoreSequences, "sequences", "1 or more; of 1,048,576 tokens together; reply arrays of 64 MiB"},
     {"Sequence.token_ids", 0, "ids", "1 .. the model length"},
     {"ScoreRequest.token_ids_logprob", kTokenIdsLogprob, "ids", ""},
     {"AbortRequest.request_ids", kAbortIds, "ids", "1 or more, of 64 bytes each"},
     {"TokenizeRequest.text", kTokenizeBytes, "bytes", ""},
     {"DetokenizeRequest.token_ids", kDetokenizeIds, "ids", ""},
+    {"SleepRequest.tags", kSleepTags, "tags", "\"weights\" or \"kv_cache\"; empty: both"},
+    {"WakeUpRequest.tags", kSleepTags, "tags", "\"weights\" or \"kv_cache\"; empty: both"},
     // Replies: follow from the request's.
     {"GenerateResult.request_id", kRequestIdBytes, "bytes", ""},
     {"GenerateResult.prompt_token_ids", 0, "ids", kModelLength},
@@ -36,6 +39,7 @@ constexpr SizeLimit kSizeLimits[] = {
     {"SampleResult.token_source", 0, "values", kOutputLength},
     {"SampleResult.draft_logprobs", 0, "values", kOutputLength},
     {"SampleResult.weight_spans", 0, "spans", kOutputLength},
+    {"SampleResult.resume_handle", kResumeBytes, "bytes", "only of samples that were cut short"},
     {"Finish.stop_string", kStopStringBytes, "bytes", ""},
     {"SpecStats.drafted_per_pos", kMaxDraftTokens, "values", ""},
     {"SpecStats.accepted_per_pos", kMaxDraftTokens, "values", ""},
@@ -79,6 +83,7 @@ constexpr SizeLimit kSizeLimits[] = {
     {"ServerInfo.load_format", 0, "bytes", kServerText},
     {"ModelInfo.name", kStopStringBytes, "bytes", "--served-model-name"},
     {"ModelInfo.eos_token_ids", kEosTokenIds, "ids", "the checkpoint's"},
+    {"ControlState.sleeping", kSleepTags, "tags", ""},
 };
 
 constexpr NumberLimit kNumberLimits[] = {
@@ -93,11 +98,16 @@ constexpr NumberLimit kNumberLimits[] = {
     {"StoppingParams.min_new_tokens", "0 .. max_new_tokens; unset: 0"},
     {"SpeculationParams.mode", "a named value; unset: the server's default"},
     {"SpeculationParams.num_draft_tokens", "0 .. the server's max_draft_tokens (at most 8); unset: the server's choice; 0 with OFF"},
+    {"WeightParams.min_step", "any; unset: any step will do"},
+    {"WeightParams.max_step_spread", ">= 0; unset: any spread"},
+    {"WeightParams.on_update", "a named value; unset: as the update says"},
     {"SpeculationParams.synthetic_acceptance", "0 .. 1, only where the server allows it; unset: off"},
     {"ScoreRequest.score_start", "0 .. length of the shortest sequence - 1"},
     {"ScoreRequest.temperature", "0.0001 .. 100; unset: 1"},
     {"ScoreRequest.top_logprobs", "0 .. 20"},
     {"ScoreRequest.draft_depth", "0 .. the server's max_draft_tokens (at most 8)"},
+    {"PauseGenerationRequest.mode", "a named value; unset: KEEP"},
+    {"DrainRequest.deadline_seconds", "0 .. 86400; unset: --drain-timeout"},
 };
 
 std::string MebiBytes(int64_t bytes) { return absl::StrCat(bytes >> 20, " MiB"); }

@@ -35,6 +35,9 @@ inline constexpr int64_t kScoreTokens = 1 << 20;  // over all sequences of a req
 inline constexpr int32_t kTopLogprobs = 20;
 inline constexpr int32_t kTokenIdsLogprob = 1024;
 inline constexpr int32_t kAbortIds = 1024;
+inline constexpr int64_t kResumeBytes = 32 << 20;  // of one request's handles together, so of a handle, too
+inline constexpr int32_t kSleepTags = 2;
+inline constexpr double kDrainSeconds = 86400;
 inline constexpr int64_t kTokenizeBytes = 8 << 20;
 // NFC makes UTF-8 text at most 3 times as long (Unicode FAQ, normalization), and a tokenizer makes at most one id of a byte.
 inline constexpr int64_t kTokenizeResultIds = 3 * kTokenizeBytes;

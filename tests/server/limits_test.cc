@@ -8,7 +8,9 @@
 #include <set>
 #include <sstream>
 #include <string>
+#include <vector>
 
+#include "bebop/v1/control.pb.h"
 #include "bebop/v1/info.pb.h"
 #include "bebop/v1/rollout.pb.h"
 
@@ -24,9 +26,13 @@ void AddMessages(const Descriptor* message, std::map<std::string, const Descript
   for (int i = 0; i < message->nested_type_count(); ++i) AddMessages(message->nested_type(i), messages);
 }
 
+std::vector<const FileDescriptor*> AllFiles() {
+  return {v1::GenerateRequest::descriptor()->file(), v1::ServerInfo::descriptor()->file(), v1::ControlState::descriptor()->file()};
+}
+
 std::map<std::string, const Descriptor*> AllMessages() {
   std::map<std::string, const Descriptor*> messages;
-  for (const FileDescriptor* file : {v1::GenerateRequest::descriptor()->file(), v1::ServerInfo::descriptor()->file()}) {
+  for (const FileDescriptor* file : AllFiles()) {
     for (int i = 0; i < file->message_type_count(); ++i) AddMessages(file->message_type(i), &messages);
   }
   return messages;
@@ -64,7 +70,7 @@ TEST(Limits, EveryNumberInARequestHasARow) {
     EXPECT_FALSE(row.range.empty());
   }
   std::set<const Descriptor*> reachable;
-  for (const FileDescriptor* file : {v1::GenerateRequest::descriptor()->file(), v1::ServerInfo::descriptor()->file()}) {
+  for (const FileDescriptor* file : AllFiles()) {
     for (int s = 0; s < file->service_count(); ++s) {
       for (int m = 0; m < file->service(s)->method_count(); ++m) AddReachable(file->service(s)->method(m)->input_type(), &reachable);
     }
