@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <string>
+#include <utility>
 
 #include "engine/formats/strings.h"
 #include "engine/memory/device_memory.h"
@@ -14,6 +15,7 @@ namespace {
 class CudaMemory final : public DeviceMemory {
  public:
   explicit CudaMemory(cuda::Stream* stream) : stream_(*stream) {}
+  explicit CudaMemory(std::unique_ptr<cuda::Stream> stream) : own_stream_(std::move(stream)), stream_(*own_stream_) {}
 
   bool is_host() const override { return false; }
 
@@ -71,11 +73,14 @@ class CudaMemory final : public DeviceMemory {
     BEBOP_CUDA_TRY(stream_, cudaStreamSynchronize(stream_.handle()));
   }
 
+  const std::unique_ptr<cuda::Stream> own_stream_;  // null: somebody else's
   cuda::Stream& stream_;
 };
 
 }  // namespace
 
 std::unique_ptr<DeviceMemory> MakeCudaMemory(cuda::Stream* stream) { return std::make_unique<CudaMemory>(stream); }
+
+std::unique_ptr<DeviceMemory> MakeCudaMemory(std::unique_ptr<cuda::Stream> stream) { return std::make_unique<CudaMemory>(std::move(stream)); }
 
 }  // namespace bebop

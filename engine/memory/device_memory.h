@@ -12,7 +12,8 @@
 namespace bebop {
 
 // Where weights, caches and activations live: host memory for the CPU backend, device memory for CUDA. Code above kernels/ holds plain pointers
-// and asks this class for everything that differs. Thread: the engine thread, and before it starts the loading thread.
+// and asks this class for everything that differs. One thread at a time, whichever it is: the device's memory makes its device the thread's
+// current one by itself. What it allocated may be freed by any thread, and may outlive it.
 //
 // Copies are in order with the operators that were enqueued before and after them. CopyIn and CopyOut return when the host side may be
 // reused or read; Copy does not wait.
@@ -36,5 +37,7 @@ class DeviceMemory {
 std::unique_ptr<DeviceMemory> MakeHostMemory();
 // Memory of the stream's device; `stream` must outlive it. Only in builds with CUDA (engine/memory/cuda_memory.cc).
 std::unique_ptr<DeviceMemory> MakeCudaMemory(cuda::Stream* stream);
+// The same with a stream that it owns: its copies are in order among themselves, and run beside whatever other streams do.
+std::unique_ptr<DeviceMemory> MakeCudaMemory(std::unique_ptr<cuda::Stream> stream);
 
 }  // namespace bebop

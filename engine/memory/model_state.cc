@@ -123,19 +123,34 @@ int64_t SlotBytes(const ModelConfig& config, const ModelStateOptions& options) {
 absl::StatusOr<std::unique_ptr<ModelStateStorage>> ModelStateStorage::Create(const ModelConfig& config, const ModelStateOptions& options,
                                                                              DeviceMemory* memory) {
   BEBOP_CHECK(options.num_pages >= 0 && options.page_tokens > 0 && options.num_slots >= 0 && options.window >= 0);
-  Carver counter(nullptr);
-  CarveState(config, options, counter);
-  std::unique_ptr<ModelStateStorage> storage(new ModelStateStorage());
-  storage->memory_ = memory;
-  const std::string what = StrCat("KV pages and recurrent states (", options.num_pages, " pages of ", PageBytes(config, options), " bytes, ",
-                                  options.num_slots, " slots of ", SlotBytes(config, options), " bytes)");
-  BEBOP_ASSIGN_OR_RETURN(storage->bytes_, memory->Allocate(std::max(counter.used(), kAlignment), what));
-  Carver carver(static_cast<char*>(storage->bytes_.get()));
-  storage->state_ = CarveState(config, options, carver);
+  std::unique_ptr<ModelStateStorage> storage(new ModelStateStorage(config, options, memory));
+  BEBOP_RETURN_IF_ERROR(storage->Restore());
   return storage;
 }
 
+ModelStateStorage::ModelStateStorage(const ModelConfig& config, const ModelStateOptions& options, DeviceMemory* memory)
+    : config_(config), options_(options), memory_(memory) {}
+
+absl::Status ModelStateStorage::Restore() {
+  if (!released()) return absl::OkStatus();
+  Carver counter(nullptr);
+  CarveState(config_, options_, counter);
+  const std::string what = StrCat("KV pages and recurrent states (", options_.num_pages, " pages of ", PageBytes(config_, options_), " bytes, ",
+                                  options_.num_slots, " slots of ", SlotBytes(config_, options_), " bytes)");
+  BEBOP_ASSIGN_OR_RETURN(bytes_, memory_->Allocate(std::max(counter.used(), kAlignment), what));
+  Carver carver(static_cast<char*>(bytes_.get()));
+  state_ = CarveState(config_, options_, carver);
+  return absl::OkStatus();
+}
+
+void ModelStateStorage::Release() {
+  bytes_.reset();
+  Carver nowhere(nullptr);
+  state_ = CarveState(config_, options_, nowhere);
+}
+
 void ModelStateStorage::CopyPage(int32_t source, int32_t destination) {
+  BEBOP_CHECK(!released());
   for (const KvPagesView& pages : state_.kv) CopyPageOf(pages, source, destination, *memory_);
   if (state_.mtp_kv.num_pages > 0) CopyPageOf(state_.mtp_kv, source, destination, *memory_);
 }

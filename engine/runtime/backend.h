@@ -27,7 +27,12 @@ class Backend {
 
   // For people: "cpu", "cuda:0 (NVIDIA H200)".
   virtual const std::string& name() const = 0;
-  virtual DeviceMemory* memory() = 0;
+  virtual DeviceMemory* memory() = 0;  // of the engine thread, and before it starts of the loading one
+  // Another memory of the same device, for a thread beside the engine's: an update of weights is staged in it, loaded weights are hashed
+  // through it. On a device it has a stream of its own, so that its copies neither wait for iterations nor hold them up. May be used by any
+  // thread, one at a time, without EnterThread. What it allocated may outlive it, and so may become the engine's. Both must end before the
+  // backend. INTERNAL: the device failed.
+  virtual absl::StatusOr<std::unique_ptr<DeviceMemory>> NewMemory() = 0;
   virtual Ops* ops() = 0;
   // Of activations beside the residual stream, with weights of `weight_dtype`.
   virtual DType activation_dtype(DType weight_dtype) const = 0;

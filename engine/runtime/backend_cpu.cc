@@ -11,6 +11,7 @@ class CpuBackend final : public Backend {
 
   const std::string& name() const override { return name_; }
   DeviceMemory* memory() override { return memory_.get(); }
+  absl::StatusOr<std::unique_ptr<DeviceMemory>> NewMemory() override { return MakeHostMemory(); }
   Ops* ops() override { return ops_.get(); }
   DType activation_dtype(DType) const override { return DType::kFloat32; }
   absl::Status CheckShapes(const ModelConfig&, DType) const override { return absl::OkStatus(); }

@@ -86,6 +86,14 @@ class CudaBackend final : public Backend {
 
   const std::string& name() const override { return name_; }
   DeviceMemory* memory() override { return memory_.get(); }
+
+  absl::StatusOr<std::unique_ptr<DeviceMemory>> NewMemory() override {
+    // Copies need no workspace.
+    auto stream = std::make_unique<cuda::Stream>(cuda::StreamOptions{.device = stream_->device(), .workspace_bytes = 0});
+    if (!stream->ok()) return absl::InternalError(absl::StrCat("device error: ", stream->error()));
+    return MakeCudaMemory(std::move(stream));
+  }
+
   Ops* ops() override { return ops_.get(); }
   DType activation_dtype(DType weight_dtype) const override { return weight_dtype; }
 

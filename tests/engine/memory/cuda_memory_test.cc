@@ -62,6 +62,31 @@ TEST_F(CudaMemoryTest, CopiesAreInOrder) {
   EXPECT_TRUE(memory_->status().ok());
 }
 
+// Staging of weights: another thread fills memory on a stream of its own, and what it filled stays when that stream has gone.
+TEST_F(CudaMemoryTest, AMemoryWithItsOwnStreamLeavesWhatItFilled) {
+  const std::vector<char> host(5000, 'w');
+  std::shared_ptr<void> filled;
+  std::thread([&] {
+    const auto own = MakeCudaMemory(std::make_unique<cuda::Stream>(cuda::StreamOptions{.workspace_bytes = 0}));
+    std::shared_ptr<void> first;
+    std::thread([&] { first = *own->Allocate(5000, "test"); }).join();
+    std::thread([&] { own->CopyIn(first.get(), host.data(), 5000); }).join();
+    filled = *own->Allocate(5000, "test");
+    own->Copy(filled.get(), first.get(), 5000);
+    char last = 0;
+    own->CopyOut(&last, filled.get(), 1);
+    EXPECT_EQ(last, 'w');
+    EXPECT_TRUE(own->status().ok()) << own->status();
+  }).join();
+  EXPECT_EQ(Read(filled.get(), 5000), host);
+  // The streams' errors are their own, too.
+  cuda::Stream failed({.workspace_bytes = 0});
+  failed.Fail("gone");
+  EXPECT_TRUE(memory_->status().ok());
+  filled.reset();
+  EXPECT_TRUE(memory_->Allocate(100, "test").ok());
+}
+
 TEST_F(CudaMemoryTest, TooMuchIsResourceExhaustedAndHarmsNothing) {
   const auto memory = memory_->Allocate(int64_t{1} << 50, "KV pages of giants");
   ASSERT_EQ(memory.status().code(), absl::StatusCode::kResourceExhausted);

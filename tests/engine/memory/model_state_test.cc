@@ -1,7 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "engine/memory/model_state.h"
 
+#include <unistd.h>
+
+#include <algorithm>
 #include <cstring>
+#include <fstream>
+#include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -141,6 +147,85 @@ TEST(ModelStateTest, CopyPageCopiesThatPageOfEveryLayerAndNothingElse) {
       }
     }
   }
+}
+
+// Asked for after a release, the arrays are whole, zero and where the state says; the state itself is the same object.
+TEST(ModelStateTest, ReleasedAndRestoredItIsAsFresh) {
+  const auto memory = MakeHostMemory();
+  const auto storage = *ModelStateStorage::Create(Config(), Options(), memory.get());
+  const ModelState& state = storage->state();
+  for (const auto& [data, bytes] : Arrays(state)) std::memset(data, 0x5a, static_cast<size_t>(bytes));
+  storage->Release();
+  EXPECT_TRUE(storage->released());
+  for (const auto& [data, bytes] : Arrays(state)) EXPECT_EQ(data, nullptr) << "but still of " << bytes << " bytes";
+  storage->Release();
+  ASSERT_TRUE(storage->Restore().ok());
+  EXPECT_FALSE(storage->released());
+  EXPECT_EQ(&storage->state(), &state);
+  std::vector<std::pair<char*, int64_t>> arrays = Arrays(state);
+  ASSERT_EQ(arrays.size(), 6u + 15u);
+  std::sort(arrays.begin(), arrays.end());
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    const auto& [data, bytes] = arrays[i];
+    ASSERT_NE(data, nullptr);
+    if (i > 0) {
+      EXPECT_GE(data, arrays[i - 1].first + arrays[i - 1].second);
+    }
+    EXPECT_EQ(std::count(data, data + bytes, 0), bytes);
+  }
+  storage->CopyPage(0, 4);
+  ASSERT_TRUE(storage->Restore().ok());  // nothing to do
+  EXPECT_EQ(Arrays(state).front().first, state.kv.front().k);
+}
+
+// Resident bytes of this process.
+int64_t ResidentBytes() {
+  int64_t total = 0, resident = 0;
+  std::ifstream("/proc/self/statm") >> total >> resident;
+  return resident * sysconf(_SC_PAGESIZE);
+}
+
+TEST(ModelStateTest, ReleasedPagesGoBackToTheSystem) {
+  ModelStateOptions options = Options();
+  options.num_pages = 50'000;  // 84 MB
+  const auto memory = MakeHostMemory();
+  const auto storage = *ModelStateStorage::Create(Config(), options, memory.get());
+  for (const auto& [data, bytes] : Arrays(storage->state())) std::memset(data, 1, static_cast<size_t>(bytes));
+  const int64_t before = ResidentBytes();
+  storage->Release();
+  EXPECT_LT(ResidentBytes(), before - options.num_pages * PageBytes(Config(), options) * 9 / 10);
+}
+
+// Memory that can be had no more is asked for again later.
+TEST(ModelStateTest, ARestoreThatFailsMayBeTriedAgain) {
+  class ScarceMemory final : public DeviceMemory {
+   public:
+    bool is_host() const override { return true; }
+    absl::StatusOr<std::shared_ptr<void>> Allocate(int64_t bytes, std::string_view what) override {
+      if (scarce) return absl::ResourceExhaustedError(std::string(what) + ": " + std::to_string(bytes));
+      return host_->Allocate(bytes, what);
+    }
+    void CopyIn(void* to, const void* from, int64_t bytes) override { host_->CopyIn(to, from, bytes); }
+    void CopyOut(void* to, const void* from, int64_t bytes) override { host_->CopyOut(to, from, bytes); }
+    void Copy(void* to, const void* from, int64_t bytes) override { host_->Copy(to, from, bytes); }
+    int64_t available_bytes() const override { return host_->available_bytes(); }
+    absl::Status status() const override { return absl::OkStatus(); }
+    bool scarce = false;
+
+   private:
+    const std::unique_ptr<DeviceMemory> host_ = MakeHostMemory();
+  };
+  ScarceMemory memory;
+  const auto storage = *ModelStateStorage::Create(Config(), Options(), &memory);
+  storage->Release();
+  memory.scarce = true;
+  const absl::Status refused = storage->Restore();
+  EXPECT_TRUE(absl::IsResourceExhausted(refused)) << refused;
+  EXPECT_NE(refused.message().find("5 pages of "), absl::string_view::npos) << refused;
+  EXPECT_TRUE(storage->released());
+  memory.scarce = false;
+  EXPECT_TRUE(storage->Restore().ok());
+  EXPECT_FALSE(storage->released());
 }
 
 TEST(ModelStateTest, TooMuchMemoryIsResourceExhaustedAndNamesTheBytes) {
