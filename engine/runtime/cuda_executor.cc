@@ -169,8 +169,8 @@ class CudaExecutor final : public Executor {
   ~CudaExecutor() override;
 
   absl::Status Execute(const StepPlan& plan, StepResult* result) override;
-  absl::Status SetWeights(const ModelWeights*, int64_t) override { return absl::UnimplementedError("weight updates on a device"); }
-  absl::Status Quiesce() override { return absl::UnimplementedError("sleep on a device"); }
+  absl::Status SetWeights(const ModelWeights* weights, int64_t epoch) override;
+  absl::Status Quiesce() override;
 
  private:
   // What the host knows about a slot in device memory.
@@ -183,6 +183,7 @@ class CudaExecutor final : public Executor {
     // Its pass that has run and that no plan has asked for yet: in the ring within a step, else in `kept`. Null: none.
     const StepRecord* record = nullptr;
     StepRecord kept;
+    int64_t record_epoch = 0;  // of the weights that the pass ran with
   };
   // Bounds of a pass that are not in PassArrays.
   struct PassBounds {
@@ -211,10 +212,12 @@ class CudaExecutor final : public Executor {
   void Publish(const PassArrays& pass, int32_t max_positions);
   absl::Status RunScores(const StepPlan& plan, StepResult* result);
   void PlanAhead(const StepPlan& plan);
+  // Waits for all that was enqueued, and keeps the records that no plan has asked for.
+  absl::Status Settle();
   // Reads the records of all passes up to `number`.
   absl::Status Read(uint64_t number);
   absl::Status Collect(const StepPlan& plan, StepResult* result, uint64_t last_of_step);
-  void Translate(const SequencePlan& sequence, const StepRecord& record, SequenceOutcome* outcome) const;
+  void Translate(const SequencePlan& sequence, const Slot& slot, SequenceOutcome* outcome) const;
   // Copies records that nobody asked for out of the ring, whose entries come to be used again.
   void KeepRecords();
 
@@ -256,6 +259,7 @@ class CudaExecutor final : public Executor {
   uint64_t read_ = 0;                                 // passes whose records have been read
   uint64_t kept_up_to_ = 0;                           // passes whose unasked records are out of the ring
   int32_t max_positions_[RecordRing::kEntries] = {};  // that the passes in the ring were launched for
+  int64_t weight_epoch_ = 0;                          // of the passes that are enqueued now, and of all whose records are unread
 };
 
 absl::StatusOr<std::unique_ptr<Executor>> MakeCudaExecutor(const ModelConfig& config, const CudaExecutorOptions& options,
@@ -359,6 +363,36 @@ absl::Status CudaExecutor::Execute(const StepPlan& plan, StepResult* result) {
   PlanAhead(plan);
   BEBOP_RETURN_IF_ERROR(Collect(plan, result, last_of_step));
   staging_->End();
+  return memory_->status();
+}
+
+// ---- Between two steps ----
+
+absl::Status CudaExecutor::Settle() {
+  BEBOP_RETURN_IF_ERROR(memory_->status());
+  BEBOP_RETURN_IF_ERROR(Read(ring_->last_published()));
+  KeepRecords();
+  return absl::OkStatus();
+}
+
+// A pass reads weights before it publishes, so once all records are here nobody reads the previous weights. They are kept with the epoch
+// that ends here. The graphs hold the previous weights' addresses (ADR 6).
+absl::Status CudaExecutor::SetWeights(const ModelWeights* weights, int64_t epoch) {
+  BEBOP_CHECK(epoch >= weight_epoch_);
+  BEBOP_RETURN_IF_ERROR(Settle());
+  graphs_.Invalidate();
+  model_->SetWeights(weights);
+  weight_epoch_ = epoch;
+  return memory_->status();
+}
+
+absl::Status CudaExecutor::Quiesce() {
+  BEBOP_RETURN_IF_ERROR(Settle());
+  BEBOP_CUDA_TRY(stream_, cudaStreamSynchronize(stream_.handle()));  // copies of pages come after the last pass
+  // Whoever comes next moves in anew. Nothing else keeps addresses of caches or weights: passes look them up, and the plans of products
+  // depend on shapes alone.
+  std::fill(slots_.begin(), slots_.end(), Slot{});
+  graphs_.Clear();
   return memory_->status();
 }
 
@@ -663,6 +697,7 @@ absl::Status CudaExecutor::Read(uint64_t number) {
                   max_positions_[read_ % RecordRing::kEntries]);
       BEBOP_CHECK(slot.record == nullptr && slot.num_in_flight >= 0);
       slot.record = &record;
+      slot.record_epoch = weight_epoch_;  // SetWeights reads all that was enqueued before it
     }
   }
   return absl::OkStatus();
@@ -676,7 +711,7 @@ absl::Status CudaExecutor::Collect(const StepPlan& plan, StepResult* result, uin
     std::erase_if(waiting_, [&](size_t i) {
       Slot& slot = SlotOf(plan.sequences[i]);
       if (slot.record == nullptr) return false;
-      Translate(plan.sequences[i], *slot.record, &result->sequences[i]);
+      Translate(plan.sequences[i], slot, &result->sequences[i]);
       slot.record = nullptr;
       return true;
     });
@@ -719,7 +754,8 @@ void CudaExecutor::KeepRecords() {
   }
 }
 
-void CudaExecutor::Translate(const SequencePlan& sequence, const StepRecord& record, SequenceOutcome* outcome) const {
+void CudaExecutor::Translate(const SequencePlan& sequence, const Slot& slot, SequenceOutcome* outcome) const {
+  const StepRecord& record = *slot.record;
   // The host plans what the device did without being asked: both follow from the same state.
   BEBOP_CHECK(record.residency == sequence.residency && record.num_computed == sequence.num_computed);
   BEBOP_CHECK(record.num_known == static_cast<int32_t>(sequence.known_tokens.size()) && record.num_drafts == sequence.num_drafts);
@@ -729,6 +765,7 @@ void CudaExecutor::Translate(const SequencePlan& sequence, const StepRecord& rec
   outcome->num_reached = record.num_reached;
   outcome->non_finite = record.non_finite != 0;
   outcome->num_drafts_made = record.num_drafts_made;
+  outcome->weight_epoch = slot.record_epoch;
   const OutputParams& output = sequence.request->output;
   const auto copy = [](bool wanted, const auto& from, int32_t count, auto* to) {
     if (wanted) std::copy_n(std::begin(from), count, to->begin());

@@ -24,12 +24,30 @@ int32_t LengthClass(int32_t needed, int32_t shortest, int32_t most) {
 }
 
 IterationGraphs::~IterationGraphs() {
+  Invalidate();
+  for (const cudaGraphExec_t graph : stale_) (void)cudaGraphExecDestroy(graph);
+}
+
+void IterationGraphs::Invalidate() {
   for (const auto& [key, entry] : graphs_) {
-    if (entry.graph != nullptr) (void)cudaGraphExecDestroy(entry.graph);
+    if (entry.graph != nullptr) stale_.push_back(entry.graph);
   }
+  graphs_.clear();
+  num_graphs_ = 0;
+  enabled_ = wanted_;  // what becomes free may do for others
+}
+
+void IterationGraphs::Clear() {
+  Invalidate();
+  while (!stale_.empty()) DropStale();
 }
 
 void IterationGraphs::Run(const IterationKey& key, absl::FunctionRef<void()> enqueue) {
+  Enqueue(key, enqueue);
+  if (!stale_.empty()) DropStale();
+}
+
+void IterationGraphs::Enqueue(const IterationKey& key, absl::FunctionRef<void()> enqueue) {
   if (!enabled_ && num_graphs_ == 0) return enqueue();
   const auto [found, first] = graphs_.try_emplace(key);
   Entry& entry = found->second;
@@ -38,6 +56,11 @@ void IterationGraphs::Run(const IterationKey& key, absl::FunctionRef<void()> enq
   if (entry.graph == nullptr && enabled_) entry.graph = Capture(enqueue);
   if (entry.graph == nullptr) return enqueue();
   BEBOP_CUDA_TRY(stream_, cudaGraphLaunch(entry.graph, stream_.handle()));
+}
+
+void IterationGraphs::DropStale() {
+  BEBOP_CUDA_TRY(stream_, cudaGraphExecDestroy(stale_.back()));
+  stale_.pop_back();
 }
 
 void IterationGraphs::DropOldest() {
@@ -52,7 +75,7 @@ void IterationGraphs::DropOldest() {
 }
 
 cudaGraphExec_t IterationGraphs::Capture(absl::FunctionRef<void()> enqueue) {
-  if (num_graphs_ == max_graphs_) DropOldest();
+  if (num_held() == max_graphs_) stale_.empty() ? DropOldest() : DropStale();
   // Thread local: other threads, such as one that loads weights, may go on allocating.
   BEBOP_CUDA_TRY(stream_, cudaStreamBeginCapture(stream_.handle(), cudaStreamCaptureModeThreadLocal));
   enqueue();
@@ -61,8 +84,12 @@ cudaGraphExec_t IterationGraphs::Capture(absl::FunctionRef<void()> enqueue) {
   BEBOP_CUDA_TRY(stream_, cudaStreamEndCapture(stream_.handle(), &graph));
   if (stream_.ok()) {
     const cudaError_t result = cudaGraphInstantiate(&executable, graph, 0);
-    if (result == cudaErrorMemoryAllocation) {
+    if (result == cudaErrorMemoryAllocation && !stale_.empty()) {
       (void)cudaGetLastError();  // not sticky
+      executable = nullptr;
+      while (!stale_.empty()) DropStale();  // the key's next run tries again
+    } else if (result == cudaErrorMemoryAllocation) {
+      (void)cudaGetLastError();
       executable = nullptr;
       enabled_ = false;
       Log(LogLevel::kWarning, absl::StrCat("no device memory for another captured iteration beside ", num_graphs_,

@@ -6,6 +6,7 @@
 #include <compare>
 #include <cstdint>
 #include <map>
+#include <vector>
 
 #include "absl/functional/function_ref.h"
 #include "kernels/common/cuda_stream.h"
@@ -46,15 +47,23 @@ class IterationGraphs {
   // Not `enabled`: everything is enqueued kernel by kernel. REQUIRES: max_graphs is more than the iterations that may be in flight, so
   // that a graph that gives way is not running.
   IterationGraphs(bool enabled, cuda::Stream* stream, int32_t max_graphs = kMaxGraphs)
-      : enabled_(enabled), max_graphs_(max_graphs), stream_(*stream) {}
+      : wanted_(enabled), enabled_(enabled), max_graphs_(max_graphs), stream_(*stream) {}
   ~IterationGraphs();
   IterationGraphs(const IterationGraphs&) = delete;
   IterationGraphs& operator=(const IterationGraphs&) = delete;
 
-  // Enqueues the iteration. `enqueue` must always enqueue the same work for the same key.
+  // Enqueues the iteration. `enqueue` must enqueue the same work for the same key, from one Invalidate to the next.
   void Run(const IterationKey& key, absl::FunctionRef<void()> enqueue);
+  // What was captured so far is never launched again, because addresses in it are no longer right: each key starts over. The graphs
+  // themselves go one by one, each after an iteration has been enqueued, so that the device does not wait while the host takes
+  // them apart. REQUIRES: none of them runs.
+  void Invalidate();
+  // The same, and all of them go at once.
+  void Clear();
   int32_t num_captured() const { return num_captured_; }  // ever
-  int32_t num_graphs() const { return num_graphs_; }      // now
+  int32_t num_graphs() const { return num_graphs_; }      // that can be launched now
+  // Those that still take memory, stale ones included: at most max_graphs.
+  int32_t num_held() const { return num_graphs_ + static_cast<int32_t>(stale_.size()); }
 
  private:
   struct Entry {
@@ -62,14 +71,18 @@ class IterationGraphs {
     uint64_t last_run = 0;
   };
 
+  void Enqueue(const IterationKey& key, absl::FunctionRef<void()> enqueue);
   // Null when capturing failed (the stream says why) or there is no memory for another graph.
   cudaGraphExec_t Capture(absl::FunctionRef<void()> enqueue);
   void DropOldest();
+  void DropStale();  // one
 
-  bool enabled_;  // may make graphs
+  const bool wanted_;
+  bool enabled_;  // may make graphs: wanted, and there was memory for the last one
   const int32_t max_graphs_;
   cuda::Stream& stream_;
   std::map<IterationKey, Entry> graphs_;
+  std::vector<cudaGraphExec_t> stale_;  // invalidated
   uint64_t num_runs_ = 0;
   int32_t num_captured_ = 0, num_graphs_ = 0;
 };
