@@ -9,7 +9,8 @@ from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
 HERE = pathlib.Path(__file__).resolve().parent
-PROTOS = ["bebop/v1/rollout.proto", "bebop/v1/info.proto", "bebop/rpc/status.proto", "bebop/rpc/health.proto"]
+PROTOS = ["bebop/v1/rollout.proto", "bebop/v1/info.proto", "bebop/v1/weights.proto", "bebop/v1/control.proto", "bebop/rpc/status.proto",
+          "bebop/rpc/health.proto"]
 
 
 def proto_root():

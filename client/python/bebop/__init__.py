@@ -13,17 +13,20 @@
 
 from bebop.aio import AsyncClient
 from bebop.client import Client
+from bebop.control import ControlState, Speculation
 from bebop.errors import (AbortedError, AlreadyExistsError, BebopError, CancelledError, DataLossError, DeadlineExceededError,
                           FailedPreconditionError, InternalError, InvalidArgumentError, NotFoundError, PermissionDeniedError,
                           ResourceExhaustedError, UnauthenticatedError, UnavailableError, UnimplementedError)
 from bebop.results import (Admitted, DraftScore, Finish, GroupResult, SampleResult, SequenceScore, SpecStats, Timing, TokenChunk, Usage,
                            WeightSpan)
+from bebop.weights import OpenUpdate, TensorSpec, UpdateResult, WeightCheck, WeightInfo
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "AbortedError", "Admitted", "AlreadyExistsError", "AsyncClient", "BebopError", "CancelledError", "Client", "DataLossError",
-    "DeadlineExceededError", "DraftScore", "FailedPreconditionError", "Finish", "GroupResult", "InternalError", "InvalidArgumentError",
-    "NotFoundError", "PermissionDeniedError", "ResourceExhaustedError", "SampleResult", "SequenceScore", "SpecStats", "Timing", "TokenChunk",
-    "UnauthenticatedError", "UnavailableError", "UnimplementedError", "Usage", "WeightSpan",
+    "AbortedError", "Admitted", "AlreadyExistsError", "AsyncClient", "BebopError", "CancelledError", "Client", "ControlState",
+    "DataLossError", "DeadlineExceededError", "DraftScore", "FailedPreconditionError", "Finish", "GroupResult",
+    "InternalError", "InvalidArgumentError", "NotFoundError", "OpenUpdate", "PermissionDeniedError", "ResourceExhaustedError",
+    "SampleResult", "SequenceScore", "SpecStats", "Speculation", "TensorSpec", "Timing", "TokenChunk", "UnauthenticatedError",
+    "UnavailableError", "UnimplementedError", "UpdateResult", "Usage", "WeightCheck", "WeightInfo", "WeightSpan",
 ]

@@ -4,18 +4,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any
 
 import grpc
 
 from bebop import requests
-from bebop.client import HEALTH_METHOD, Event, stream_event
+from bebop.client import HEALTH_METHOD, Client, Event, stream_event
+from bebop.control import ControlState, pause_request, speculation_request, tag_list
 from bebop.errors import BebopError, from_rpc_error
 from bebop.results import GroupResult, SampleResult, SequenceScore
 from bebop.rpc import health_pb2
-from bebop.transport import CHANNEL_OPTIONS, Deadline, Endpoint, RetryPolicy, Tls, read_token
-from bebop.v1 import info_pb2, info_pb2_grpc, rollout_pb2, rollout_pb2_grpc
+from bebop.transport import CHANNEL_OPTIONS, UNSET, Deadline, Endpoint, RetryPolicy, Tls, read_token, require_admin
+from bebop.v1 import control_pb2, control_pb2_grpc, info_pb2, info_pb2_grpc, rollout_pb2, rollout_pb2_grpc
+from bebop.weights import AsyncWeights
 
 
 def connect(endpoint: Endpoint) -> grpc.aio.Channel:
@@ -31,10 +33,10 @@ class AsyncClient:
     of a call cancels the request.
     """
 
-    def __init__(self, server: str = "127.0.0.1:50051", admin: str | None = None, *, tls: Tls | None = None, token: str | None = None,
+    def __init__(self, rollout: str = "127.0.0.1:50051", admin: str | None = None, *, tls: Tls | None = None, token: str | None = None,
                  token_file: str | None = None, timeout: float | None = None, retry: RetryPolicy | None = RetryPolicy()):
         token = read_token(token, token_file)
-        self._setup(Endpoint(server, tls, token), Endpoint(admin, tls, token) if admin else None, timeout, retry)
+        self._setup(Endpoint(rollout, tls, token), Endpoint(admin, tls, token) if admin else None, timeout, retry)
 
     def _setup(self, server: Endpoint, admin: Endpoint | None, timeout: float | None, retry: RetryPolicy | None) -> None:
         self._state = (server, admin, timeout, retry)
@@ -88,7 +90,8 @@ class AsyncClient:
                 await self._admin_channel.close()
             self._channel = self._admin_channel = None
 
-    async def _call(self, method, request, timeout: float | None, endpoint: Endpoint | None = None):
+    async def _call(self, method, request, timeout: float | None, endpoint: Endpoint | None = None, retry: RetryPolicy | None = UNSET):
+        policy = self._retry if retry is UNSET else retry
         deadline = Deadline(self._timeout if timeout is None else timeout)
         metadata = (endpoint or self._server).metadata()
         attempt = 0
@@ -98,15 +101,41 @@ class AsyncClient:
                 return await method(request, timeout=deadline.remaining(), metadata=metadata)
             except grpc.RpcError as rpc_error:
                 error = from_rpc_error(rpc_error)
-                delay = self._retry.delay(error, attempt, deadline.elapsed()) if self._retry else None
+                delay = policy.delay(error, attempt, deadline.elapsed()) if policy else None
                 if delay is None or not deadline.allows(delay):
                     raise error from None
                 await asyncio.sleep(delay)
 
+    @property
+    def weights(self) -> AsyncWeights:
+        """New weights while generation runs (admin port)."""
+        return AsyncWeights(self)
+
+    def _blocking_twin(self) -> Client:
+        twin = Client.__new__(Client)
+        twin._setup(*self._state)
+        return twin
+
+    async def _steer(self, method: str, request, timeout: float | None) -> ControlState:
+        endpoint = require_admin(self._admin)
+        self._connect()
+        stub = control_pb2_grpc.ControlStub(self._admin_channel)
+        return ControlState.from_proto(await self._call(getattr(stub, method), request, timeout, endpoint))
+
+    # ---- rollouts ----
+
     async def generate(self, prompt_token_ids: requests.TokenIds, *, n: int = 1, timeout: float | None = None, **params: Any) -> GroupResult:
         """As Client.generate."""
         request = requests.generate_request(prompt_token_ids, n=n, **params)
-        return GroupResult.from_proto(await self._call(self._rollout.Generate, request, timeout), request.output)
+        return GroupResult.from_proto(await self._call(self._rollout.Generate, request, timeout), request)
+
+    async def resume_samples(self, partial: GroupResult | Iterable[SampleResult], prompt_token_ids: requests.TokenIds | None = None, *,
+                             timeout: float | None = None, **params: Any) -> GroupResult:
+        """As Client.resume_samples."""
+        request, ended = requests.resumed_request(partial, prompt_token_ids, params)
+        if not request.resume:
+            return partial if isinstance(partial, GroupResult) else GroupResult("", tuple(ended))
+        return GroupResult.from_proto(await self._call(self._rollout.Generate, request, timeout), request, ended)
 
     async def generate_stream(self, prompt_token_ids: requests.TokenIds, *, n: int = 1, timeout: float | None = None, events: bool = False,
                               **params: Any) -> AsyncIterator[Event]:
@@ -133,6 +162,39 @@ class AsyncClient:
         """As Client.abort."""
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         return list((await self._call(self._rollout.Abort, rollout_pb2.AbortRequest(request_ids=ids), timeout)).aborted_request_ids)
+
+    # ---- control (admin port) ----
+
+    async def pause(self, mode: str = "keep", *, clear_cache: bool = False, timeout: float | None = None) -> ControlState:
+        """As Client.pause."""
+        return await self._steer("PauseGeneration", pause_request(mode, clear_cache), timeout)
+
+    async def resume(self, *, timeout: float | None = None) -> ControlState:
+        """As Client.resume."""
+        return await self._steer("ResumeGeneration", control_pb2.ResumeGenerationRequest(), timeout)
+
+    async def sleep(self, tags: str | Iterable[str] = (), *, timeout: float | None = None) -> ControlState:
+        """As Client.sleep."""
+        return await self._steer("Sleep", control_pb2.SleepRequest(tags=tag_list(tags)), timeout)
+
+    async def wake_up(self, tags: str | Iterable[str] = (), *, timeout: float | None = None) -> ControlState:
+        """As Client.wake_up."""
+        return await self._steer("WakeUp", control_pb2.WakeUpRequest(tags=tag_list(tags)), timeout)
+
+    async def flush_cache(self, *, timeout: float | None = None) -> ControlState:
+        """As Client.flush_cache."""
+        return await self._steer("FlushCache", control_pb2.FlushCacheRequest(), timeout)
+
+    async def drain(self, deadline: float | None = None, *, timeout: float | None = None) -> ControlState:
+        """As Client.drain."""
+        return await self._steer("Drain", control_pb2.DrainRequest(deadline_seconds=deadline), timeout)
+
+    async def set_speculation(self, speculation: Mapping[str, Any] | str | None = None, *, num_draft_tokens: int | None = None,
+                        timeout: float | None = None) -> ControlState:
+        """As Client.set_speculation."""
+        return await self._steer("SetSpeculation", speculation_request(speculation, num_draft_tokens), timeout)
+
+    # ---- information ----
 
     async def tokenize(self, text: str, *, parse_special: bool = False, timeout: float | None = None) -> list[int]:
         """As Client.tokenize."""

@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Union
 
 import grpc
 
 from bebop import requests
+from bebop.control import ControlState, pause_request, speculation_request, tag_list
 from bebop.errors import BebopError, from_rpc_error
 from bebop.results import Admitted, GroupResult, SampleResult, SequenceScore, TokenChunk
 from bebop.rpc import health_pb2
-from bebop.transport import CHANNEL_OPTIONS, Deadline, Endpoint, RetryPolicy, Tls, read_token
-from bebop.v1 import info_pb2, info_pb2_grpc, rollout_pb2, rollout_pb2_grpc
+from bebop.transport import CHANNEL_OPTIONS, UNSET, Deadline, Endpoint, RetryPolicy, Tls, read_token, require_admin
+from bebop.v1 import control_pb2, control_pb2_grpc, info_pb2, info_pb2_grpc, rollout_pb2, rollout_pb2_grpc
+from bebop.weights import Weights
 
 Event = Union[Admitted, TokenChunk, SampleResult]
 HEALTH_METHOD = "/grpc.health.v1.Health/Check"
@@ -30,20 +32,22 @@ class Client:
     """Typed, blocking calls to one server. Thread safe; connects at the first call; a context manager; can be pickled.
 
     Args:
-      server: "host:port" of the rollout port.
-      admin: "host:port" of the admin port, where health and information are answered while the rollout port is busy; None: use `server`.
+      rollout: "host:port" of the rollout port.
+      admin: "host:port" of the admin port, which has weights and control, and answers health and information while the rollout port is busy.
+        None: those two are asked on the rollout port, and weights and control raise ValueError.
       tls: certificates, or None for plain text.
-      token, token_file: bearer token, or a file with it (also: the file that BEBOP_TOKEN_FILE names).
+      token, token_file: bearer token, or a file whose first line it is (also: the file that BEBOP_TOKEN_FILE names). The token itself is not
+        taken from the environment, where other processes could read it.
       timeout: default seconds for each call, repeats included; None: no limit. Methods take their own.
       retry: when to try again; None: never.
 
-    Every method raises BebopError.
+    `weights` has what a learner needs: see bebop.weights.Weights. Every method raises BebopError.
     """
 
-    def __init__(self, server: str = "127.0.0.1:50051", admin: str | None = None, *, tls: Tls | None = None, token: str | None = None,
+    def __init__(self, rollout: str = "127.0.0.1:50051", admin: str | None = None, *, tls: Tls | None = None, token: str | None = None,
                  token_file: str | None = None, timeout: float | None = None, retry: RetryPolicy | None = RetryPolicy()):
         token = read_token(token, token_file)
-        self._setup(Endpoint(server, tls, token), Endpoint(admin, tls, token) if admin else None, timeout, retry)
+        self._setup(Endpoint(rollout, tls, token), Endpoint(admin, tls, token) if admin else None, timeout, retry)
 
     def _setup(self, server: Endpoint, admin: Endpoint | None, timeout: float | None, retry: RetryPolicy | None) -> None:
         self._state = (server, admin, timeout, retry)
@@ -52,6 +56,7 @@ class Client:
         self._admin_channel = connect(admin) if admin else self._channel
         self._rollout = rollout_pb2_grpc.RolloutStub(self._channel)
         self._info = info_pb2_grpc.InfoStub(self._admin_channel)
+        self._control = control_pb2_grpc.ControlStub(self._admin_channel)
         self._health = self._admin_channel.unary_unary(HEALTH_METHOD, request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
                                                        response_deserializer=health_pb2.HealthCheckResponse.FromString)
 
@@ -76,7 +81,8 @@ class Client:
         if self._admin_channel is not self._channel:
             self._admin_channel.close()
 
-    def _call(self, method, request, timeout: float | None, endpoint: Endpoint | None = None):
+    def _call(self, method, request, timeout: float | None, endpoint: Endpoint | None = None, retry: RetryPolicy | None = UNSET):
+        policy = self._retry if retry is UNSET else retry
         deadline = Deadline(self._timeout if timeout is None else timeout)
         metadata = (endpoint or self._server).metadata()
         attempt = 0
@@ -86,10 +92,19 @@ class Client:
                 return method(request, timeout=deadline.remaining(), metadata=metadata)
             except grpc.RpcError as rpc_error:
                 error = from_rpc_error(rpc_error)
-                delay = self._retry.delay(error, attempt, deadline.elapsed()) if self._retry else None
+                delay = policy.delay(error, attempt, deadline.elapsed()) if policy else None
                 if delay is None or not deadline.allows(delay):
                     raise error from None
                 time.sleep(delay)
+
+    @property
+    def weights(self) -> Weights:
+        """New weights while generation runs (admin port)."""
+        return Weights(self)
+
+    def _steer(self, method: str, request, timeout: float | None) -> ControlState:
+        endpoint = require_admin(self._admin)
+        return ControlState.from_proto(self._call(getattr(self._control, method), request, timeout, endpoint))
 
     # ---- rollouts ----
 
@@ -103,9 +118,28 @@ class Client:
           params: request_id, priority; sampling=dict(temperature, top_p, top_k, min_p, seed) and stopping=dict(max_new_tokens, min_new_tokens,
             stop_token_ids, stop, ignore_eos), or those fields themselves; speculation="rejection" or dict(mode, num_draft_tokens,
             synthetic_acceptance); and what to return: logprobs, raw_logprobs, entropy, token_source, draft_logprobs, spec_detail, prompt.
+            weights=dict(min_step, wait_for_step, max_step_spread, on_update="continue", "recompute" or "stop"): which versions may sample the
+            tokens. detach=True: the group runs on when this call ends; a call with the same request_id and body attaches to it.
+            resume=samples or handles: go on with samples that were cut short (see resume_samples).
         """
         request = requests.generate_request(prompt_token_ids, n=n, **params)
-        return GroupResult.from_proto(self._call(self._rollout.Generate, request, timeout), request.output)
+        return GroupResult.from_proto(self._call(self._rollout.Generate, request, timeout), request)
+
+    def resume_samples(self, partial: GroupResult | Iterable[SampleResult], prompt_token_ids: requests.TokenIds | None = None, *,
+                       timeout: float | None = None, **params: Any) -> GroupResult:
+        """Goes on with the samples of a group that were cut short, here or on another replica of the model, and returns the whole group.
+
+        The tokens are those that the samples would have got undisturbed: the random stream goes on. Samples that had ended are returned as they
+        are; without unfinished ones nothing is sent.
+
+        Args:
+          partial: a GroupResult, which knows its request; or samples, e.g. of generate_stream: then prompt_token_ids and params are needed, and
+            must be as they were (InvalidArgumentError, RESUME_MISMATCH).
+        """
+        request, ended = requests.resumed_request(partial, prompt_token_ids, params)
+        if not request.resume:
+            return partial if isinstance(partial, GroupResult) else GroupResult("", tuple(ended))
+        return GroupResult.from_proto(self._call(self._rollout.Generate, request, timeout), request, ended)
 
     def generate_stream(self, prompt_token_ids: requests.TokenIds, *, n: int = 1, timeout: float | None = None,
                         events: bool = False, **params: Any) -> Iterator[Event]:
@@ -138,6 +172,43 @@ class Client:
         """Ends requests; their callers get the tokens so far with finish reason ABORTED. Returns the ids that were running or waiting."""
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         return list(self._call(self._rollout.Abort, rollout_pb2.AbortRequest(request_ids=ids), timeout).aborted_request_ids)
+
+    # ---- control (admin port) ----
+
+    def pause(self, mode: str = "keep", *, clear_cache: bool = False, timeout: float | None = None) -> ControlState:
+        """Stops generation between two iterations; new requests are accepted, and wait. Harmless to repeat.
+
+        mode: "keep": running samples stand still and go on at resume; "wait": they end first; "abort": they end (ABORTED) with their tokens so
+        far and a resume_handle. clear_cache: with "keep", give their caches back; they are recomputed at resume.
+        """
+        return self._steer("PauseGeneration", pause_request(mode, clear_cache), timeout)
+
+    def resume(self, *, timeout: float | None = None) -> ControlState:
+        """Generation goes on after pause. To go on with samples that were cut short: resume_samples."""
+        return self._steer("ResumeGeneration", control_pb2.ResumeGenerationRequest(), timeout)
+
+    def sleep(self, tags: str | Iterable[str] = (), *, timeout: float | None = None) -> ControlState:
+        """Gives memory back while a learner needs it: "weights" (to host memory), "kv_cache", or both (no tags). Running samples wait."""
+        return self._steer("Sleep", control_pb2.SleepRequest(tags=tag_list(tags)), timeout)
+
+    def wake_up(self, tags: str | Iterable[str] = (), *, timeout: float | None = None) -> ControlState:
+        """Takes the memory again. ResourceExhaustedError: somebody else has it; the server is still asleep."""
+        return self._steer("WakeUp", control_pb2.WakeUpRequest(tags=tag_list(tags)), timeout)
+
+    def flush_cache(self, *, timeout: float | None = None) -> ControlState:
+        """Forgets what is cached of paused samples. FailedPreconditionError (NOT_PAUSED) while generation runs."""
+        return self._steer("FlushCache", control_pb2.FlushCacheRequest(), timeout)
+
+    def drain(self, deadline: float | None = None, *, timeout: float | None = None) -> ControlState:
+        """Refuses new work, lets running work finish for `deadline` seconds (None: the server's --drain-timeout), then ends the rest as DRAINED
+        with resume handles. Final: the process waits for its end."""
+        return self._steer("Drain", control_pb2.DrainRequest(deadline_seconds=deadline), timeout)
+
+    def set_speculation(self, speculation: Mapping[str, Any] | str | None = None, *, num_draft_tokens: int | None = None,
+                        timeout: float | None = None) -> ControlState:
+        """What requests get from now on that leave speculation unset: "off", "target_only", "rejection" or "coupled", or
+        dict(mode, num_draft_tokens). What is not given stays."""
+        return self._steer("SetSpeculation", speculation_request(speculation, num_draft_tokens), timeout)
 
     # ---- information ----
 

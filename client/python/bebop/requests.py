@@ -17,6 +17,7 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed")
 _STOPPING = ("max_new_tokens", "min_new_tokens", "stop_token_ids", "stop", "ignore_eos")
 _OUTPUT = ("prompt", "logprobs", "raw_logprobs", "entropy", "token_source", "draft_logprobs", "spec_detail", "stream_tokens")
 _SPECULATION = ("mode", "num_draft_tokens", "synthetic_acceptance")
+_WEIGHTS = ("min_step", "wait_for_step", "max_step_spread", "on_update")
 
 
 def _token_ids(name: str, ids: TokenIds) -> list[int]:
@@ -36,11 +37,65 @@ def _pick(name: str, given: Mapping[str, Any], allowed: Iterable[str]) -> dict[s
     return {key: value for key, value in given.items() if value is not None}
 
 
+def enum_value(name: str, given: Any, names: Any) -> int:
+    """The number of an enumeration's value, given by name in either case."""
+    word = str(given).upper()
+    if word not in names.keys()[1:]:
+        raise ValueError(f"{name}: {given!r} is none of {', '.join(key.lower() for key in names.keys()[1:])}")
+    return names.Value(word)
+
+
+def speculation_params(speculation: Mapping[str, Any] | str) -> rollout_pb2.SpeculationParams:
+    """From "off", "target_only", "rejection" or "coupled", or from dict(mode, num_draft_tokens, synthetic_acceptance)."""
+    fields = {"mode": speculation} if isinstance(speculation, str) else _pick("speculation", speculation, _SPECULATION)
+    if "mode" in fields:
+        fields["mode"] = enum_value("speculation.mode", fields["mode"], rollout_pb2.SpeculationParams.Mode)
+    return rollout_pb2.SpeculationParams(**fields)
+
+
+def resume_handles(resume: Iterable[Any]) -> list[bytes]:
+    """Handles of unfinished samples, given as bytes or as SampleResults."""
+    handles = []
+    for entry in resume:
+        handle = entry if isinstance(entry, bytes) else getattr(entry, "resume_handle", entry)
+        if handle is None:
+            raise ValueError(f"resume: sample {entry.sample_index} has no resume_handle; it ended with {entry.finish.reason}")
+        if not isinstance(handle, bytes):
+            raise TypeError(f"resume: expected SampleResults or their resume_handle, got {type(entry).__name__}")
+        handles.append(handle)
+    return handles
+
+
+def resumed_request(partial: Any, prompt_token_ids: TokenIds | None, params: Mapping[str, Any]) -> tuple[rollout_pb2.GenerateRequest, list[Any]]:
+    """The request that goes on with the unfinished samples of `partial`, and the samples that need none.
+
+    A GroupResult brings its request along; of samples, prompt and parameters are the caller's to repeat.
+    """
+    samples = list(getattr(partial, "samples", partial))
+    unfinished = [sample for sample in samples if sample.resume_handle is not None]
+    ended = [sample for sample in samples if sample.resume_handle is None]
+    before = getattr(partial, "request", None)
+    if prompt_token_ids is None:
+        if before is None:
+            raise TypeError("resume_samples: single samples do not know their request; give prompt_token_ids and the parameters that it had")
+        if params:
+            raise TypeError(f"resume_samples: {sorted(params)[0]!r} is the group's own; the parameters must be as they were")
+        request = rollout_pb2.GenerateRequest()
+        request.CopyFrom(before)
+        request.request_id = uuid.uuid4().hex
+        request.num_samples = max(1, len(unfinished))
+        del request.resume[:]
+        request.resume.extend(resume_handles(unfinished))
+    else:
+        request = generate_request(prompt_token_ids, n=max(1, len(unfinished)), resume=unfinished, **params)
+    return request, ended
+
+
 def generate_request(prompt_token_ids: TokenIds, *, n: int = 1, request_id: str | None = None, sampling: Mapping[str, Any] | None = None,
                      stopping: Mapping[str, Any] | None = None, speculation: Mapping[str, Any] | str | None = None, priority: int | None = None,
                      prompt: bool = False, logprobs: bool = False, raw_logprobs: bool = False, entropy: bool = False,
                      token_source: bool = False, draft_logprobs: bool = False, spec_detail: bool = False, stream_tokens: bool = False,
-                     **more: Any) -> rollout_pb2.GenerateRequest:
+                     weights: Mapping[str, Any] | None = None, detach: bool = False, resume: Iterable[Any] = (), **more: Any) -> rollout_pb2.GenerateRequest:
     """`more` takes the fields of `sampling` and `stopping` directly: temperature=0.7, max_new_tokens=64, ..."""
     sampling, stopping = dict(sampling or {}), dict(stopping or {})
     # max_new_tokens and its kin are often written among the sampling parameters.
@@ -48,7 +103,8 @@ def generate_request(prompt_token_ids: TokenIds, *, n: int = 1, request_id: str 
         for key, value in source.items():
             target = sampling if key in _SAMPLING else stopping if key in _STOPPING else None
             if target is None:
-                raise TypeError(f"generate: unknown argument {key!r}; known: n, timeout, request_id, priority, speculation, {', '.join(_OUTPUT)}, "
+                raise TypeError(f"generate: unknown argument {key!r}; known: n, timeout, request_id, priority, speculation, weights, detach, resume, "
+                                f"{', '.join(_OUTPUT)}, "
                                 f"{', '.join(_SAMPLING + _STOPPING)}")
             if key in target:
                 raise TypeError(f"generate: {key} is given twice")
@@ -56,6 +112,7 @@ def generate_request(prompt_token_ids: TokenIds, *, n: int = 1, request_id: str 
     request = rollout_pb2.GenerateRequest(
         # An id of our own makes the call safe to repeat: the server attaches a repeat to the request it already has.
         request_id=request_id or uuid.uuid4().hex, prompt_token_ids=_token_ids("prompt_token_ids", prompt_token_ids), num_samples=n,
+        detach=detach, resume=resume_handles(resume),
         output=rollout_pb2.OutputParams(prompt=prompt, logprobs=logprobs, raw_logprobs=raw_logprobs, entropy=entropy, token_source=token_source,
                                         draft_logprobs=draft_logprobs, spec_detail=spec_detail, stream_tokens=stream_tokens))
     if priority is not None:
@@ -66,14 +123,12 @@ def generate_request(prompt_token_ids: TokenIds, *, n: int = 1, request_id: str 
         stops["stop"] = [stops["stop"]]
     request.stopping.CopyFrom(rollout_pb2.StoppingParams(**stops))
     if speculation is not None:
-        fields = {"mode": speculation} if isinstance(speculation, str) else _pick("speculation", speculation, _SPECULATION)
-        if "mode" in fields:
-            modes = rollout_pb2.SpeculationParams.Mode
-            mode = str(fields["mode"]).upper()
-            if mode not in modes.keys():
-                raise ValueError(f"speculation.mode: {fields['mode']!r} is none of {', '.join(key.lower() for key in modes.keys()[1:])}")
-            fields["mode"] = modes.Value(mode)
-        request.speculation.CopyFrom(rollout_pb2.SpeculationParams(**fields))
+        request.speculation.CopyFrom(speculation_params(speculation))
+    if weights is not None:
+        fields = _pick("weights", weights, _WEIGHTS)
+        if "on_update" in fields:
+            fields["on_update"] = enum_value("weights.on_update", fields["on_update"], rollout_pb2.WeightParams.OnUpdate)
+        request.weights.CopyFrom(rollout_pb2.WeightParams(**fields))
     return request
 
 

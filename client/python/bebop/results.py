@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,11 @@ def _array(values, dtype, wanted: bool = True) -> np.ndarray | None:
 
 @dataclasses.dataclass(frozen=True)
 class Finish:
-    """Why a sample ended. `reason`: STOP, LENGTH, ABORTED, TIME_BUDGET, DRAINED or NON_FINITE."""
+    """Why a sample ended.
+
+    `reason`: STOP (an end-of-sequence id, a stop id or a stop string), LENGTH (max_new_tokens), ABORTED (by abort or a pause), TIME_BUDGET,
+    SUPERSEDED (new weights came and no mixture is wanted), WEIGHT_POLICY (max_step_spread), DRAINED (the server shut down), NON_FINITE.
+    """
 
     reason: str
     stop_token_id: int | None = None
@@ -100,7 +105,18 @@ class SampleResult:
     spec: SpecStats
     weight_spans: tuple[WeightSpan, ...]
     timing: Timing
-    applied: Any  # the protobuf message AppliedParams
+    applied: Any  # the protobuf message AppliedParams: the parameters actually used
+    # Some token was sampled with keys, values or states computed under other weights than its own.
+    kv_mixed: bool = False
+    # Of a sample that was cut short: what generate(resume=...) goes on from, on any replica. None: it has ended.
+    resume_handle: bytes | None = dataclasses.field(default=None, repr=False)
+    # With ABORTED by a pause: the ControlState.abort_epoch of that pause; else 0.
+    abort_epoch: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """False for a sample that was cut short and can be resumed."""
+        return self.resume_handle is None
 
     @property
     def weight_steps(self) -> np.ndarray:
@@ -138,6 +154,7 @@ class SampleResult:
             "token_ids": self.token_ids.tolist(),
             "finish_reason": reasons.get(self.finish.reason, "abort"),
             "stop_reason": self.finish.stop_string or self.finish.stop_token_id,
+            "weight_versions": [{"version": str(span.step), "start": span.start, "end": span.end} for span in self.weight_spans],
             "logprobs": None if self.logprobs is None else {"token_logprobs": self.logprobs.tolist()},
         }
 
@@ -169,7 +186,8 @@ class SampleResult:
                            _array(spec.overlap_per_pos, np.float64, len(spec.overlap_per_pos) > 0)),
             weight_spans=tuple(WeightSpan(span.step, span.label if span.HasField("label") else None, span.draft_step, span.start, span.end)
                                for span in message.weight_spans),
-            timing=Timing(timing.queue, timing.prefill, timing.decode, timing.ttft, timing.e2e), applied=message.applied)
+            timing=Timing(timing.queue, timing.prefill, timing.decode, timing.ttft, timing.e2e), applied=message.applied,
+            kv_mixed=message.kv_mixed, resume_handle=message.resume_handle or None, abort_epoch=message.abort_epoch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,11 +197,21 @@ class GroupResult:
     request_id: str
     samples: tuple[SampleResult, ...]
     prompt_token_ids: np.ndarray | None = None
+    request: Any = dataclasses.field(default=None, repr=False)  # the protobuf message GenerateRequest, for resume_samples
+
+    @property
+    def unfinished(self) -> tuple[SampleResult, ...]:
+        """Samples that were cut short and can be resumed."""
+        return tuple(sample for sample in self.samples if not sample.finished)
 
     @staticmethod
-    def from_proto(message: rollout_pb2.GenerateResult, output: rollout_pb2.OutputParams | None = None) -> GroupResult:
-        return GroupResult(message.request_id, tuple(SampleResult.from_proto(sample, output) for sample in message.samples),
-                           _array(message.prompt_token_ids, np.int64, len(message.prompt_token_ids) > 0))
+    def from_proto(message: rollout_pb2.GenerateResult, request: rollout_pb2.GenerateRequest | None = None,
+                   ended: Iterable[SampleResult] = ()) -> GroupResult:
+        """`ended`: samples of the group that `request` did not go on with."""
+        output = request.output if request is not None else None
+        samples = [*ended, *(SampleResult.from_proto(sample, output) for sample in message.samples)]
+        return GroupResult(message.request_id, tuple(sorted(samples, key=lambda sample: sample.sample_index)),
+                           _array(message.prompt_token_ids, np.int64, len(message.prompt_token_ids) > 0), request)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import random
 import time
+from typing import Any
 
 import grpc
 
@@ -19,6 +21,10 @@ CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
     ("grpc.keepalive_time_ms", 60_000),
 ]
+
+
+# A default of arguments whose None means something.
+UNSET: Any = object()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +82,12 @@ class Endpoint:
         return (("authorization", f"Bearer {self.token}"),) if self.token else ()
 
 
+def require_admin(admin: Endpoint | None) -> Endpoint:
+    if admin is None:
+        raise ValueError('weights and control are on the admin port, and this client has no address of it: give admin="host:50052"')
+    return admin
+
+
 def read_token(token: str | None, token_file: str | None) -> str | None:
     """The bearer token: given, in a file (first line), or in the file that BEBOP_TOKEN_FILE names."""
     if token is not None and token_file is not None:
@@ -90,14 +102,19 @@ def read_token(token: str | None, token_file: str | None) -> str | None:
 
 
 class Deadline:
-    """A timeout that repeats of a call share. None: no limit."""
+    """A timeout that repeats of a call share. None or infinity: no limit."""
 
     def __init__(self, timeout: float | None):
         self._begin = time.monotonic()
-        self._end = None if timeout is None else time.monotonic() + timeout
+        self._end = None if timeout is None or timeout == math.inf else time.monotonic() + timeout
 
     def remaining(self) -> float | None:
         return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+    def no_limit(self) -> float:
+        """As remaining, with infinity for no limit: a call's default timeout is not for calls that may take long."""
+        left = self.remaining()
+        return math.inf if left is None else left
 
     def elapsed(self) -> float:
         return time.monotonic() - self._begin
