@@ -36,17 +36,20 @@ std::vector<std::pair<std::string, std::string>> Environment() {
   return variables;
 }
 
-bebop::ListenOptions ToListenOptions(const bebop::ServerOptions& options) {
+bebop::ListenOptions ToListenOptions(const bebop::ServerOptions& options, bebop::Access access) {
   return {.host = options.host,
           .port = options.port,
           .admin_port = options.admin_port,
           .is_loopback = bebop::IsLoopback(options.host),
+          .access = std::move(access),
           .served_model_name = options.served_model_name,
           .default_mode = options.speculation,
           .default_num_draft_tokens = options.num_speculative_tokens,
           .allow_synthetic_acceptance = options.allow_synthetic_acceptance,
           .allow_unknown_fields = options.allow_unknown_fields,
-          .max_request_time = absl::Seconds(options.max_request_s)};
+          .max_request_time = absl::Seconds(options.max_request_s),
+          .weights_root = options.weights_root,
+          .weight_staging_bytes = options.weight_staging_bytes};
 }
 
 }  // namespace
@@ -67,13 +70,19 @@ int main(int argc, char** argv) {
   }
   const bebop::ServerOptions& options = command->options;
   std::fprintf(stderr, "# resolved options\n%s", bebop::ToYaml(options).c_str());
+  bebop::Access access;
+  if (!options.token_file.empty()) {
+    auto tokens = bebop::Access::FromFile(options.token_file);
+    if (!tokens.ok()) return Fail(absl::Status(tokens.status().code(), "--token-file: " + std::string(tokens.status().message())));
+    access = *std::move(tokens);
+  }
   if (command->action == bebop::ServerAction::kCheckConfig) return 0;
 
   // While the model loads a signal simply ends the process; from here on it drains.
   auto engine = bebop::Engine::Create(options.engine);
   if (!engine.ok()) return Fail(bebop::NameFlags(engine.status()));
   pthread_sigmask(SIG_BLOCK, &stop_signals, nullptr);
-  auto server = bebop::Server::Start(engine->get(), ToListenOptions(options));
+  auto server = bebop::Server::Start(engine->get(), ToListenOptions(options, std::move(access)));
   if (!server.ok()) return Fail(server.status());
 
   std::printf("bebop-server ready: rollout=%s admin=%s model=%s version=%lld\n", (*server)->rollout_address().c_str(),

@@ -4,6 +4,9 @@
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/impl/server_builder_option.h>
+#include <grpcpp/impl/server_builder_plugin.h>
+#include <grpcpp/impl/server_initializer.h>
 #include <grpcpp/support/server_interceptor.h>
 
 #include <algorithm>
@@ -16,6 +19,7 @@
 #include "absl/strings/str_cat.h"
 #include "engine/base/logging.h"
 #include "engine/base/mutex.h"
+#include "server/blocking_calls.h"
 #include "server/limits.h"
 #include "server/service_context.h"
 #include "server/services.h"
@@ -33,6 +37,7 @@ constexpr auto kInsecureWarningInterval = std::chrono::minutes(1);
 // answer takes longer than the timeout; its requests then stop costing work.
 constexpr int kKeepaliveIntervalMs = 60'000;
 constexpr int kKeepaliveTimeoutMs = 20'000;
+constexpr int kBlockingThreads = 8;  // admin calls that wait, e.g. for running samples, at a time
 constexpr auto kFlushTime = std::chrono::seconds(2);  // for the last replies to leave, after the engine has drained
 
 // gRPC's reflection library registers itself with every server of the process; off loopback its calls are cut here.
@@ -60,6 +65,32 @@ class ReflectionRefuserFactory final : public grpc::experimental::ServerIntercep
 struct Listener {
   std::unique_ptr<grpc::Server> server;
   std::string address;
+  std::vector<std::string> services;  // full names, gRPC's own among them
+};
+
+// Writes down what a server really serves, whoever registered it.
+class ServiceLister final : public grpc::ServerBuilderPlugin {
+ public:
+  explicit ServiceLister(std::vector<std::string>* names) : names_(*names) {}
+  std::string name() override { return "bebop.service_lister"; }
+  void InitServer(grpc::ServerInitializer*) override {}
+  void Finish(grpc::ServerInitializer* initializer) override { names_ = *initializer->GetServiceList(); }
+  void ChangeArguments(const std::string&, void*) override {}
+
+ private:
+  std::vector<std::string>& names_;
+};
+
+class ListServices final : public grpc::ServerBuilderOption {
+ public:
+  explicit ListServices(std::vector<std::string>* names) : names_(names) {}
+  void UpdateArguments(grpc::ChannelArguments*) override {}
+  void UpdatePlugins(std::vector<std::unique_ptr<grpc::ServerBuilderPlugin>>* plugins) override {
+    plugins->push_back(std::make_unique<ServiceLister>(names_));
+  }
+
+ private:
+  std::vector<std::string>* const names_;
 };
 
 // IPv6 addresses need brackets before the port.
@@ -97,11 +128,13 @@ absl::StatusOr<Listener> Listen(const ListenOptions& options, const char* flags,
     builder.experimental().SetInterceptorCreators(std::move(interceptors));
   }
   Listener listener;
+  builder.SetOption(std::make_unique<ListServices>(&listener.services));
   listener.server = builder.BuildAndStart();
   if (listener.server == nullptr || bound_port == 0) {
     return absl::InvalidArgumentError(absl::StrCat(flags, ": cannot listen on ", Address(options.host, port)));
   }
   listener.address = Address(options.host, bound_port);
+  if (const absl::Status status = CheckComplete(listener.services); !status.ok()) return status;
   return listener;
 }
 
@@ -109,7 +142,8 @@ absl::StatusOr<Listener> Listen(const ListenOptions& options, const char* flags,
 
 struct Server::Impl {
   ServiceContext context;
-  std::unique_ptr<grpc::Service> rollout, rollout_info, admin_info;
+  std::unique_ptr<grpc::Service> rollout, rollout_info, admin_info, weights;
+  BlockingCalls blocking_calls{kBlockingThreads};  // of the services above
   Listener rollout_listener, admin_listener;
   bool warn_insecure = false;
 
@@ -126,6 +160,7 @@ struct Server::Impl {
       health->SetServingStatus(serving);  // the services that it knows, and ""
       health->SetServingStatus("bebop.v1.Info", serving);
       health->SetServingStatus("bebop.v1.Rollout", serving);
+      health->SetServingStatus("bebop.v1.Weights", serving);
     }
   }
 
@@ -167,6 +202,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(EngineInterface* engine, c
   context.boot_id = absl::StrCat(absl::Hex(RandomBits(), absl::kZeroPad16));
   context.build = "bebop-server " BEBOP_VERSION;
   context.max_request_time = options.max_request_time;
+  context.access = options.access;
   context.rules.max_model_len = info.max_model_len;
   context.rules.vocab_size = info.config.vocab_size;
   context.rules.max_draft_tokens = info.max_draft_tokens;
@@ -183,15 +219,26 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(EngineInterface* engine, c
   impl->rollout = MakeRolloutService(&context);
   impl->rollout_info = MakeInfoService(&context);
   impl->admin_info = MakeInfoService(&context);
+  WeightSessionOptions weight_options;
+  weight_options.staging_limit_bytes = options.weight_staging_bytes;
+  if (!options.weights_root.empty()) {
+    absl::StatusOr<WeightRoot> root = WeightRoot::Open(options.weights_root);
+    if (!root.ok()) return absl::Status(root.status().code(), absl::StrCat("--weights-root: ", root.status().message()));
+    weight_options.root = *std::move(root);
+  }
+  impl->weights = MakeWeightsService(&context, &impl->blocking_calls, std::move(weight_options));
   absl::StatusOr<Listener> rollout = Listen(options, "--host/--port", options.port, {"rollout", limits::kRolloutReceiveBytes, limits::kRolloutQuotaBytes},
                                             {impl->rollout.get(), impl->rollout_info.get()});
   if (!rollout.ok()) return rollout.status();
   impl->rollout_listener = *std::move(rollout);
   absl::StatusOr<Listener> admin = Listen(options, "--host/--admin-port", options.admin_port,
-                                          {"admin", limits::kAdminReceiveBytes, limits::kAdminQuotaBytes}, {impl->admin_info.get()});
+                                          {"admin", limits::kAdminReceiveBytes, limits::kAdminQuotaBytes}, {impl->admin_info.get(), impl->weights.get()});
   if (!admin.ok()) return admin.status();
   impl->admin_listener = *std::move(admin);
-  impl->warn_insecure = !options.is_loopback;
+  impl->warn_insecure = !options.is_loopback && options.access.open();
+  if (!options.is_loopback && !options.access.open()) {
+    Log(LogLevel::kWarning, "tokens cross the network in clear: this build has no TLS; put one in front where the network is not trusted");
+  }
   impl->SetHealth(context.CheckServing().ok());
   Impl* const running = impl.get();
   impl->health_thread = std::thread([running] { running->FollowHealth(); });

@@ -9,6 +9,7 @@
 #include "absl/time/time.h"
 #include "engine/runtime/engine_interface.h"
 #include "engine/sampling/sampling_params.h"
+#include "server/access.h"
 
 namespace bebop {
 
@@ -17,15 +18,18 @@ struct ListenOptions {
   std::string host = "127.0.0.1";
   int32_t port = 0, admin_port = 0;  // 0: a free one
   bool is_loopback = true;           // reflection is for loopback only
+  Access access;                     // who may call what; default: everybody everything
   std::string served_model_name;     // empty: the engine's
   SpeculationMode default_mode = SpeculationMode::kOff;
   int32_t default_num_draft_tokens = 0;  // of requests in a mode other than OFF, whatever default_mode is
   bool allow_synthetic_acceptance = false;  // also allowed with dummy weights
   bool allow_unknown_fields = false;
   absl::Duration max_request_time = absl::Hours(1);
+  std::string weights_root;          // folder beneath which UpdateWeights reads; empty: it does not
+  int64_t weight_staging_bytes = 0;  // WeightSessionOptions::staging_limit_bytes
 };
 
-// Two listeners over one engine: the rollout port (Rollout, Info) and the admin port (Info), each with grpc.health.v1 and reflection,
+// Two listeners over one engine: the rollout port (Rollout, Info) and the admin port (Weights, Info), each with grpc.health.v1 and reflection,
 // limits and a memory quota of its own. A thread keeps the health status in step with the engine's.
 // Thread safe.
 class Server {

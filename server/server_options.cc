@@ -72,7 +72,7 @@ class FlagParser {
         ->take_last();
     Number("--seed", &options_.engine.dummy_seed, "Seed of --load-format dummy");
     Text("--served-model-name", &options_.served_model_name, "Name to report; default: the model directory's");
-    Text("--host", &options_.host, "Address to listen on; other than loopback needs --insecure-no-auth");
+    Text("--host", &options_.host, "Address to listen on; other than loopback needs --token-file or --insecure-no-auth");
     Number("--port", &options_.port, "Rollout port; 0 picks a free one");
     Number("--admin-port", &options_.admin_port, "Admin port; 0 picks a free one");
     Number("--threads", &options_.engine.num_threads, "Compute threads; 0: all processors");
@@ -91,9 +91,13 @@ class FlagParser {
            "Mode of requests that leave it unset: off, target_only, rejection or coupled; off also starts without MTP weights");
     Number("--drain-timeout", &options_.drain_timeout_s, "Seconds after SIGTERM until running work is cut short");
     Number("--max-request-seconds", &options_.max_request_s, "Longest wall time of a request");
+    Text("--weights-root", &options_.weights_root, "Folder beneath which weight updates may name files; default: no updates from files");
+    Number("--weight-staging-bytes", &options_.weight_staging_bytes,
+           "Memory an open weight update may hold; 0: as much as the weights themselves need");
     Switch("--allow-synthetic-acceptance", &options_.allow_synthetic_acceptance, "Serve requests with synthetic_acceptance (not lossless)");
     Switch("--allow-unknown-fields", &options_.allow_unknown_fields, "Ignore request fields this server does not know");
-    Switch("--insecure-no-auth", &options_.insecure_no_auth, "Listen on any address without authentication");
+    Text("--token-file", &options_.token_file, "Who may call what: lines `ROLE[,ROLE] TOKEN`, roles rollout, weights, admin");
+    Switch("--insecure-no-auth", &options_.insecure_no_auth, "Listen on any address without tokens");
     app_.add_option(kConfig, config_path_, "YAML file with the flags' names as keys; environment and flags win over it")->take_last();
     app_.add_flag(kCheckConfig, check_config_, "Check the options, print them, and exit");
     app_.add_flag("--version", version_, "Print the version and exit");
@@ -241,10 +245,14 @@ absl::Status Validate(const ServerOptions& options) {
   BEBOP_RETURN_IF_ERROR(CheckRange("--num-speculative-tokens", options.num_speculative_tokens, 0, kMaxDraftTokens));
   BEBOP_RETURN_IF_ERROR(CheckRange("--drain-timeout", options.drain_timeout_s, 0, 86400));
   BEBOP_RETURN_IF_ERROR(CheckRange("--max-request-seconds", options.max_request_s, 1, 30 * 86400));
+  BEBOP_RETURN_IF_ERROR(CheckRange("--weight-staging-bytes", options.weight_staging_bytes, 0, kMaxKvCacheBytes));
   if (options.served_model_name.size() > 256) return absl::InvalidArgumentError("--served-model-name: longer than 256 bytes");
-  if (!IsLoopback(options.host) && !options.insecure_no_auth) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--host: ", options.host, " is not a loopback address, and this build has no authentication; --insecure-no-auth overrides"));
+  if (!options.token_file.empty() && options.insecure_no_auth) {
+    return absl::InvalidArgumentError(absl::StrCat("--insecure-no-auth: --token-file: ", options.token_file, " is given, too; drop one of the two"));
+  }
+  if (!IsLoopback(options.host) && options.token_file.empty() && !options.insecure_no_auth) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--host: ", options.host, " is not a loopback address: give --token-file, or --insecure-no-auth to let everybody in who reaches it"));
   }
   return absl::OkStatus();
 }
@@ -291,8 +299,11 @@ std::string ToYaml(const ServerOptions& options) {
   add("speculation", name_of(kModes, options.speculation));
   add("drain-timeout", options.drain_timeout_s);
   add("max-request-seconds", options.max_request_s);
+  if (!options.weights_root.empty()) add("weights-root", options.weights_root);
+  add("weight-staging-bytes", options.weight_staging_bytes);
   add("allow-synthetic-acceptance", options.allow_synthetic_acceptance);
   add("allow-unknown-fields", options.allow_unknown_fields);
+  if (!options.token_file.empty()) add("token-file", options.token_file);
   add("insecure-no-auth", options.insecure_no_auth);
   out << YAML::EndMap;
   return absl::StrCat(out.c_str(), "\n");

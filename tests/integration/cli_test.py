@@ -274,6 +274,8 @@ class ServerProcess(unittest.TestCase):
         error = self.start_fails("--model", "m", "--host", "0.0.0.0")
         self.assertIn("0.0.0.0", error)
         self.assertIn("--insecure-no-auth", error)
+        self.assertIn("--token-file", error)
+        self.assertIn("/nowhere/tokens", self.start_fails("--model", "m", "--token-file", "/nowhere/tokens"))
         with tempfile.TemporaryDirectory() as directory:
             with open(os.path.join(directory, "config.json"), "w") as file:
                 json.dump({**CONFIG, "hidden_act": "gelu"}, file)

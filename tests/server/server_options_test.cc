@@ -174,7 +174,8 @@ TEST(ServerOptions, ErrorsNameFlagValueAndLimit) {
       {{"--model", "m", "--drain-timeout", "-1"}, {}, {"--drain-timeout", "-1"}},
       {{"--model", "m", "--drain-timeout", "nan"}, {}, {"--drain-timeout", "nan"}},
       {{"--model", "m", "--max-request-seconds", "0"}, {}, {"--max-request-seconds", "0"}},
-      {{"--model", "m", "--host", "0.0.0.0"}, {}, {"--host", "0.0.0.0", "--insecure-no-auth"}},
+      {{"--model", "m", "--host", "0.0.0.0"}, {}, {"--host", "0.0.0.0", "--token-file", "--insecure-no-auth"}},
+      {{"--model", "m", "--token-file", "t", "--insecure-no-auth"}, {}, {"--token-file", "t", "--insecure-no-auth"}},
       {{"--model", "m", "--host", "10.0.0.1"}, {}, {"10.0.0.1"}},
       {{"--model", "m", "--host", "127.evil.example"}, {}, {"127.evil.example"}},
       {{"--model", "m", "--host", "::"}, {}, {"--host"}},
@@ -202,6 +203,10 @@ TEST(ServerOptions, LoopbackNeedsNoOverride) {
     EXPECT_TRUE(IsLoopback(host));
   }
   EXPECT_TRUE(ParseServerCommand({"--model", "m", "--host", "0.0.0.0", "--insecure-no-auth"}, {}).ok());
+  const auto with_tokens = ParseServerCommand({"--model", "m", "--host", "0.0.0.0", "--token-file", "tokens"}, {});
+  ASSERT_TRUE(with_tokens.ok()) << with_tokens.status();
+  EXPECT_EQ(with_tokens->options.token_file, "tokens");
+  EXPECT_NE(ToYaml(with_tokens->options).find("token-file: tokens"), std::string::npos);
   for (const char* host : {"0.0.0.0", "::", "128.0.0.1", "localhost.example", "127.0.0.1.example"}) EXPECT_FALSE(IsLoopback(host)) << host;
 }
 
