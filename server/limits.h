@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -43,6 +44,18 @@ inline constexpr int64_t kTokenizeBytes = 8 << 20;
 inline constexpr int64_t kTokenizeResultIds = 3 * kTokenizeBytes;
 inline constexpr int32_t kEosTokenIds = 1024;  // what engine/config/model_config.cc takes from a checkpoint
 inline constexpr int64_t kDetokenizeIds = 1 << 20;
+
+inline constexpr int32_t kWeightTensors = 1 << 16;
+inline constexpr int32_t kWeightComponents = 2;
+inline constexpr int32_t kMissingTensors = 64;  // named in a WeightUpdate
+inline constexpr int32_t kTensorNameBytes = 256;
+inline constexpr int32_t kTensorDTypeBytes = 8;
+inline constexpr int32_t kTensorDimensions = 8;
+inline constexpr int32_t kWeightLabelBytes = 64;
+inline constexpr int32_t kWeightPathBytes = 4096;
+inline constexpr int64_t kWeightChunkBytes = 4 << 20;
+inline constexpr int32_t kWeightDeadlineMs = 3'600'000;
+inline constexpr size_t kPushQueueChunks = 8;  // of one PushWeights stream that wait to be written, before it is read further
 
 }  // namespace limits
 

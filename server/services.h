@@ -7,6 +7,7 @@
 
 #include "server/blocking_calls.h"
 #include "server/service_context.h"
+#include "server/weight_session.h"
 
 namespace bebop {
 
@@ -15,7 +16,7 @@ namespace bebop {
 std::unique_ptr<grpc::Service> MakeRolloutService(const ServiceContext* context);
 std::unique_ptr<grpc::Service> MakeInfoService(const ServiceContext* context);
 // `calls` runs what blocks.
-std::unique_ptr<grpc::Service> MakeWeightsService(const ServiceContext* context, BlockingCalls* calls);
+std::unique_ptr<grpc::Service> MakeWeightsService(const ServiceContext* context, BlockingCalls* calls, WeightSessionOptions options);
 std::unique_ptr<grpc::Service> MakeControlService(ServiceContext* context, BlockingCalls* calls);
 
 }  // namespace bebop

@@ -4,6 +4,7 @@
 #include "absl/strings/cord.h"
 #include "absl/strings/str_cat.h"
 #include "bebop/rpc/status.pb.h"
+#include "engine/base/status_reason.h"
 #include "engine/schedule/engine_core.h"
 
 namespace bebop {
@@ -49,6 +50,13 @@ absl::Status WithRetryAfter(absl::Status status, absl::Duration delay) {
 
 absl::Status CompleteDetails(absl::Status status) {
   if (status.ok() || status.GetPayload(kErrorInfoUrl).has_value()) return status;
+  const std::string engine_reason = StatusReason(status);
+  if (!engine_reason.empty()) {
+    absl::Status detailed = DetailedError(status.code(), engine_reason, status.message());
+    // Another learner's update ends; what does not fit today does not fit tomorrow.
+    const bool retry = absl::IsUnavailable(status) || engine_reason == "UPDATE_IN_PROGRESS";
+    return retry ? WithRetryAfter(std::move(detailed), kCapacityRetryDelay) : detailed;
+  }
   const bool never_fits = absl::IsResourceExhausted(status) && EngineCore::CanNeverFit(status);  // however long it waits
   const auto reason = [&status, never_fits]() -> absl::string_view {
     switch (status.code()) {
@@ -59,6 +67,9 @@ absl::Status CompleteDetails(absl::Status status) {
       case absl::StatusCode::kUnavailable: return "NOT_SERVING";
       case absl::StatusCode::kDeadlineExceeded: return "DEADLINE";
       case absl::StatusCode::kCancelled: return "CANCELLED";
+      case absl::StatusCode::kNotFound: return "NOT_FOUND";
+      case absl::StatusCode::kPermissionDenied: return "PERMISSION_DENIED";
+      case absl::StatusCode::kDataLoss: return "DATA_LOSS";
       default: return "ENGINE_FAILED";
     }
   }();

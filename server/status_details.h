@@ -31,8 +31,8 @@ absl::Status InvalidField(absl::string_view field, absl::string_view value, absl
 // The same status with a RetryInfo.
 absl::Status WithRetryAfter(absl::Status status, absl::Duration delay);
 
-// Gives a status of the engine, which knows no details, an ErrorInfo with the reason that its code has in the API and, where
-// trying again helps, a RetryInfo. Leaves details alone that are there.
+// Gives a status of the engine, which knows no details, an ErrorInfo with its reason (status_reason.h), or else the one that its code
+// has in the API, and, where trying again helps, a RetryInfo. Leaves details alone that are there.
 absl::Status CompleteDetails(absl::Status status);
 
 // The ErrorInfo's reason and one metadata entry; empty when there is none. For tests and logs.

@@ -179,7 +179,9 @@ absl::StatusOr<std::vector<InputFile>> OpenFiles(const WeightRoot& root, const s
   return files;
 }
 
-absl::Status CheckTiedHead(const Source& head, const Source* embedding) {
+using Between = std::function<absl::Status()>;
+
+absl::Status CheckTiedHead(const Source& head, const Source* embedding, const Between& between) {
   const absl::Status different = Refuse(
       "UNKNOWN_TENSOR", StrCat(head.Label(), ": expected none or a copy of the embedding it is tied to, got other values"));
   if (embedding == nullptr || head.entry.dtype != embedding->entry.dtype || head.entry.shape != embedding->entry.shape)
@@ -189,11 +191,12 @@ absl::Status CheckTiedHead(const Source& head, const Source* embedding) {
     BEBOP_RETURN_IF_ERROR(head.Read(offset, head_bytes));
     BEBOP_RETURN_IF_ERROR(embedding->Read(offset, embedding_bytes));
     if (head_bytes != embedding_bytes) return different;
+    if (between != nullptr) BEBOP_RETURN_IF_ERROR(between());
   }
   return absl::OkStatus();
 }
 
-absl::Status Feed(const Source& source, const TensorInfo& tensor, WeightUpdate& update) {
+absl::Status Feed(const Source& source, const TensorInfo& tensor, WeightUpdate& update, const Between& between) {
   std::string bytes;
   std::vector<char> scratch;
   int64_t written = 0;
@@ -205,6 +208,7 @@ absl::Status Feed(const Source& source, const TensorInfo& tensor, WeightUpdate& 
       return StatusWithReason(status.code(), StatusReason(status),
                               StrCat(Quoted(source.file->path()), ": ", std::string(status.message())));
     written += static_cast<int64_t>(elements.size());
+    if (between != nullptr) BEBOP_RETURN_IF_ERROR(between());
   }
   return absl::OkStatus();
 }
@@ -239,7 +243,7 @@ absl::StatusOr<Descriptor> WeightRoot::OpenBeneath(const std::string& path) cons
   return OpenByWalk(folder_.value(), path);
 }
 
-absl::Status ReadWeights(const WeightRoot& root, const std::string& path, WeightUpdate& update) {
+absl::Status ReadWeights(const WeightRoot& root, const std::string& path, WeightUpdate& update, const Between& between) {
   BEBOP_ASSIGN_OR_RETURN(const std::vector<InputFile> files, OpenFiles(root, path));
   std::unordered_map<std::string, const TensorInfo*> known;  // by slot name
   for (const TensorInfo& tensor : update.base_version().tensors) known.emplace(SlotName(tensor.name), &tensor);
@@ -277,11 +281,11 @@ absl::Status ReadWeights(const WeightRoot& root, const std::string& path, Weight
   }
   if (tied_head.has_value() && update.Brings(WeightComponent::kTarget)) {
     const auto source = sources.find(&embedding);
-    BEBOP_RETURN_IF_ERROR(CheckTiedHead(*tied_head, source == sources.end() ? nullptr : &source->second));
+    BEBOP_RETURN_IF_ERROR(CheckTiedHead(*tied_head, source == sources.end() ? nullptr : &source->second, between));
   }
   for (const TensorInfo& tensor : update.base_version().tensors) {
     const auto source = sources.find(&tensor);
-    if (source != sources.end()) BEBOP_RETURN_IF_ERROR(Feed(source->second, tensor, update));
+    if (source != sources.end()) BEBOP_RETURN_IF_ERROR(Feed(source->second, tensor, update, between));
   }
   return absl::OkStatus();
 }

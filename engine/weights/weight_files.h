@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -60,6 +61,10 @@ class WeightRoot {
 // Errors begin with the file and are those of WriteChunk, or: NOT_FOUND, PERMISSION_DENIED, DATA_LOSS (a file ends early),
 // INVALID_ARGUMENT (not in the format; [UNKNOWN_TENSOR], [DUPLICATE_TENSOR], [WRONG_DTYPE], [WRONG_SHAPE]). Tensors that were
 // read before an error stay in the update.
-absl::Status ReadWeights(const WeightRoot& root, const std::string& path, WeightUpdate& update);
+//
+// `between`, if any, is called after every few MiB: reading stops with its status unless that is OK, and it may let others use the
+// update meanwhile.
+absl::Status ReadWeights(const WeightRoot& root, const std::string& path, WeightUpdate& update,
+                         const std::function<absl::Status()>& between = nullptr);
 
 }  // namespace bebop

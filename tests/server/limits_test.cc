@@ -13,6 +13,7 @@
 #include "bebop/v1/control.pb.h"
 #include "bebop/v1/info.pb.h"
 #include "bebop/v1/rollout.pb.h"
+#include "bebop/v1/weights.pb.h"
 
 namespace bebop {
 namespace {
@@ -27,7 +28,8 @@ void AddMessages(const Descriptor* message, std::map<std::string, const Descript
 }
 
 std::vector<const FileDescriptor*> AllFiles() {
-  return {v1::GenerateRequest::descriptor()->file(), v1::ServerInfo::descriptor()->file(), v1::ControlState::descriptor()->file()};
+  return {v1::GenerateRequest::descriptor()->file(), v1::ServerInfo::descriptor()->file(), v1::ControlState::descriptor()->file(),
+          v1::WeightInfo::descriptor()->file()};
 }
 
 std::map<std::string, const Descriptor*> AllMessages() {
