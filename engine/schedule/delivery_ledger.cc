@@ -14,7 +14,9 @@ DeliveryLedger::DeliveryLedger(int64_t max_bytes, absl::Duration time_to_live)
 int64_t DeliveryLedger::SampleBytes(const SampleResult& sample) {
   const size_t values = sample.token_ids.capacity() + sample.logprobs.capacity() + sample.raw_logprobs.capacity() +
                         sample.entropy.capacity() + sample.draft_logprobs.capacity() + sample.token_source.capacity();
-  return static_cast<int64_t>(sizeof(SampleResult) + 4 * values + (sample.stop_string ? sample.stop_string->capacity() : 0));
+  size_t bytes = sizeof(SampleResult) + 4 * values + (sample.stop_string ? sample.stop_string->capacity() : 0);
+  for (const WeightSpan& span : sample.weight_spans) bytes += sizeof(WeightSpan) + span.label.capacity();
+  return static_cast<int64_t>(bytes);
 }
 
 DeliveryLedger::Entry* DeliveryLedger::Find(const std::string& id) {
@@ -29,7 +31,7 @@ DeliveryLedger::Entry* DeliveryLedger::Open(const std::string& id, uint64_t body
   entry = std::make_unique<Entry>();
   entry->id_ = id;
   entry->body_hash_ = body_hash;
-  entry->sample_ended_.assign(static_cast<size_t>(num_samples), 0);
+  entry->num_samples_ = static_cast<size_t>(num_samples);
   entry->samples_.reserve(static_cast<size_t>(num_samples));
   entry->observers_.push_back(std::move(observer));
   return entry.get();
@@ -60,13 +62,13 @@ void DeliveryLedger::Admitted(Entry* entry) {
 }
 
 void DeliveryLedger::Tokens(Entry* entry, const SampleResult& partial, int32_t begin) {
-  BEBOP_CHECK(!entry->ended_ && !entry->sample_ended_.at(partial.sample_index));
+  BEBOP_CHECK(!entry->ended_ && entry->ended_indexes_.count(partial.sample_index) == 0);
   for (const auto& observer : entry->observers_) observer->OnTokens(partial, begin);
 }
 
 void DeliveryLedger::Sample(Entry* entry, SampleResult sample) {
-  BEBOP_CHECK(!entry->ended_ && !entry->sample_ended_.at(sample.sample_index));
-  entry->sample_ended_[sample.sample_index] = 1;
+  BEBOP_CHECK(!entry->ended_ && entry->samples_.size() < entry->num_samples_);
+  BEBOP_CHECK(entry->ended_indexes_.insert(sample.sample_index).second);
   const int64_t bytes = SampleBytes(sample);
   entry->bytes_ += bytes;
   bytes_ += bytes;
@@ -76,7 +78,7 @@ void DeliveryLedger::Sample(Entry* entry, SampleResult sample) {
 }
 
 void DeliveryLedger::Done(Entry* entry, const absl::Status& status, bool retain, absl::Time now) {
-  BEBOP_CHECK(!entry->ended_ && entry->samples_.size() == entry->sample_ended_.size() && (status.ok() || !retain));
+  BEBOP_CHECK(!entry->ended_ && entry->samples_.size() == entry->num_samples_ && (status.ok() || !retain));
   entry->ended_ = true;
   const std::vector<std::shared_ptr<GenerateObserver>> observers = std::move(entry->observers_);
   entry->observers_.clear();

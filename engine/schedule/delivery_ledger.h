@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <set>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -37,7 +38,8 @@ class DeliveryLedger {
     uint64_t body_hash_ = 0;
     std::vector<std::shared_ptr<GenerateObserver>> observers_;
     std::vector<SampleResult> samples_;
-    std::vector<char> sample_ended_;
+    std::set<int32_t> ended_indexes_;  // of samples; a resumed group need not have all from 0
+    size_t num_samples_ = 0;
     bool admitted_ = false, ended_ = false;
     absl::Time expiry_ = absl::InfiniteFuture();
     int64_t bytes_ = 0;

@@ -31,11 +31,19 @@ int64_t HostBytes(const GenerateRequest& request) {
   int64_t bytes = static_cast<int64_t>(sizeof(Group) + request.request_id.size() + 4 * request.prompt.size() +
                                        4 * request.stopping.stop_token_ids.size() + sizeof(Sequence) * request.num_samples);
   for (const std::string& text : request.stopping.stop_strings) bytes += static_cast<int64_t>(5 * text.size());  // text and borders
+  for (const SampleResult& resumed : request.resume) bytes += DeliveryLedger::SampleBytes(resumed);
   return bytes;
 }
 
 int64_t HostBytes(const ScoreRequest& request) {
   return static_cast<int64_t>(sizeof(ScoreWork) + 4 * request.token_ids.size() + 4 * request.token_ids_logprob.size());
+}
+
+// Largest target step less the smallest.
+uint64_t StepSpread(const std::vector<WeightSpan>& spans) {
+  if (spans.empty()) return 0;
+  const auto [low, high] = std::minmax_element(spans.begin(), spans.end(), [](const WeightSpan& a, const WeightSpan& b) { return a.target_step < b.target_step; });
+  return static_cast<uint64_t>(high->target_step) - static_cast<uint64_t>(low->target_step);
 }
 
 }  // namespace
@@ -60,10 +68,12 @@ struct EngineCore::Impl {
     plan.page_copies.reserve(num_seqs);
     result.sequences.reserve(num_seqs);
     progress.reserve(num_seqs);
+    epochs.NameCurrent(options.weights);
   }
 
   absl::Status CheckTokens(const char* what, const std::vector<uint32_t>& tokens) const;
   absl::Status CheckRequest(const GenerateRequest& request) const;
+  absl::Status CheckResume(const GenerateRequest& request) const;
   absl::Status CheckRequest(const ScoreRequest& request) const;
   absl::Status CheckOpen() const;
 
@@ -76,6 +86,12 @@ struct EngineCore::Impl {
   void EndScore(ScoreWork* score, const absl::Status& status, ScoreResult score_result, int64_t* counter);
   bool Expire(absl::Time now);
   void DeliverProgress(absl::Time now);
+  bool IsHeld(const LiveGroup& live) const;
+  absl::Status ExecuteDrops();
+  bool SpreadsTooFar(const Group& group, const Sequence& sample) const;
+  void EndEarly(LiveGroup* live, const std::vector<Sequence*>& samples, FinishReason finish);
+  void EndIfDone(LiveGroup* live);
+  int32_t EndPolicies(uint64_t arrival);
 
   const EngineCoreOptions options;
   const Clock* const clock;
@@ -91,7 +107,10 @@ struct EngineCore::Impl {
   absl::Time drain_deadline = absl::InfiniteFuture();
   bool draining = false;
   absl::Status health;
-  int64_t weight_step = 0;
+  WeightEpochs epochs;
+  bool paused = false;
+  int64_t abort_epoch = 0;
+  std::vector<uint64_t> resumed;  // arrivals of groups with resumed samples, whose spans nobody has held against their policy
   EngineLoads counts;
 
   // Reused between steps.
@@ -145,8 +164,74 @@ absl::Status EngineCore::Impl::CheckRequest(const GenerateRequest& request) cons
   for (const std::string& text : request.stopping.stop_strings) {
     if (text.empty()) return absl::InvalidArgumentError("a stop string is empty");
   }
+  if (request.weights.max_step_spread < 0) {
+    return absl::InvalidArgumentError(absl::StrCat("max_step_spread is ", request.weights.max_step_spread, ", must be >= 0"));
+  }
   if (!request.stopping.stop_strings.empty() && options.token_bytes == nullptr) {
     return absl::FailedPreconditionError("stop strings need a tokenizer, and this checkpoint has none");
+  }
+  return CheckResume(request);
+}
+
+// What a resumed sample may say is what this engine could have said of it: everything else would break a counter later.
+absl::Status EngineCore::Impl::CheckResume(const GenerateRequest& request) const {
+  if (request.resume.empty()) return absl::OkStatus();
+  if (request.resume.size() != static_cast<size_t>(request.num_samples)) {
+    return absl::InvalidArgumentError(absl::StrCat("resume has ", request.resume.size(), " samples, num_samples is ", request.num_samples));
+  }
+  const StopRules rules(request.stopping, options.eos_token_ids, &options.token_bytes);
+  int32_t last_index = -1;
+  for (size_t i = 0; i < request.resume.size(); ++i) {
+    const SampleResult& sample = request.resume[i];
+    const std::string where = absl::StrCat("resume[", i, "]");
+    const auto refuse = [&](const auto&... parts) { return absl::InvalidArgumentError(absl::StrCat(where, parts...)); };
+    if (sample.sample_index <= last_index || sample.sample_index >= kPrefixSub) {
+      return refuse(".sample_index is ", sample.sample_index, ", must be greater than that before it (", last_index, ") and less than ",
+                    kPrefixSub);
+    }
+    last_index = sample.sample_index;
+    if (sample.seed_used != request.sampling.seed) {
+      return refuse(".seed_used is ", sample.seed_used, ", the request's seed is ", request.sampling.seed);
+    }
+    const int64_t length = static_cast<int64_t>(sample.token_ids.size());
+    if (length >= request.stopping.max_new_tokens) {
+      return refuse(" has ", length, " tokens, max_new_tokens is ", request.stopping.max_new_tokens, ": nothing is left to sample");
+    }
+    BEBOP_RETURN_IF_ERROR(CheckTokens(absl::StrCat(where, ".token_ids").c_str(), sample.token_ids));
+    const std::tuple<const char*, bool, size_t> arrays[] = {
+        {"logprobs", request.output.logprobs, sample.logprobs.size()},
+        {"raw_logprobs", request.output.raw_logprobs, sample.raw_logprobs.size()},
+        {"entropy", request.output.entropy, sample.entropy.size()},
+        {"draft_logprobs", request.output.draft_logprobs, sample.draft_logprobs.size()},
+        {"token_source", request.output.token_source, sample.token_source.size()},
+    };
+    for (const auto& [name, wanted, size] : arrays) {
+      if (wanted && size != sample.token_ids.size()) return refuse(".", name, " has ", size, " values for ", length, " tokens");
+    }
+    int64_t end = 0;
+    for (const WeightSpan& span : sample.weight_spans) {
+      if (span.begin != end || span.end <= span.begin) {
+        return refuse(".weight_spans has [", span.begin, ", ", span.end, ") where a span from ", end, " is due");
+      }
+      end = span.end;
+    }
+    if (end != length) return refuse(".weight_spans end at ", end, ", the sample has ", length, " tokens");
+    const SpecCounts& spec = sample.spec;
+    const int64_t most = (length + 1) * kMaxDraftTokens;
+    bool sound = true;
+    for (const int64_t count : {spec.num_spec_steps, spec.num_draft_tokens, spec.num_accepted_draft_tokens, spec.num_trimmed_tokens}) {
+      sound = sound && count >= 0 && count <= most;
+    }
+    for (int32_t place = 0; place < kMaxDraftTokens; ++place) {
+      sound = sound && spec.drafted_per_pos[place] >= 0 && spec.drafted_per_pos[place] <= most && spec.accepted_per_pos[place] >= 0 &&
+              spec.accepted_per_pos[place] <= most && spec.overlap_per_pos[place] >= 0 && spec.overlap_per_pos[place] <= static_cast<double>(most);
+    }
+    if (!sound) return refuse(".spec has counts that ", length, " tokens cannot have");
+    if (sample.pending_drafts < 0) return refuse(".pending_drafts is ", sample.pending_drafts, ", must be >= 0");
+    StopMatcher matcher(&rules);
+    for (int64_t t = 0; t < length; ++t) {
+      if (matcher.Push(sample.token_ids[t]).has_value()) return refuse(".token_ids[", t, "] completes a stop: the sample has ended");
+    }
   }
   return absl::OkStatus();
 }
@@ -194,6 +279,7 @@ absl::Status EngineCore::Submit(GenerateRequest request, std::shared_ptr<Generat
   if (absl::Status status = impl.CheckOpen(); !status.ok()) return refuse(std::move(status));
 
   const int64_t bytes = HostBytes(request);
+  const bool resumes = !request.resume.empty();
   auto group = std::make_unique<Group>(std::move(request), impl.options.eos_token_ids, &impl.options.token_bytes);
   group->queued_bytes = bytes;
   bool never = false;
@@ -207,6 +293,7 @@ absl::Status EngineCore::Submit(GenerateRequest request, std::shared_ptr<Generat
   Impl::LiveGroup live;
   live.entry = impl.ledger.Open(accepted.request_id, accepted.body_hash, accepted.num_samples, std::move(observer));
   const uint64_t arrival = group->arrival;
+  if (resumes) impl.resumed.push_back(arrival);
   live.group = std::move(group);
   impl.groups.emplace(arrival, std::move(live));
   ++impl.counts.submitted;
@@ -259,11 +346,12 @@ void EngineCore::Impl::EndSample(LiveGroup* live, Sequence* sample, FinishReason
   const absl::Time now = clock->Now();
   SampleResult& done = sample->result;
   done.finish = finish;
-  if (!done.token_ids.empty()) {
-    done.weight_spans = {{.target_step = weight_step, .draft_step = weight_step, .label = "", .begin = 0, .end = static_cast<int32_t>(done.token_ids.size())}};
-  }
+  const bool own_end = finish == FinishReason::kStop || finish == FinishReason::kLength || finish == FinishReason::kNonFinite;
+  done.pending_drafts = own_end ? 0 : sample->num_pending_drafts();
+  ++counts.samples_by_finish[static_cast<size_t>(finish)];
+  ++counts.samples_by_spread[static_cast<size_t>(std::min<uint64_t>(StepSpread(done.weight_spans), kNumStepSpreads - 1))];
   const absl::Time admitted_at = group.admitted ? group.admitted_at : now;
-  const absl::Time first_token = done.token_ids.empty() ? now : sample->first_token_time;
+  const absl::Time first_token = std::min(now, sample->first_token_time);
   done.queue_time = admitted_at - group.submitted;
   done.prefill_time = first_token - admitted_at;
   done.decode_time = now - first_token;
@@ -317,6 +405,7 @@ void EngineCore::Detach(const std::string& request_id, const GenerateObserver* o
   if (entry == nullptr || !impl_->ledger.Detach(entry, observer)) return;
   Impl::LiveGroup* const live = impl_->FindLive(request_id);
   BEBOP_CHECK(live != nullptr);
+  if (live->group->request.detach) return;  // runs on, and is retained
   impl_->scheduler.Remove(live->group.get());
   impl_->Discard(live);
   impl_->ledger.Forget(entry);
@@ -337,14 +426,6 @@ bool EngineCore::Abort(const std::string& request_id) {
   if (live == nullptr) return false;
   impl_->EndGroup(live, FinishReason::kAborted, absl::OkStatus(), /*retain=*/true, &impl_->counts.cancelled);
   return true;
-}
-
-int32_t EngineCore::AbortAll() {
-  int32_t count = 0;
-  for (; !impl_->groups.empty(); ++count) {
-    impl_->EndGroup(&impl_->groups.begin()->second, FinishReason::kAborted, absl::OkStatus(), true, &impl_->counts.cancelled);
-  }
-  return count;
 }
 
 void EngineCore::StartDrain(absl::Time deadline) {
@@ -398,8 +479,14 @@ absl::StatusOr<bool> EngineCore::Step() {
   Impl& impl = *impl_;
   if (!impl.health.ok()) return impl.health;
   bool worked = impl.Expire(impl.clock->Now());
-  for (auto& [arrival, live] : impl.groups) live.group->paused = !impl.ledger.HasRoom(live.entry);
-  impl.scheduler.Plan(&impl.plan, &impl.admitted);
+  for (const uint64_t arrival : std::exchange(impl.resumed, {})) worked = impl.EndPolicies(arrival) > 0 || worked;
+  if (impl.paused) {
+    impl.scheduler.PlanNothing(&impl.plan);
+    impl.admitted.clear();
+  } else {
+    for (auto& [arrival, live] : impl.groups) live.group->paused = impl.IsHeld(live);
+    impl.scheduler.Plan(&impl.plan, &impl.admitted);
+  }
   const absl::Time planned_at = impl.clock->Now();
   for (Work* work : impl.admitted) {
     work->admitted_at = planned_at;
@@ -417,7 +504,7 @@ absl::StatusOr<bool> EngineCore::Step() {
     FailAll(status);
     return status;
   }
-  impl.scheduler.Apply(impl.plan, &impl.result, &impl.progress, &impl.finished_scores);
+  impl.scheduler.Apply(impl.plan, &impl.result, impl.epochs, &impl.progress, &impl.finished_scores);
   impl.DeliverProgress(impl.clock->Now());
   return true;
 }
@@ -428,14 +515,20 @@ void EngineCore::Impl::DeliverProgress(absl::Time now) {
     LiveGroup* const live = &groups.find(sample->group()->arrival)->second;
     const int32_t emitted = sample->num_output() - step.begin;
     counts.generated_tokens += emitted;
-    if (step.begin == 0 && emitted > 0) sample->first_token_time = now;
+    counts.spec.Add(step.spec);
+    if (step.weight_epoch == epochs.current()) {
+      counts.version_spec.Add(step.spec);
+    } else if (step.weight_epoch == epochs.current() - 1) {
+      counts.previous_version_spec.Add(step.spec);  // it had run ahead of the commit
+    }
+    if (emitted > 0) sample->first_token_time = std::min(sample->first_token_time, now);
     if (emitted > 0 && live->group->request.stream_tokens) ledger.Tokens(live->entry, sample->result, step.begin);
     if (step.finish == FinishReason::kNone) continue;
     EndSample(live, sample, step.finish);
-    if (live->group->num_unfinished == 0) EndGroup(live, FinishReason::kNone, absl::OkStatus(), /*retain=*/true, &counts.finished);
+    EndIfDone(live);
   }
   for (const Scheduler::FinishedScore& finished : finished_scores) {
-    finished.result->weight_step = weight_step;
+    finished.result->weight_step = epochs.current_name().target_step;
     EndScore(finished.score, absl::OkStatus(), std::move(*finished.result), &counts.finished);
   }
 }
@@ -447,7 +540,190 @@ absl::Time EngineCore::NextDeadline() const {
   return next;
 }
 
-void EngineCore::SetWeightStep(int64_t step) { impl_->weight_step = step; }
+// ---- Weights ----
+
+bool EngineCore::Impl::IsHeld(const LiveGroup& live) const {
+  return live.group->request.weights.min_step > epochs.current_name().target_step || !ledger.HasRoom(live.entry);
+}
+
+// Makes the executor forget what was dropped, now.
+absl::Status EngineCore::Impl::ExecuteDrops() {
+  scheduler.PlanNothing(&plan);
+  if (plan.dropped_score_handles.empty()) return absl::OkStatus();
+  result.finished_scores.clear();
+  ++counts.steps;
+  return executor->Execute(plan, &result);
+}
+
+bool EngineCore::Impl::SpreadsTooFar(const Group& group, const Sequence& sample) const {
+  if (sample.num_output() == 0) return false;
+  int64_t low = epochs.current_name().target_step, high = low;
+  for (const WeightSpan& span : sample.result.weight_spans) {
+    low = std::min(low, span.target_step);
+    high = std::max(high, span.target_step);
+  }
+  return static_cast<uint64_t>(high) - static_cast<uint64_t>(low) > static_cast<uint64_t>(group.request.weights.max_step_spread);
+}
+
+// Ends samples of a group, of which others may go on.
+void EngineCore::Impl::EndEarly(LiveGroup* live, const std::vector<Sequence*>& samples, FinishReason finish) {
+  for (Sequence* sample : samples) {
+    scheduler.End(sample);
+    EndSample(live, sample, finish);
+  }
+  live->group->cut_short = live->group->cut_short || !samples.empty();
+  EndIfDone(live);
+}
+
+void EngineCore::Impl::EndIfDone(LiveGroup* live) {
+  if (live->group->num_unfinished > 0) return;
+  EndGroup(live, FinishReason::kNone, absl::OkStatus(), /*retain=*/true, live->group->cut_short ? &counts.cancelled : &counts.finished);
+}
+
+// Ends the samples whose next token would be further from their first than their request allows. Returns their number.
+int32_t EngineCore::Impl::EndPolicies(uint64_t arrival) {
+  const auto it = groups.find(arrival);
+  if (it == groups.end()) return 0;
+  std::vector<Sequence*> too_far;
+  for (Sequence& sample : it->second.group->samples) {
+    if (sample.state != Sequence::State::kEnded && SpreadsTooFar(*it->second.group, sample)) too_far.push_back(&sample);
+  }
+  const int32_t count = static_cast<int32_t>(too_far.size());
+  if (count > 0) EndEarly(&it->second, too_far, FinishReason::kWeightPolicy);
+  return count;
+}
+
+absl::StatusOr<CommitResult> EngineCore::Commit(const ModelWeights* weights, WeightName name, InFlight in_flight) {
+  Impl& impl = *impl_;
+  if (!impl.health.ok()) return impl.CheckOpen();
+  const absl::Time began = impl.clock->Now();
+  impl.scheduler.DropPrefixes();
+  impl.scheduler.RestartScores();
+  absl::Status status = impl.ExecuteDrops();
+  if (status.ok()) status = impl.executor->SetWeights(weights, impl.epochs.current() + 1);
+  if (!status.ok()) {
+    FailAll(status);
+    return status;
+  }
+  impl.epochs.Begin(std::move(name));
+  impl.epochs.ForgetBefore(impl.scheduler.EarliestEpoch());
+
+  CommitResult commit;
+  std::vector<uint64_t> arrivals;  // groups end on the way
+  for (const auto& [arrival, live] : impl.groups) arrivals.push_back(arrival);
+  for (const uint64_t arrival : arrivals) {
+    commit.ended += impl.EndPolicies(arrival);
+    const auto it = impl.groups.find(arrival);
+    if (it == impl.groups.end()) continue;
+    Group& group = *it->second.group;
+    OnUpdate choice = group.request.weights.on_update;
+    if (in_flight == InFlight::kAbort) {
+      choice = OnUpdate::kStop;
+    } else if (choice == OnUpdate::kAsTheUpdateSays && in_flight == InFlight::kRecompute) {
+      choice = OnUpdate::kRecompute;
+    }
+    std::vector<Sequence*> stopped;
+    for (Sequence& sample : group.samples) {
+      if (sample.state == Sequence::State::kEnded || !sample.has_begun()) continue;
+      const bool computed = sample.state == Sequence::State::kRunning && sample.num_computed() > 0;
+      if (choice == OnUpdate::kStop) {
+        stopped.push_back(&sample);
+      } else if (choice == OnUpdate::kRecompute && sample.state == Sequence::State::kRunning) {
+        commit.recomputed += computed ? 1 : 0;
+        impl.scheduler.Recompute(&sample);
+      } else {
+        commit.kept += computed ? 1 : 0;
+      }
+    }
+    commit.ended += static_cast<int32_t>(stopped.size());
+    if (!stopped.empty()) impl.EndEarly(&it->second, stopped, FinishReason::kSuperseded);
+  }
+  HoldForCommit(false);
+  impl.counts.previous_version_spec = std::exchange(impl.counts.version_spec, SpecCounts());
+  ++impl.counts.weight_commits;
+  commit.swap_time = impl.clock->Now() - began;
+  impl.counts.last_swap_time = commit.swap_time;
+  impl.counts.total_swap_time += commit.swap_time;
+  return commit;
+}
+
+absl::Status EngineCore::MoveWeights(const ModelWeights* weights) {
+  absl::Status status = impl_->executor->SetWeights(weights, impl_->epochs.current());
+  if (!status.ok()) FailAll(status);
+  return status;
+}
+
+void EngineCore::HoldForCommit(bool hold) {
+  // Prefixes would be forgotten at the commit, and until then nobody begins from them.
+  if (hold) impl_->scheduler.DropPrefixes();
+  impl_->scheduler.HoldSamples(hold);
+}
+
+bool EngineCore::CommitMustWait() const {
+  for (const auto& [arrival, live] : impl_->groups) {
+    if (live.group->request.weights.on_update != OnUpdate::kAsTheUpdateSays) continue;
+    for (const Sequence& sample : live.group->samples) {
+      if (sample.state != Sequence::State::kEnded && sample.has_begun()) return true;
+    }
+  }
+  return false;
+}
+
+const WeightName& EngineCore::weights() const { return impl_->epochs.current_name(); }
+
+// ---- Control ----
+
+void EngineCore::Pause() {
+  impl_->paused = true;
+  impl_->scheduler.HoldRequests(false);
+}
+
+void EngineCore::Resume() {
+  impl_->paused = false;
+  impl_->scheduler.HoldRequests(false);
+}
+
+bool EngineCore::paused() const { return impl_->paused; }
+
+int32_t EngineCore::PauseAborting() {
+  Pause();
+  ++impl_->abort_epoch;
+  int32_t count = 0;
+  while (!impl_->groups.empty()) {
+    Impl::LiveGroup* const live = &impl_->groups.begin()->second;
+    count += live->group->num_unfinished;
+    for (Sequence& sample : live->group->samples) sample.result.abort_epoch = impl_->abort_epoch;
+    impl_->EndGroup(live, FinishReason::kAborted, absl::OkStatus(), /*retain=*/true, &impl_->counts.cancelled);
+  }
+  return count;
+}
+
+int64_t EngineCore::abort_epoch() const { return impl_->abort_epoch; }
+
+void EngineCore::HoldForPause() {
+  impl_->paused = false;
+  impl_->scheduler.HoldRequests(true);
+}
+
+bool EngineCore::RequestsRun() const {
+  const auto runs = [](const Work& work) { return work.admitted; };
+  return std::any_of(impl_->groups.begin(), impl_->groups.end(), [&](const auto& entry) { return runs(*entry.second.group); }) ||
+         std::any_of(impl_->scores.begin(), impl_->scores.end(), [&](const auto& entry) { return runs(*entry.second); });
+}
+
+absl::Status EngineCore::FlushCache() {
+  BEBOP_CHECK(impl_->paused);
+  impl_->scheduler.DropPrefixes();
+  impl_->scheduler.RestartScores();
+  for (auto& [arrival, live] : impl_->groups) {
+    for (Sequence& sample : live.group->samples) {
+      if (sample.state == Sequence::State::kRunning) impl_->scheduler.Recompute(&sample);
+    }
+  }
+  absl::Status status = impl_->ExecuteDrops();
+  if (!status.ok()) FailAll(status);
+  return status;
+}
 
 // ---- Numbers ----
 
@@ -465,7 +741,9 @@ EngineLoads EngineCore::Loads() const {
   loads.queued_bytes = scheduler.queue().num_bytes();
   loads.retained_bytes = impl_->ledger.bytes();
   loads.preemptions = scheduler.num_preemptions();
-  loads.spec = scheduler.spec();
+  loads.recomputed_tokens = scheduler.num_recomputed_tokens();
+  loads.target_step = impl_->epochs.current_name().target_step;
+  loads.draft_step = impl_->epochs.current_name().draft_step;
   return loads;
 }
 

@@ -16,6 +16,8 @@
 #include "engine/schedule/request.h"
 #include "engine/schedule/scheduler_options.h"
 #include "engine/schedule/step_plan.h"
+#include "engine/schedule/weight_commit.h"
+#include "engine/schedule/weight_epochs.h"
 
 namespace bebop {
 
@@ -28,6 +30,7 @@ struct EngineCoreOptions {
   // Bytes that a token decodes to, for stop strings; the view must stay valid for the core's life. Null: the checkpoint has no
   // tokenizer, requests with stop strings are refused with FAILED_PRECONDITION.
   std::function<std::string_view(uint32_t)> token_bytes;
+  WeightName weights;  // that the executor has at the start, under epoch 0
 };
 
 // The engine without threads, model or wall clock: queue, scheduler, pools and delivery as one deterministic state machine. What
@@ -48,6 +51,8 @@ struct EngineCoreOptions {
 //
 // Guarantees (reliability.md section 2):
 //   I2   each sample of an accepted request ends exactly once, and each observer's OnDone is called exactly once, last;
+//   I3   each token's span names the weights whose pass drew it;   I4   their epochs only grow within a sample;
+//   I8   nothing starts from pages or states of other weights than the present; only what runs across a commit reads some, and kv_mixed tells;
 //   I9   Detach, Abort and CancelScore free pages and slots at once, executor buffers by the end of the next Step;
 //   I10  pages and slots are conserved (Audit recounts them);
 //   I11  preemption changes no token and ends in finite time: among runnable work the first in (priority, arrival, sample) order is
@@ -84,7 +89,6 @@ class EngineCore {
   void CancelScore(uint64_t handle);
   // Ends a request for all observers with the tokens so far as data (kAborted, then OnDone OK). False: unknown or already ended.
   bool Abort(const std::string& request_id);
-  int32_t AbortAll();  // generate requests ended; scores go on
 
   // Refuses new work from now on; at `deadline` whatever still runs ends (groups kDrained with OnDone OK, scores UNAVAILABLE). A second
   // call may only bring the deadline forward.
@@ -104,8 +108,35 @@ class EngineCore {
   // regaining room are not foreseen: the runtime wakes, or looks again soon, while !Idle().
   absl::Time NextDeadline() const;
 
-  // Stamped on results of samples and scores that end from now on (the weights do not change while anything runs, for now).
-  void SetWeightStep(int64_t step);
+  // ---- Weights. Between two steps, like everything below ----
+
+  // Gives new weights to the executor and does to running samples what `in_flight` and their requests say (docs/engine_contract.md, "Weight
+  // epochs"). Nothing starts from what other weights computed: shared prefixes are forgotten, scores start over. An error is the executor's, after
+  // FailAll. Ends HoldForCommit.
+  absl::StatusOr<CommitResult> Commit(const ModelWeights* weights, WeightName name, InFlight in_flight);
+  // The same weights at another address. REQUIRES: nothing is computed (FlushCache).
+  absl::Status MoveWeights(const ModelWeights* weights);
+  // For InFlight::kWait: until the hold ends, no sample begins that has not begun, and no score.
+  void HoldForCommit(bool hold);
+  // Whether a sample runs, or has run and waits, whose request leaves it to the update what becomes of it.
+  bool CommitMustWait() const;
+  const WeightName& weights() const;
+
+  // ---- Control ----
+
+  // While paused, Step plans nothing: work is accepted and waits, and deadlines, endings and the drain go on.
+  void Pause();  // as PauseMode::kKeep
+  void Resume();
+  bool paused() const;
+  // Pauses and ends all groups, kAborted with the next abort epoch. Scores stay, and go on with Resume. Returns the samples ended.
+  int32_t PauseAborting();
+  int64_t abort_epoch() const;
+  // For PauseMode::kWait: until Pause or Resume no request is admitted; RequestsRun tells whether an admitted one has not ended.
+  void HoldForPause();
+  bool RequestsRun() const;
+  // Takes all that is computed: afterwards no page, state slot or executor slot is held, and the executor knows of nothing. REQUIRES: paused.
+  // An error is the executor's, after FailAll.
+  absl::Status FlushCache();
 
   EngineLoads Loads() const;
   // Recounts pages, references, slots, queues and counters from their holders. INTERNAL names the first difference. For tests and

@@ -23,7 +23,7 @@ struct EngineLoads {
   int64_t retained_bytes = 0;    // host bytes of finished samples that are kept (budget max_result_bytes)
   int64_t submitted = 0;         // accepted; an attach is not a submission
   int64_t finished = 0;          // every sample ran to its own end (stop, length, non-finite); scores: delivered
-  int64_t cancelled = 0;         // aborted, drained, or left by the last observer
+  int64_t cancelled = 0;         // aborted, drained, left by the last observer, or with samples that a weight update ended
   int64_t failed = 0;            // deadline or engine failure
   int64_t refused = 0;           // not accepted, for whatever reason
   int64_t steps = 0;             // executor calls

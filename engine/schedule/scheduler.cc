@@ -101,16 +101,59 @@ void Scheduler::Remove(Group* group) {
 void Scheduler::Remove(ScoreWork* score) {
   if (score->running) {
     std::erase(running_scores_, score);
-    running_score_bytes_ -= score->score_bytes;
-    state_slots_.Release(score->state_slot);
-    for (const int32_t page : score->pages) pages_.Release(page);
-    // The executor knows the handle once it has seen work of it, and forgets it by itself after the last.
-    if (score->num_rows_done > 0 && !score->done()) dropped_scores_.push_back(score->handle);
-    score->pages.clear();
-    score->state_slot = -1;
-    score->running = false;
+    ReleaseScore(score);
   }
   queue_.Leave(score);
+}
+
+void Scheduler::ReleaseScore(ScoreWork* score) {
+  running_score_bytes_ -= score->score_bytes;
+  state_slots_.Release(score->state_slot);
+  for (const int32_t page : score->pages) pages_.Release(page);
+  // The executor knows the handle once it has seen work of it, and forgets it by itself after the last.
+  if (score->num_rows_done > 0 && !score->done()) dropped_scores_.push_back(score->handle);
+  score->pages.clear();
+  score->state_slot = -1;
+  score->running = false;
+}
+
+void Scheduler::RestartScores() {
+  for (ScoreWork* score : running_scores_) {
+    ReleaseScore(score);
+    score->num_rows_done = score->num_bases_done = 0;
+    queue_.Return(score);
+  }
+  running_scores_.clear();
+}
+
+void Scheduler::End(Sequence* sample) {
+  Group* const group = sample->group();
+  if (sample->state == Sequence::State::kWaiting && --group->num_waiting == 0) queue_.Remove(group);
+  if (std::exchange(sample->fork_pending, false)) --group->num_fork_pending;
+  ReleaseMemory(sample);
+  ReleaseSlot(sample);
+  sample->state = Sequence::State::kEnded;
+  // A prefix that is being computed for nobody any more.
+  if (group->num_waiting == 0 && group->prefix.state == Sequence::State::kRunning) TakeBack(&group->prefix);
+  ReleasePrefixIfUnneeded(group);
+  CompactRunning();
+}
+
+void Scheduler::Recompute(Sequence* sample) {
+  if (sample->num_computed() > 0 && !sample->fork_pending) {
+    Preempt(sample);
+  } else {
+    TakeBack(sample);
+  }
+  CompactRunning();
+}
+
+void Scheduler::DropPrefixes() {
+  for (Sequence* sequence : running_) {
+    if (sequence->is_prefix() || sequence->fork_pending) TakeBack(sequence);
+  }
+  while (!ready_.empty()) TakeBack(ready_.back());
+  CompactRunning();
 }
 
 // ---- Memory ----
@@ -179,6 +222,15 @@ void Scheduler::ReleaseSlot(Sequence* sequence) {
 }
 
 void Scheduler::Preempt(Sequence* sequence) {
+  if (!sequence->is_prefix()) {
+    ++sequence->result.preemptions;
+    ++num_preemptions_;
+  }
+  TakeBack(sequence);
+}
+
+// The same, but no preemption: nothing that the sample itself computed is lost.
+void Scheduler::TakeBack(Sequence* sequence) {
   ReleaseMemory(sequence);
   ReleaseSlot(sequence);
   sequence->Reset();
@@ -191,13 +243,22 @@ void Scheduler::Preempt(Sequence* sequence) {
   sequence->state = Sequence::State::kWaiting;
   ++group->num_waiting;
   if (std::exchange(sequence->fork_pending, false)) --group->num_fork_pending;
-  ++sequence->result.preemptions;
-  ++num_preemptions_;
   queue_.Return(group);
 }
 
+bool Scheduler::MayStart(const Sequence& sample) const {
+  return sample.state == Sequence::State::kWaiting && (!hold_samples_ || sample.has_begun());
+}
+
+// Samples that wait for nothing but room.
+int32_t Scheduler::NumToStart(const Group& group) const {
+  if (!hold_samples_) return group.num_waiting;
+  return static_cast<int32_t>(std::count_if(group.samples.begin(), group.samples.end(), [this](const Sequence& s) { return MayStart(s); }));
+}
+
+// Also while its last ones are held: they would not free what others wait for.
 void Scheduler::ReleasePrefixIfUnneeded(Group* group) {
-  if (group->prefix.state != Sequence::State::kReady || group->num_waiting > 0 || group->num_fork_pending > 0) return;
+  if (group->prefix.state != Sequence::State::kReady || group->num_fork_pending > 0 || NumToStart(*group) > 0) return;
   std::erase(ready_, &group->prefix);
   ReleaseMemory(&group->prefix);
   group->prefix.Reset();
@@ -214,7 +275,7 @@ void Scheduler::CompactRunning() {
 
 // ---- Planning ----
 
-void Scheduler::Plan(StepPlan* plan, std::vector<Work*>* admitted) {
+void Scheduler::PlanNothing(StepPlan* plan) {
   plan->page_copies.clear();
   plan->scores.clear();
   plan->sequences.clear();
@@ -222,6 +283,10 @@ void Scheduler::Plan(StepPlan* plan, std::vector<Work*>* admitted) {
   plan->dropped_score_handles.swap(dropped_scores_);
   planned_.clear();
   planned_scores_.clear();
+}
+
+void Scheduler::Plan(StepPlan* plan, std::vector<Work*>* admitted) {
+  PlanNothing(plan);
   page_copies_.clear();
   token_arena_.clear();
   admitted->clear();
@@ -264,15 +329,18 @@ void Scheduler::StartWaiting(int32_t row_budget, std::vector<Work*>* admitted) {
   bool groups_wait = false;  // for an executor slot or for rows: scores need neither
   for (auto it = order.begin(); it != order.end();) {
     Work* const work = *it++;  // starting takes out only `work` itself, and what is preempted comes in
+    if (hold_requests_ && !work->admitted) continue;
     StartResult result = StartResult::kSkipped;
+    bool holds = false;
     if (work->is_score) {
-      result = StartScore(static_cast<ScoreWork*>(work));
+      if (!hold_samples_) result = StartScore(static_cast<ScoreWork*>(work));
+      holds = static_cast<ScoreWork*>(work)->running;
     } else if (!groups_wait && !work->paused) {
-      result = StartGroup(static_cast<Group*>(work), row_budget);
+      Group* const group = static_cast<Group*>(work);
+      const int32_t waiting = group->num_waiting;
+      result = StartGroup(group, row_budget);
+      holds = group->num_waiting < waiting || group->prefix.state != Sequence::State::kIdle;
     }
-    const bool holds = work->is_score ? static_cast<ScoreWork*>(work)->running
-                                      : static_cast<Group*>(work)->num_waiting < static_cast<Group*>(work)->request.num_samples ||
-                                            static_cast<Group*>(work)->prefix.state != Sequence::State::kIdle;
     if (holds && !work->admitted) {
       queue_.Admit(work);
       admitted->push_back(work);
@@ -284,7 +352,7 @@ void Scheduler::StartWaiting(int32_t row_budget, std::vector<Work*>* admitted) {
 
 Scheduler::StartResult Scheduler::StartGroup(Group* group, int32_t row_budget) {
   for (Sequence& sample : group->samples) {
-    if (sample.state != Sequence::State::kWaiting) continue;
+    if (!MayStart(sample)) continue;
     if (group->prefix.state == Sequence::State::kRunning) return StartResult::kSkipped;
     // A step has rows for it only behind the prefills before it in order.
     int64_t rows_before = 0;
@@ -297,7 +365,7 @@ Scheduler::StartResult Scheduler::StartGroup(Group* group, int32_t row_budget) {
     StartResult result = StartResult::kStarted;
     if (group->prefix.state == Sequence::State::kReady) {
       result = ForkSample(&sample);
-    } else if (group->num_waiting >= 2 && group->request.prompt.size() > 1) {
+    } else if (NumToStart(*group) >= 2 && group->request.prompt.size() > 1) {
       return StartPrefix(group);
     } else {
       result = StartSample(&sample);
@@ -368,7 +436,7 @@ Scheduler::StartResult Scheduler::ForkSample(Sequence* sample) {
   const int32_t num_shared_tokens = prefix->num_computed();
   const int32_t num_full_pages = num_shared_tokens / options_.page_tokens;
   const Requester requester{.rank = sample->rank(), .keep = prefix};
-  sample->StartFrom(num_shared_tokens);
+  sample->StartFrom(*prefix);
   const int32_t num_pages = PagesFor(sample->NumPositions(options_.lookahead_tokens));
 
   // In place of the prefix, with its pages and its slot. Not while a sibling has yet to read that slot.
@@ -403,8 +471,9 @@ Scheduler::StartResult Scheduler::ForkSample(Sequence* sample) {
   };
 
   const bool may_take_over = group->num_fork_pending == 0;
-  bool started = may_take_over && group->num_waiting == 1 ? take_over() : fork();
-  if (!started && may_take_over && group->num_waiting > 1 && NothingRuns()) started = take_over();
+  const bool last = NumToStart(*group) == 1;
+  bool started = may_take_over && last ? take_over() : fork();
+  if (!started && may_take_over && !last && NothingRuns()) started = take_over();
   if (!started) {
     sample->Reset();
     return slots_.num_free() == 0 ? StartResult::kNoSlot : StartResult::kNoMemory;
@@ -558,7 +627,16 @@ void Scheduler::PlanScores(int32_t row_budget, StepPlan* plan) {
 
 // ---- Applying ----
 
-void Scheduler::Apply(const StepPlan& plan, StepResult* result, std::vector<Progress>* progress,
+int64_t Scheduler::EarliestEpoch() const {
+  int64_t earliest = std::numeric_limits<int64_t>::max();
+  // A first pass runs under the weights of its time; later ones may have run ahead, though not of the pass before them.
+  for (const Sequence* sequence : running_) {
+    if (sequence->num_computed() > 0) earliest = std::min(earliest, sequence->weight_epoch());
+  }
+  return earliest;
+}
+
+void Scheduler::Apply(const StepPlan& plan, StepResult* result, const WeightEpochs& epochs, std::vector<Progress>* progress,
                       std::vector<FinishedScore>* finished) {
   progress->clear();
   finished->clear();
@@ -568,7 +646,10 @@ void Scheduler::Apply(const StepPlan& plan, StepResult* result, std::vector<Prog
     Group* const group = sequence->group();
     if (std::exchange(sequence->fork_pending, false)) --group->num_fork_pending;
     const int32_t begin = sequence->num_output();
-    const FinishReason finish = sequence->Apply(planned_[i].pass, result->sequences[i], &spec_);
+    const int32_t recomputed = sequence->result.recomputed_tokens;
+    SpecCounts spec;
+    const FinishReason finish = sequence->Apply(planned_[i].pass, result->sequences[i], epochs, &spec);
+    num_recomputed_tokens_ += sequence->result.recomputed_tokens - recomputed;
     if (finish != FinishReason::kNone) {
       ReleaseMemory(sequence);
       ReleaseSlot(sequence);
@@ -578,7 +659,7 @@ void Scheduler::Apply(const StepPlan& plan, StepResult* result, std::vector<Prog
       sequence->state = Sequence::State::kReady;
       ready_.push_back(sequence);
     }
-    if (!sequence->is_prefix()) progress->push_back({sequence, begin, finish});
+    if (!sequence->is_prefix()) progress->push_back({sequence, begin, finish, result->sequences[i].weight_epoch, spec});
     ReleasePrefixIfUnneeded(group);
   }
   CompactRunning();

@@ -42,6 +42,8 @@ class Scheduler {
     Sequence* sequence = nullptr;
     int32_t begin = 0;                           // output tokens before the step
     FinishReason finish = FinishReason::kNone;   // not kNone: the sample ended, its resources are free
+    int64_t weight_epoch = 0;                    // of the outcome
+    SpecCounts spec;                             // of this step
   };
   struct FinishedScore {
     ScoreWork* score = nullptr;
@@ -61,11 +63,30 @@ class Scheduler {
   void Remove(Group* group);
   void Remove(ScoreWork* score);
 
+  // ---- Between two steps; what becomes of running work ----
+
+  // A running sample waits again, with its output; all else of it is forgotten. A preemption, unless nothing was computed.
+  void Recompute(Sequence* sample);
+  // An unfinished sample has ended: frees what it holds. Its group may go on.
+  void End(Sequence* sample);
+  // Forgets shared prefixes, also those half computed. Samples that were to begin from one and have not done so wait again.
+  void DropPrefixes();
+  // Running scores lose what was computed, and wait for their turn to start over.
+  void RestartScores();
+  // While set, what has not begun does not start: samples (Sequence::has_begun), and with them scores; or whole requests (Work::admitted).
+  void HoldSamples(bool hold) { hold_samples_ = hold; }
+  void HoldRequests(bool hold) { hold_requests_ = hold; }
+
+  // A plan of nothing but what the executor must forget; may be empty.
+  void PlanNothing(StepPlan* plan);
   // Fills *plan (reused; its spans are valid until the next Plan) and *admitted with the work that got its first resources.
   // Work::paused tells which groups may not run.
   void Plan(StepPlan* plan, std::vector<Work*>* admitted);
   // Applies the outcome of the planned step. Both lists are replaced.
-  void Apply(const StepPlan& plan, StepResult* result, std::vector<Progress>* progress, std::vector<FinishedScore>* finished);
+  void Apply(const StepPlan& plan, StepResult* result, const WeightEpochs& epochs, std::vector<Progress>* progress,
+             std::vector<FinishedScore>* finished);
+  // The earliest epoch that an outcome of what runs may still carry; INT64_MAX: any.
+  int64_t EarliestEpoch() const;
 
   const SchedulerOptions& options() const { return options_; }
   const PagePool& pages() const { return pages_; }
@@ -73,7 +94,7 @@ class Scheduler {
   const SlotPool& slots() const { return slots_; }
   const RequestQueue& queue() const { return queue_; }
   int64_t num_preemptions() const { return num_preemptions_; }
-  const SpecCounts& spec() const { return spec_; }
+  int64_t num_recomputed_tokens() const { return num_recomputed_tokens_; }
 
   // Recounts references and slots from `groups` and `scores` (all work added and not removed). INTERNAL at the first difference.
   absl::Status Audit(const std::vector<const Group*>& groups, const std::vector<const ScoreWork*>& scores) const;
@@ -98,8 +119,12 @@ class Scheduler {
   void TakePages(int32_t count, std::vector<int32_t>* pages);
   void ReleaseMemory(Sequence* sequence);
   void ReleaseSlot(Sequence* sequence);
+  void ReleaseScore(ScoreWork* score);
   void Preempt(Sequence* sequence);
+  void TakeBack(Sequence* sequence);
   void ReleasePrefixIfUnneeded(Group* group);
+  bool MayStart(const Sequence& sample) const;
+  int32_t NumToStart(const Group& group) const;
 
   void GrowRunning();
   void StartWaiting(int32_t row_budget, std::vector<Work*>* admitted);
@@ -132,8 +157,9 @@ class Scheduler {
   int64_t running_score_bytes_ = 0;
   int32_t score_steps_without_rows_ = 0;
   int64_t num_preemptions_ = 0;
+  int64_t num_recomputed_tokens_ = 0;
   uint64_t last_residency_ = 0;
-  SpecCounts spec_;
+  bool hold_samples_ = false, hold_requests_ = false;
 
   // The step under way, parallel to StepPlan::sequences and StepPlan::scores.
   struct Planned {

@@ -17,6 +17,26 @@ Sequence::Sequence(Group* group, const StopRules* rules, int32_t sample_index)
   result.prompt_tokens = static_cast<int32_t>(group->request.prompt.size());
 }
 
+Sequence::Sequence(Group* group, const StopRules* rules, SampleResult resumed) : Sequence(group, rules, resumed.sample_index) {
+  const GenerateRequest& request = group->request;
+  const int32_t prompt_tokens = result.prompt_tokens;
+  for (const uint32_t token : resumed.token_ids) matcher_.Push(token);
+  result.token_ids = std::move(resumed.token_ids);
+  if (request.output.logprobs) result.logprobs = std::move(resumed.logprobs);
+  if (request.output.raw_logprobs) result.raw_logprobs = std::move(resumed.raw_logprobs);
+  if (request.output.entropy) result.entropy = std::move(resumed.entropy);
+  if (request.output.draft_logprobs) result.draft_logprobs = std::move(resumed.draft_logprobs);
+  if (request.output.token_source) result.token_source = std::move(resumed.token_source);
+  result.spec = resumed.spec;
+  result.weight_spans = std::move(resumed.weight_spans);
+  result.kv_mixed = resumed.kv_mixed;
+  result.prompt_tokens = prompt_tokens;
+  // As after a preemption: the same drafts, at the same places.
+  if (num_output() > 0) {
+    num_restore_drafts_ = std::clamp(resumed.pending_drafts, 0, std::min(group->num_draft_tokens, num_remaining() - 1));
+  }
+}
+
 Rank Sequence::rank() const { return {group_->priority, group_->arrival, sample_index_}; }
 
 int32_t Sequence::num_tokens() const {
@@ -62,7 +82,34 @@ int32_t Sequence::NumPositions(int32_t lookahead) const {
   return std::max(needed, std::min(needed + lookahead, most));
 }
 
-FinishReason Sequence::Apply(const Pass& pass, const SequenceOutcome& outcome, SpecCounts* totals) {
+// Before the counters of its pass are applied.
+void Sequence::NoteEpoch(int64_t epoch) {
+  BEBOP_CHECK(epoch >= weight_epoch_);  // I4
+  cache_mixed_ = num_computed_ > 0 && (cache_mixed_ || epoch != weight_epoch_);
+  weight_epoch_ = epoch;
+}
+
+void Sequence::ExtendSpans(int32_t num_tokens, const WeightEpochs& epochs) {
+  if (num_tokens == 0) return;
+  result.kv_mixed = result.kv_mixed || cache_mixed_;
+  const int32_t begin = num_output(), end = begin + num_tokens;
+  std::vector<WeightSpan>& spans = result.weight_spans;
+  if (span_epoch_ != weight_epoch_ || spans.empty()) {
+    const WeightName& name = epochs.name(weight_epoch_);
+    const bool resumed = span_epoch_ < 0 && !spans.empty();
+    const bool same = resumed && spans.back().target_step == name.target_step && spans.back().draft_step == name.draft_step &&
+                      spans.back().label == name.label;
+    if (!same) {
+      spans.push_back({.target_step = name.target_step, .draft_step = name.draft_step, .label = name.label, .begin = begin, .end = begin});
+    }
+    span_epoch_ = weight_epoch_;
+  }
+  spans.back().end = end;
+}
+
+FinishReason Sequence::Apply(const Pass& pass, const SequenceOutcome& outcome, const WeightEpochs& epochs, SpecCounts* step_counts) {
+  *step_counts = SpecCounts();
+  NoteEpoch(outcome.weight_epoch);
   result.recomputed_tokens += std::max(0, std::min(num_computed_ + pass.num_known, num_computed_ever_) - num_computed_);
   num_computed_ += pass.num_known;
   num_replay_ = 0;
@@ -99,7 +146,7 @@ FinishReason Sequence::Apply(const Pass& pass, const SequenceOutcome& outcome, S
   }
   if (finish == FinishReason::kNone && outcome.non_finite) finish = FinishReason::kNonFinite;
 
-  SpecCounts counts;
+  SpecCounts& counts = *step_counts;
   if (pass.num_drafts > 0) {
     counts.num_spec_steps = 1;
     counts.num_draft_tokens = pass.num_drafts;
@@ -111,12 +158,12 @@ FinishReason Sequence::Apply(const Pass& pass, const SequenceOutcome& outcome, S
       if (request.output.spec_detail) counts.overlap_per_pos[i] = outcome.overlap[i];
     }
     result.spec.Add(counts);
-    totals->Add(counts);
   }
 
   const auto append = [kept](bool wanted, const auto& from, auto* to) {
     if (wanted) to->insert(to->end(), from.begin(), from.begin() + kept);
   };
+  ExtendSpans(kept, epochs);
   append(true, outcome.tokens, &result.token_ids);
   append(request.output.logprobs, outcome.logprob, &result.logprobs);
   append(request.output.raw_logprobs, outcome.raw_logprob, &result.raw_logprobs);
@@ -127,7 +174,12 @@ FinishReason Sequence::Apply(const Pass& pass, const SequenceOutcome& outcome, S
   return finish;
 }
 
-void Sequence::StartFrom(int32_t num_computed) { num_computed_ = num_computed; }
+void Sequence::StartFrom(const Sequence& prefix) {
+  num_computed_ = prefix.num_computed_;
+  // Later than its own last pass, since a commit leaves no prefix behind.
+  weight_epoch_ = prefix.weight_epoch_;
+  cache_mixed_ = prefix.cache_mixed_;
+}
 
 void Sequence::Reset() {
   // If drafts were still to be restored, they still are.
@@ -138,7 +190,8 @@ void Sequence::Reset() {
 }
 
 Group::Group(GenerateRequest generate_request, const std::vector<uint32_t>& eos_token_ids, const TokenBytes* token_bytes)
-    : request(std::move(generate_request)),
+    : resume_(std::move(generate_request.resume)),
+      request(std::move(generate_request)),
       rules(request.stopping, eos_token_ids, token_bytes),
       num_draft_tokens(request.speculation.mode == SpeculationMode::kOff ? 0 : request.speculation.num_draft_tokens),
       prefix(this, &rules, kPrefixSub) {
@@ -146,7 +199,12 @@ Group::Group(GenerateRequest generate_request, const std::vector<uint32_t>& eos_
   deadline = request.deadline;
   if (request.stopping.min_new_tokens > 0) banned_before_min = rules.stop_ids();
   samples.reserve(static_cast<size_t>(request.num_samples));
-  for (int32_t i = 0; i < request.num_samples; ++i) samples.emplace_back(this, &rules, i);
+  if (resume_.empty()) {
+    for (int32_t i = 0; i < request.num_samples; ++i) samples.emplace_back(this, &rules, i);
+  } else {
+    for (SampleResult& resumed : resume_) samples.emplace_back(this, &rules, std::move(resumed));
+    resume_ = {};
+  }
   num_waiting = num_unfinished = request.num_samples;
 }
 

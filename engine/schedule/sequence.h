@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <compare>
 #include <cstdint>
 #include <vector>
@@ -9,6 +10,7 @@
 #include "engine/schedule/request.h"
 #include "engine/schedule/step_plan.h"
 #include "engine/schedule/stop_matcher.h"
+#include "engine/schedule/weight_epochs.h"
 
 namespace bebop {
 
@@ -54,6 +56,8 @@ class Sequence {
 
   // `group` and `rules` outlive the sequence. sample_index kPrefixSub: the shared prefix.
   Sequence(Group* group, const StopRules* rules, int32_t sample_index);
+  // Goes on with a sample that was cut short. REQUIRES: CheckResume (request.h) was OK.
+  Sequence(Group* group, const StopRules* rules, SampleResult resumed);
   Sequence(const Sequence&) = delete;
   Sequence& operator=(const Sequence&) = delete;
   Sequence(Sequence&&) = default;
@@ -71,6 +75,12 @@ class Sequence {
   int32_t num_drafts() const { return num_drafts_; }
   // One known token and its drafts; otherwise chunks of the prompt (or of what is recomputed) are left.
   bool is_decoding() const;
+  // It has drawn something or is at it: it ran here, and did not lose all it did.
+  bool has_begun() const { return state == State::kRunning || (residency != 0 && num_output() > 0); }
+  // Drafts that stand, or would be made anew, behind its last token.
+  int32_t num_pending_drafts() const { return std::max(num_drafts_, num_restore_drafts_); }
+  // Of the weights of its latest pass.
+  int64_t weight_epoch() const { return weight_epoch_; }
 
   // The next pass, with at most max_known (>= 1) known tokens.
   Pass NextPass(int32_t max_known) const;
@@ -79,12 +89,14 @@ class Sequence {
   int32_t NumPositions(int32_t lookahead) const;
 
   // Applies the outcome of `pass`: trims once, at the first stop or length end, and only then appends per-token values; adds this step's
-  // counts (taken before trimming) to the result and to *totals. Returns why the sample ended, or kNone.
-  FinishReason Apply(const Pass& pass, const SequenceOutcome& outcome, SpecCounts* totals);
+  // counts (taken before trimming) to the result and to *counts, which is replaced. Returns why the sample ended, or kNone. The tokens' span is that of
+  // the weights that the pass ran with, whatever is current meanwhile; `epochs` has their name.
+  FinishReason Apply(const Pass& pass, const SequenceOutcome& outcome, const WeightEpochs& epochs, SpecCounts* counts);
 
-  // Starts to run from shared prefix pages and state: tokens [0, num_computed) are there already.
-  void StartFrom(int32_t num_computed);
-  // Everything computed is lost, the output stays.
+  // Starts to run from the pages and state of its shared prefix.
+  void StartFrom(const Sequence& prefix);
+  // Everything computed is lost, the output stays. Drafts that were pending will be made anew: by the weights of that time, which changes no
+  // distribution, and with equal weights no token.
   void Reset();
 
   // Held resources and place in the schedule; the scheduler's to change.
@@ -100,6 +112,9 @@ class Sequence {
   SampleResult result;
 
  private:
+  void NoteEpoch(int64_t epoch);
+  void ExtendSpans(int32_t num_tokens, const WeightEpochs& epochs);
+
   Group* group_;
   int32_t sample_index_;
   StopMatcher matcher_;
@@ -108,6 +123,9 @@ class Sequence {
   int32_t num_drafts_ = 0;          // pending in the executor slot, to verify in the next pass
   int32_t num_restore_drafts_ = 0;  // were pending when the sequence was reset
   int32_t num_computed_ever_ = 0;   // high-water mark: rows below it are recomputed ones
+  int64_t weight_epoch_ = 0;        // of the latest pass
+  int64_t span_epoch_ = -1;         // of the last span; -1: none, or it is another engine's
+  bool cache_mixed_ = false;        // what is computed was so under weights of more than one epoch
 };
 
 // What waits to start: a group with at least one waiting sample, or a score.
@@ -123,9 +141,10 @@ struct Work {
 };
 
 struct Group : Work {
-  // `token_bytes` outlives the group.
+  // `token_bytes` outlives the group. Takes request.resume: the samples have it then.
   Group(GenerateRequest generate_request, const std::vector<uint32_t>& eos_token_ids, const TokenBytes* token_bytes);
 
+  std::vector<SampleResult> resume_;  // request.resume on its way to the samples; empty afterwards
   const GenerateRequest request;
   const StopRules rules;
   std::vector<uint32_t> banned_before_min;
@@ -136,6 +155,7 @@ struct Group : Work {
   int32_t num_unfinished = 0;
   int32_t num_fork_pending = 0;    // samples that have forked and not yet run: the prefix stays
   bool prefix_forked = false;      // since it was built
+  bool cut_short = false;          // a weight update ended a sample
 };
 
 struct ScoreWork : Work {

@@ -78,6 +78,7 @@ struct Client {
   std::vector<std::shared_ptr<Listener>> listeners;
   bool accepted = false, ended = false, cancelled = false, admitted = false;
   bool may_be_cut = false;         // aborted, drained, failed or past its deadline: a prefix of the expected tokens is right
+  std::set<int32_t> ended_samples;
   absl::Status end_status;
   absl::Time ended_at;
   int64_t born = -1;               // step during which it was submitted
@@ -228,6 +229,7 @@ void Listener::OnSample(const SampleResult& sample) {
     return simulation_->Fail("%s: sample %d streamed %d of %zu tokens", id, sample.sample_index, streamed_[sample.sample_index],
                              sample.token_ids.size());
   }
+  client_->ended_samples.insert(sample.sample_index);
   simulation_->CheckSample(client_, sample);
   simulation_->NoteProgress();
 }
@@ -592,9 +594,10 @@ void Simulation::Act() {
       for (auto& [id, client] : clients_) {
         if (client->ended || client->cancelled) continue;
         client->may_be_cut = true;
-        ++live;
+        live += client->request.num_samples - static_cast<int32_t>(client->ended_samples.size());
       }
-      if (core_->AbortAll() != live) Fail("AbortAll ended another number of requests");
+      if (core_->PauseAborting() != live) Fail("PauseAborting ended another number of samples");
+      core_->Resume();
     }
     if (random_.OneIn(40) && !scores_.empty()) {
       ScoreClient& score = *scores_[random_.Below(static_cast<int32_t>(scores_.size()))];

@@ -550,7 +550,7 @@ TEST_F(EngineCoreTest, ScoresRunInChunksThenDrafts) {
   auto score = std::make_shared<ScoreRecorder>();
   uint64_t handle = 0;
   ASSERT_EQ(core_->SubmitScore(request, score, &handle), absl::OkStatus());
-  core_->SetWeightStep(12);
+  ASSERT_TRUE(core_->Commit(nullptr, {12, 12, ""}, InFlight::kKeep).ok());
   const int32_t steps = RunToRest();
   EXPECT_EQ(steps, 3 + 8) << "40 rows of 16 a step, then 39 bases of 16 / 3";
   EXPECT_EQ(score->calls, 1);

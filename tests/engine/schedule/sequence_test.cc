@@ -39,6 +39,13 @@ SequenceOutcome Outcome(std::vector<uint32_t> tokens, int32_t accepted, int32_t 
   return outcome;
 }
 
+FinishReason Apply(Sequence* sequence, const Pass& pass, const SequenceOutcome& outcome, SpecCounts* totals) {
+  SpecCounts step;
+  const FinishReason finish = sequence->Apply(pass, outcome, WeightEpochs(), &step);
+  totals->Add(step);
+  return finish;
+}
+
 void ExpectPass(const Pass& pass, int32_t known, int32_t drafts, bool sample, int32_t next, int32_t positions) {
   EXPECT_EQ(pass.num_known, known);
   EXPECT_EQ(pass.num_drafts, drafts);
@@ -52,14 +59,14 @@ TEST(Sequence, PrefillChunksThenDecodesWithDrafts) {
   Sequence& sample = group->samples[0];
   SpecCounts totals;
   ExpectPass(sample.NextPass(4), 4, 0, false, 0, 5);  // one MTP entry behind the chunk
-  EXPECT_EQ(sample.Apply(sample.NextPass(4), {}, &totals), FinishReason::kNone);
+  EXPECT_EQ(Apply(&sample, sample.NextPass(4), {}, &totals), FinishReason::kNone);
   ExpectPass(sample.NextPass(kWhole), 6, 0, true, 3, 13);
   EXPECT_FALSE(sample.is_decoding());
-  sample.Apply(sample.NextPass(kWhole), Outcome({1}, 0, 0, 3), &totals);
+  Apply(&sample, sample.NextPass(kWhole), Outcome({1}, 0, 0, 3), &totals);
   EXPECT_TRUE(sample.is_decoding());
   EXPECT_EQ(sample.num_computed(), 10);
   ExpectPass(sample.NextPass(kWhole), 1, 3, true, 3, 17);
-  sample.Apply(sample.NextPass(kWhole), Outcome({2, 3, 4}, 2, 3, 3), &totals);
+  Apply(&sample, sample.NextPass(kWhole), Outcome({2, 3, 4}, 2, 3, 3), &totals);
   EXPECT_EQ(sample.num_computed(), 13);
   EXPECT_EQ(sample.num_replay(), 2);
   EXPECT_EQ(sample.num_tokens(), 14);
@@ -82,10 +89,10 @@ TEST(Sequence, LookaheadEndsWhereTheSequenceMust) {
   EXPECT_EQ(sample.NumPositions(0), 13);  // prompt and drafts
   EXPECT_EQ(sample.NumPositions(4), 17);
   EXPECT_EQ(sample.NumPositions(8), 19);  // prompt, output and drafts
-  sample.Apply(sample.NextPass(kWhole), Outcome({1}, 0, 0, 3), &totals);
+  Apply(&sample, sample.NextPass(kWhole), Outcome({1}, 0, 0, 3), &totals);
   EXPECT_EQ(sample.NumPositions(0), 17);
   EXPECT_EQ(sample.NumPositions(8), 19);
-  sample.Apply(sample.NextPass(kWhole), Outcome({2, 3, 4, 5}, 3, 3, 0), &totals);
+  Apply(&sample, sample.NextPass(kWhole), Outcome({2, 3, 4, 5}, 3, 3, 0), &totals);
   EXPECT_EQ(sample.num_remaining(), 1);
   EXPECT_EQ(sample.NumPositions(8), 19);
   EXPECT_EQ(group->prefix.NumPositions(8), group->prefix.NumPositions(0));  // never decodes
@@ -102,17 +109,17 @@ TEST(Sequence, DraftsNeverReachBeyondTheLastToken) {
   Sequence& sample = group->samples[0];
   SpecCounts totals;
   ExpectPass(sample.NextPass(kWhole), 4, 0, true, 1, 5);  // 3 remain: one now, and of the two after it a draft can be but one
-  sample.Apply(sample.NextPass(kWhole), Outcome({1}, 0, 0, 1), &totals);
+  Apply(&sample, sample.NextPass(kWhole), Outcome({1}, 0, 0, 1), &totals);
   ExpectPass(sample.NextPass(kWhole), 1, 1, true, 0, 7);
-  EXPECT_EQ(sample.Apply(sample.NextPass(kWhole), Outcome({2, 3}, 1, 1, 0), &totals), FinishReason::kLength);
+  EXPECT_EQ(Apply(&sample, sample.NextPass(kWhole), Outcome({2, 3}, 1, 1, 0), &totals), FinishReason::kLength);
 }
 
 TEST(Sequence, TrimsOnceAtTheStopAndCountsBeforeIt) {
   const auto group = MakeGroup(4, 50, 3, {7});
   Sequence& sample = group->samples[0];
   SpecCounts totals;
-  sample.Apply(sample.NextPass(kWhole), Outcome({1}, 0, 0, 3), &totals);
-  EXPECT_EQ(sample.Apply(sample.NextPass(kWhole), Outcome({2, 7, 3, 4}, 3, 3, 3), &totals), FinishReason::kStop);
+  Apply(&sample, sample.NextPass(kWhole), Outcome({1}, 0, 0, 3), &totals);
+  EXPECT_EQ(Apply(&sample, sample.NextPass(kWhole), Outcome({2, 7, 3, 4}, 3, 3, 3), &totals), FinishReason::kStop);
   EXPECT_EQ(sample.result.token_ids, (std::vector<uint32_t>{1, 2, 7}));
   EXPECT_EQ(sample.result.logprobs, (std::vector<float>{-1, -2, -7}));
   EXPECT_EQ(sample.result.token_source, (std::vector<int32_t>{-2, 1, 2}));
@@ -126,32 +133,32 @@ TEST(Sequence, AStopAtTheLengthLimitIsAStop) {
   const auto group = MakeGroup(4, 2, 0, {7});
   Sequence& sample = group->samples[0];
   SpecCounts totals;
-  EXPECT_EQ(sample.Apply(sample.NextPass(kWhole), Outcome({1}, 0, 0, 0), &totals), FinishReason::kNone);
-  EXPECT_EQ(sample.Apply(sample.NextPass(kWhole), Outcome({7}, 0, 0, 0), &totals), FinishReason::kStop);
+  EXPECT_EQ(Apply(&sample, sample.NextPass(kWhole), Outcome({1}, 0, 0, 0), &totals), FinishReason::kNone);
+  EXPECT_EQ(Apply(&sample, sample.NextPass(kWhole), Outcome({7}, 0, 0, 0), &totals), FinishReason::kStop);
 }
 
 TEST(Sequence, NonFiniteRowKeepsTheTokensBeforeIt) {
   const auto group = MakeGroup(4, 50, 3, {7});
   SpecCounts totals;
   Sequence& sample = group->samples[0];
-  sample.Apply(sample.NextPass(kWhole), Outcome({1}, 0, 0, 3), &totals);
+  Apply(&sample, sample.NextPass(kWhole), Outcome({1}, 0, 0, 3), &totals);
   SequenceOutcome outcome = Outcome({2, 3}, 2, 2, 0);
   outcome.non_finite = true;
-  EXPECT_EQ(sample.Apply(sample.NextPass(kWhole), outcome, &totals), FinishReason::kNonFinite);
+  EXPECT_EQ(Apply(&sample, sample.NextPass(kWhole), outcome, &totals), FinishReason::kNonFinite);
   EXPECT_EQ(sample.result.token_ids, (std::vector<uint32_t>{1, 2, 3}));
   // A stop among the valid tokens wins.
   Sequence& other = group->samples[1];
-  other.Apply(other.NextPass(kWhole), Outcome({1}, 0, 0, 3), &totals);
+  Apply(&other, other.NextPass(kWhole), Outcome({1}, 0, 0, 3), &totals);
   outcome.tokens[0] = 7;
-  EXPECT_EQ(other.Apply(other.NextPass(kWhole), outcome, &totals), FinishReason::kStop);
+  EXPECT_EQ(Apply(&other, other.NextPass(kWhole), outcome, &totals), FinishReason::kStop);
 }
 
 TEST(Sequence, RecomputeRestoresTheDraftsThatWerePending) {
   const auto group = MakeGroup(10, 20, 3);
   Sequence& sample = group->samples[0];
   SpecCounts totals;
-  sample.Apply(sample.NextPass(kWhole), Outcome({1}, 0, 0, 3), &totals);
-  sample.Apply(sample.NextPass(kWhole), Outcome({2, 3}, 1, 2, 2), &totals);
+  Apply(&sample, sample.NextPass(kWhole), Outcome({1}, 0, 0, 3), &totals);
+  Apply(&sample, sample.NextPass(kWhole), Outcome({2, 3}, 1, 2, 2), &totals);
   EXPECT_EQ(sample.num_drafts(), 2);
   sample.Reset();
   EXPECT_EQ(sample.num_computed(), 0);
@@ -160,12 +167,12 @@ TEST(Sequence, RecomputeRestoresTheDraftsThatWerePending) {
   EXPECT_FALSE(sample.is_decoding());
   // 13 tokens: 12 again, two drafts behind the 13th, then the verification as it would have been.
   ExpectPass(sample.NextPass(7), 7, 0, false, 0, 8);
-  sample.Apply(sample.NextPass(7), {}, &totals);
+  Apply(&sample, sample.NextPass(7), {}, &totals);
   sample.Reset();  // interrupted again
   ExpectPass(sample.NextPass(kWhole), 12, 0, false, 2, 14);
   SequenceOutcome made;
   made.num_drafts_made = 2;
-  sample.Apply(sample.NextPass(kWhole), made, &totals);
+  Apply(&sample, sample.NextPass(kWhole), made, &totals);
   EXPECT_TRUE(sample.is_decoding());
   ExpectPass(sample.NextPass(kWhole), 1, 2, true, 3, 18);
   EXPECT_EQ(sample.result.recomputed_tokens, 7 + 12);
@@ -176,7 +183,7 @@ TEST(Sequence, RecomputeWithoutPendingDraftsSamplesAtItsEnd) {
   const auto group = MakeGroup(10, 20, 0);
   Sequence& sample = group->samples[0];
   SpecCounts totals;
-  sample.Apply(sample.NextPass(kWhole), Outcome({1}, 0, 0, 0), &totals);
+  Apply(&sample, sample.NextPass(kWhole), Outcome({1}, 0, 0, 0), &totals);
   sample.Reset();
   ExpectPass(sample.NextPass(kWhole), 11, 0, true, 0, 11);
 }
@@ -185,7 +192,7 @@ TEST(Sequence, PrefixStopsBeforeTheLastPromptToken) {
   const auto group = MakeGroup(10, 20, 3);
   ExpectPass(group->prefix.NextPass(kWhole), 9, 0, false, 0, 10);
   SpecCounts totals;
-  group->prefix.Apply(group->prefix.NextPass(kWhole), {}, &totals);
+  Apply(&group->prefix, group->prefix.NextPass(kWhole), {}, &totals);
   EXPECT_EQ(group->prefix.num_computed(), group->prefix.num_tokens());
 }
 
