@@ -22,22 +22,22 @@ class InfoService final : public WithRawMethods<v1::Info::Service> {
   explicit InfoService(const ServiceContext* context) : context_(*context) {}
 
   ServerUnaryReactor* GetServerInfo(CallbackServerContext* call, const ByteBuffer* in, ByteBuffer* out) override {
-    return Answer<v1::GetServerInfoRequest, v1::ServerInfo>(call, in, out, [this](const auto&, v1::ServerInfo* reply) {
+    return Answer<v1::GetServerInfoRequest, v1::ServerInfo>("GetServerInfo", call, in, out, [this](const auto&, v1::ServerInfo* reply) {
       FillServerInfo(reply);
       return absl::OkStatus();
     });
   }
 
   ServerUnaryReactor* GetModelInfo(CallbackServerContext* call, const ByteBuffer* in, ByteBuffer* out) override {
-    return Answer<v1::GetModelInfoRequest, v1::ModelInfo>(call, in, out, [this](const auto&, v1::ModelInfo* reply) {
+    return Answer<v1::GetModelInfoRequest, v1::ModelInfo>("GetModelInfo", call, in, out, [this](const auto&, v1::ModelInfo* reply) {
       *reply = MakeModelInfo(context_.engine->info(), context_.served_model_name, context_.engine->tokenizer());
       return absl::OkStatus();
     });
   }
 
   ServerUnaryReactor* GetLoads(CallbackServerContext* call, const ByteBuffer* in, ByteBuffer* out) override {
-    return Answer<v1::GetLoadsRequest, v1::Loads>(call, in, out, [this](const auto&, v1::Loads* reply) {
-      *reply = MakeLoads(context_.engine->GetLoads());
+    return Answer<v1::GetLoadsRequest, v1::Loads>("GetLoads", call, in, out, [this](const auto&, v1::Loads* reply) {
+      *reply = MakeLoads(context_.engine->GetLoads(), context_.engine->control());
       reply->set_serving(context_.CheckServing().ok());
       reply->set_draining(context_.draining);
       reply->set_seconds_since_heartbeat(absl::ToDoubleSeconds(context_.engine->SinceHeartbeat()));
@@ -47,7 +47,7 @@ class InfoService final : public WithRawMethods<v1::Info::Service> {
 
   ServerUnaryReactor* Tokenize(CallbackServerContext* call, const ByteBuffer* in, ByteBuffer* out) override {
     return Answer<v1::TokenizeRequest, v1::TokenizeResult>(
-        call, in, out, [this](const v1::TokenizeRequest& request, v1::TokenizeResult* reply) {
+        "Tokenize", call, in, out, [this](const v1::TokenizeRequest& request, v1::TokenizeResult* reply) {
           if (absl::Status status = Validate(request, context_.rules); !status.ok()) return status;
           const std::vector<uint32_t> ids = context_.engine->tokenizer()->Encode(request.text(), request.parse_special());
           reply->mutable_token_ids()->Add(ids.begin(), ids.end());
@@ -57,7 +57,7 @@ class InfoService final : public WithRawMethods<v1::Info::Service> {
 
   ServerUnaryReactor* Detokenize(CallbackServerContext* call, const ByteBuffer* in, ByteBuffer* out) override {
     return Answer<v1::DetokenizeRequest, v1::DetokenizeResult>(
-        call, in, out, [this](const v1::DetokenizeRequest& request, v1::DetokenizeResult* reply) {
+        "Detokenize", call, in, out, [this](const v1::DetokenizeRequest& request, v1::DetokenizeResult* reply) {
           const Tokenizer* tokenizer = context_.engine->tokenizer();
           const int32_t vocab_size = tokenizer == nullptr ? 0 : tokenizer->vocab_size();
           if (absl::Status status = Validate(request, context_.rules, vocab_size); !status.ok()) return status;
@@ -69,11 +69,12 @@ class InfoService final : public WithRawMethods<v1::Info::Service> {
 
  private:
   template <typename Request, typename Reply, typename Handler>
-  ServerUnaryReactor* Answer(CallbackServerContext* call, const ByteBuffer* in, ByteBuffer* out, const Handler& handler) {
+  ServerUnaryReactor* Answer(absl::string_view method, CallbackServerContext* call, const ByteBuffer* in, ByteBuffer* out, const Handler& handler) {
     ServerUnaryReactor* reactor = call->DefaultReactor();
     Request request;
     Reply reply;
-    absl::Status status = ParseMessage(*in, &request);
+    absl::Status status = context_.access.Check(*call, absl::StrCat("bebop.v1.Info.", method));
+    if (status.ok()) status = ParseMessage(*in, &request);
     if (status.ok() && !context_.rules.allow_unknown_fields) status = CheckKnownFields(request);
     if (status.ok()) status = handler(request, &reply);
     if (status.ok()) status = SerializeMessage(reply, out);
@@ -83,11 +84,15 @@ class InfoService final : public WithRawMethods<v1::Info::Service> {
 
   void FillServerInfo(v1::ServerInfo* reply) const {
     const EngineInfo& info = context_.engine->info();
-    const RequestRules& rules = context_.rules;
+    const RequestRules rules = context_.Rules();
+    const WeightVersion version = context_.engine->weight_version();
+    const EngineControl control = context_.engine->control();
     reply->set_api_version("bebop.v1");
     reply->set_build(context_.build);
     reply->add_capabilities("score");
     reply->add_capabilities("stream_tokens");
+    reply->add_capabilities("resume");
+    reply->add_capabilities("weight_updates");
     if (rules.has_mtp) reply->add_capabilities("mtp");
     if (rules.has_tokenizer) reply->add_capabilities("tokenizer");
     reply->set_boot_id(context_.boot_id);
@@ -104,7 +109,11 @@ class InfoService final : public WithRawMethods<v1::Info::Service> {
     reply->mutable_default_speculation()->set_mode(ToProto(rules.default_mode));
     reply->mutable_default_speculation()->set_num_draft_tokens(rules.default_num_draft_tokens);
     reply->set_synthetic_acceptance_allowed(rules.allow_synthetic_acceptance);
-    reply->set_weight_step(context_.engine->weight_version().target_step);
+    reply->set_weight_step(version.target_step);
+    reply->set_draft_step(version.draft_step);
+    reply->set_draining(context_.draining);
+    reply->set_paused(control.paused);
+    AddTags(control.sleeping, reply);
     reply->set_weight_bytes(info.weight_bytes);
     reply->set_kv_cache_bytes(info.kv_cache_bytes);
     reply->set_state_bytes(info.state_bytes);

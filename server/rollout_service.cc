@@ -14,6 +14,7 @@
 #include "server/byte_messages.h"
 #include "server/grpc_status.h"
 #include "server/limits.h"
+#include "server/resume_handle.h"
 #include "server/services.h"
 
 // A call has two halves with different lifetimes. The *reactor* belongs to gRPC: it lives until its OnDone. The *observer* is shared
@@ -38,22 +39,39 @@ absl::Status CallStatus(const absl::Status& done, int num_delivered, const Gener
 // A failed sample carries no data; the group's OnDone tells why.
 bool HasData(const SampleResult& sample) { return sample.finish != FinishReason::kNone && sample.finish != FinishReason::kFailed; }
 
-// The part of a request that replies are made from: all of it, but the prompt only when it goes back.
-GenerateRequest ReplyPart(const GenerateRequest& request, bool with_prompt) {
-  GenerateRequest part = request;
-  if (!with_prompt) std::vector<uint32_t>().swap(part.prompt);
+// What replies are made from: the request without what it resumes, and with the prompt only when it goes back.
+struct ReplyPart {
+  GenerateRequest request;
+  ResumeOrigin origin;
+};
+
+ReplyPart MakeReplyPart(const ServiceContext& context, const GenerateRequest& request, bool with_prompt) {
+  ReplyPart part = {.request = request, .origin = MakeResumeOrigin(context.rules.model, request.prompt)};
+  if (!with_prompt) std::vector<uint32_t>().swap(part.request.prompt);
+  std::vector<SampleResult>().swap(part.request.resume);
   return part;
 }
 
-absl::StatusOr<GenerateRequest> ParseGenerate(const ServiceContext& context, const ByteBuffer& bytes, bool* with_prompt) {
+v1::SampleResult ToReply(const SampleResult& sample, const ReplyPart& part) {
+  v1::SampleResult result = ToProto(sample, part.request);
+  if (IsCutShort(sample.finish)) {
+    result.set_resume_handle(EncodeResumeHandle(part.origin, ResolvedParams(part.request, sample.seed_used), result, sample.pending_drafts));
+  }
+  return result;
+}
+
+absl::StatusOr<GenerateRequest> ParseGenerate(const ServiceContext& context, const CallbackServerContext& call, absl::string_view method,
+                                              const ByteBuffer& bytes, bool* with_prompt) {
+  if (absl::Status status = context.access.Check(call, method); !status.ok()) return status;
   v1::GenerateRequest message;
   if (absl::Status status = ParseMessage(bytes, &message); !status.ok()) return status;
   if (absl::Status status = context.CheckServing(); !status.ok()) return status;
   *with_prompt = message.output().prompt();
-  return ToEngine(message, context.rules, context.NewRequestContext());
+  return ToEngine(message, context.Rules(), context.NewRequestContext());
 }
 
-absl::StatusOr<std::vector<ScoreRequest>> ParseScore(const ServiceContext& context, const ByteBuffer& bytes) {
+absl::StatusOr<std::vector<ScoreRequest>> ParseScore(const ServiceContext& context, const CallbackServerContext& call, const ByteBuffer& bytes) {
+  if (absl::Status status = context.access.Check(call, "bebop.v1.Rollout.Score"); !status.ok()) return status;
   v1::ScoreRequest message;
   if (absl::Status status = ParseMessage(bytes, &message); !status.ok()) return status;
   if (absl::Status status = context.CheckServing(); !status.ok()) return status;
@@ -67,30 +85,31 @@ class UnaryGenerate;
 // Collects a group's samples. All On* methods run under the engine's lock, one at a time.
 class GroupObserver final : public GenerateObserver {
  public:
-  GroupObserver(UnaryGenerate* call, GenerateRequest request) : call_(call), request_(std::move(request)) {
-    result_.set_request_id(request_.request_id);
-    result_.mutable_prompt_token_ids()->Add(request_.prompt.begin(), request_.prompt.end());
+  GroupObserver(UnaryGenerate* call, ReplyPart part) : call_(call), part_(std::move(part)) {
+    result_.set_request_id(part_.request.request_id);
+    result_.mutable_prompt_token_ids()->Add(part_.request.prompt.begin(), part_.request.prompt.end());
   }
 
   // The call, for the first taker; null afterwards.
   UnaryGenerate* Take() { return call_.exchange(nullptr); }
 
   void OnSample(const SampleResult& sample) override {
-    if (HasData(sample)) *result_.add_samples() = ToProto(sample, request_);
+    if (HasData(sample)) *result_.add_samples() = ToReply(sample, part_);
   }
   void OnDone(const absl::Status& status) override;
 
  private:
   std::atomic<UnaryGenerate*> call_;
-  const GenerateRequest request_;
+  const ReplyPart part_;
   v1::GenerateResult result_;
 };
 
 class UnaryGenerate final : public ServerUnaryReactor {
  public:
-  UnaryGenerate(const ServiceContext& context, const ByteBuffer& in, ByteBuffer* out) : engine_(*context.engine), out_(out) {
+  UnaryGenerate(const ServiceContext& context, const CallbackServerContext& call, const ByteBuffer& in, ByteBuffer* out)
+      : engine_(*context.engine), out_(out) {
     bool with_prompt = false;
-    absl::StatusOr<GenerateRequest> request = ParseGenerate(context, in, &with_prompt);
+    absl::StatusOr<GenerateRequest> request = ParseGenerate(context, call, "bebop.v1.Rollout.Generate", in, &with_prompt);
     if (request.ok() && request->stream_tokens) {
       request = InvalidField("output.stream_tokens", "true", "possible with Generate; use GenerateStream");
     }
@@ -99,7 +118,7 @@ class UnaryGenerate final : public ServerUnaryReactor {
       return;
     }
     request_id_ = request->request_id;
-    observer_ = std::make_shared<GroupObserver>(this, ReplyPart(*request, with_prompt));
+    observer_ = std::make_shared<GroupObserver>(this, MakeReplyPart(context, *request, with_prompt));
     const absl::Status status = engine_.Submit(*std::move(request), observer_);
     if (!status.ok() && observer_->Take() != nullptr) Finish(ToGrpcStatus(status));
   }
@@ -129,7 +148,7 @@ void GroupObserver::OnDone(const absl::Status& status) {
   auto* samples = result_.mutable_samples();
   std::sort(samples->pointer_begin(), samples->pointer_end(),
             [](const v1::SampleResult* a, const v1::SampleResult* b) { return a->sample_index() < b->sample_index(); });
-  call->Complete(CallStatus(status, samples->size(), request_), result_);
+  call->Complete(CallStatus(status, samples->size(), part_.request), result_);
 }
 
 // ---- GenerateStream ----
@@ -140,17 +159,16 @@ class StreamGenerate;
 // what a slow reader leaves waits in `events_`, and HasRoom() pauses its group.
 class StreamObserver final : public GenerateObserver {
  public:
-  StreamObserver(StreamGenerate* call, EngineInterface* engine, GenerateRequest request)
-      : call_(call), engine_(engine), request_(std::move(request)) {}
+  StreamObserver(StreamGenerate* call, EngineInterface* engine, ReplyPart part) : call_(call), engine_(engine), part_(std::move(part)) {}
 
   // Under the engine's lock.
   void OnAdmitted() override {
     v1::GenerateEvent event;
-    event.mutable_admitted()->set_request_id(request_.request_id);
+    event.mutable_admitted()->set_request_id(part_.request.request_id);
     Push(event);
   }
   void OnTokens(const SampleResult& partial, int32_t begin) override {
-    if (!request_.stream_tokens) return;
+    if (!part_.request.stream_tokens) return;
     v1::GenerateEvent event;
     *event.mutable_token_chunk() = ToProto(partial, begin);
     Push(event);
@@ -159,16 +177,16 @@ class StreamObserver final : public GenerateObserver {
     if (!HasData(sample)) return;
     ++num_delivered_;
     v1::GenerateEvent event;
-    *event.mutable_sample_result() = ToProto(sample, request_);
+    *event.mutable_sample_result() = ToReply(sample, part_);
     Push(event);
   }
   void OnDone(const absl::Status& status) override {
-    const absl::Status call_status = CallStatus(status, num_delivered_, request_);
+    const absl::Status call_status = CallStatus(status, num_delivered_, part_.request);
     if (call_status.ok()) {
       v1::GenerateEvent event;
-      event.mutable_group_done()->set_request_id(request_.request_id);
-      event.mutable_group_done()->set_num_samples(request_.num_samples);
-      event.mutable_group_done()->mutable_prompt_token_ids()->Add(request_.prompt.begin(), request_.prompt.end());
+      event.mutable_group_done()->set_request_id(part_.request.request_id);
+      event.mutable_group_done()->set_num_samples(part_.request.num_samples);
+      event.mutable_group_done()->mutable_prompt_token_ids()->Add(part_.request.prompt.begin(), part_.request.prompt.end());
       Push(event);
     }
     End(call_status);
@@ -194,21 +212,21 @@ class StreamObserver final : public GenerateObserver {
   std::optional<grpc::Status> end_ ABSL_GUARDED_BY(mutex_);
   std::atomic<int64_t> unsent_bytes_ = 0;
   EngineInterface* const engine_;
-  const GenerateRequest request_;
+  const ReplyPart part_;
   int num_delivered_ = 0;  // under the engine's lock
 };
 
 class StreamGenerate final : public ServerWriteReactor<ByteBuffer> {
  public:
-  StreamGenerate(const ServiceContext& context, const ByteBuffer& in) : engine_(*context.engine) {
+  StreamGenerate(const ServiceContext& context, const CallbackServerContext& call, const ByteBuffer& in) : engine_(*context.engine) {
     bool with_prompt = false;
-    absl::StatusOr<GenerateRequest> request = ParseGenerate(context, in, &with_prompt);
+    absl::StatusOr<GenerateRequest> request = ParseGenerate(context, call, "bebop.v1.Rollout.GenerateStream", in, &with_prompt);
     if (!request.ok()) {
       Finish(ToGrpcStatus(request.status()));
       return;
     }
     request_id_ = request->request_id;
-    observer_ = std::make_shared<StreamObserver>(this, &engine_, ReplyPart(*request, with_prompt));
+    observer_ = std::make_shared<StreamObserver>(this, &engine_, MakeReplyPart(context, *request, with_prompt));
     const absl::Status status = engine_.Submit(*std::move(request), observer_);
     if (!status.ok()) observer_->End(status);
   }
@@ -326,8 +344,9 @@ class SequenceObserver final : public ScoreObserver {
 
 class UnaryScore final : public ServerUnaryReactor {
  public:
-  UnaryScore(const ServiceContext& context, const ByteBuffer& in, ByteBuffer* out) : engine_(*context.engine), out_(out) {
-    absl::StatusOr<std::vector<ScoreRequest>> requests = ParseScore(context, in);
+  UnaryScore(const ServiceContext& context, const CallbackServerContext& call, const ByteBuffer& in, ByteBuffer* out)
+      : engine_(*context.engine), out_(out) {
+    absl::StatusOr<std::vector<ScoreRequest>> requests = ParseScore(context, call, in);
     if (!requests.ok()) {
       Finish(ToGrpcStatus(requests.status()));
       return;
@@ -399,19 +418,20 @@ class RolloutService final : public WithRawMethods<v1::Rollout::Service> {
   explicit RolloutService(const ServiceContext* context) : context_(*context) {}
 
   // The reactors delete themselves in OnDone.
-  ServerUnaryReactor* Generate(CallbackServerContext*, const ByteBuffer* in, ByteBuffer* out) override {
-    return new UnaryGenerate(context_, *in, out);
+  ServerUnaryReactor* Generate(CallbackServerContext* call, const ByteBuffer* in, ByteBuffer* out) override {
+    return new UnaryGenerate(context_, *call, *in, out);
   }
-  ServerWriteReactor<ByteBuffer>* GenerateStream(CallbackServerContext*, const ByteBuffer* in) override {
-    return new StreamGenerate(context_, *in);
+  ServerWriteReactor<ByteBuffer>* GenerateStream(CallbackServerContext* call, const ByteBuffer* in) override {
+    return new StreamGenerate(context_, *call, *in);
   }
-  ServerUnaryReactor* Score(CallbackServerContext*, const ByteBuffer* in, ByteBuffer* out) override {
-    return new UnaryScore(context_, *in, out);
+  ServerUnaryReactor* Score(CallbackServerContext* call, const ByteBuffer* in, ByteBuffer* out) override {
+    return new UnaryScore(context_, *call, *in, out);
   }
   ServerUnaryReactor* Abort(CallbackServerContext* call, const ByteBuffer* in, ByteBuffer* out) override {
     ServerUnaryReactor* reactor = call->DefaultReactor();
     v1::AbortRequest request;
-    absl::Status status = ParseMessage(*in, &request);
+    absl::Status status = context_.access.Check(*call, "bebop.v1.Rollout.Abort");
+    if (status.ok()) status = ParseMessage(*in, &request);
     if (status.ok()) status = Validate(request, context_.rules);
     if (status.ok()) {
       v1::AbortResult result;

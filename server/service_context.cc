@@ -26,7 +26,29 @@ absl::Status ServiceContext::CheckServing() const {
 RequestContext ServiceContext::NewRequestContext() const {
   return {.fresh_request_id = absl::StrCat("req-", absl::Hex(RandomBits(), absl::kZeroPad16), absl::Hex(RandomBits(), absl::kZeroPad16)),
           .fresh_seed = RandomBits(),
-          .deadline = clock.Now() + max_request_time};
+          .deadline = clock.Now() + max_request_time,
+          .target_step = engine->weight_version().target_step};
+}
+
+RequestRules ServiceContext::Rules() const {
+  MutexLock lock(&mutex_);
+  return RulesLocked();
+}
+
+RequestRules ServiceContext::RulesLocked() const {
+  RequestRules current = rules;
+  if (default_speculation_.has_value()) {
+    current.default_mode = default_speculation_->mode;
+    current.default_num_draft_tokens = default_speculation_->num_draft_tokens;
+  }
+  return current;
+}
+
+absl::Status ServiceContext::ChangeDefaultSpeculation(const std::function<absl::StatusOr<DefaultSpeculation>(const RequestRules&)>& change) {
+  MutexLock lock(&mutex_);
+  const absl::StatusOr<DefaultSpeculation> changed = change(RulesLocked());
+  if (changed.ok()) default_speculation_ = *changed;
+  return changed.status();
 }
 
 }  // namespace bebop

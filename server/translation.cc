@@ -17,6 +17,7 @@
 #include "google/protobuf/unknown_field_set.h"
 #include "kernels/common/check.h"
 #include "server/limits.h"
+#include "server/resume_handle.h"
 #include "server/status_details.h"
 
 namespace bebop {
@@ -186,6 +187,110 @@ absl::StatusOr<SpeculationParams> ParseSpeculation(const v1::SpeculationParams& 
   return speculation;
 }
 
+absl::StatusOr<WeightPolicy> ParseWeights(const v1::WeightParams& message, int64_t target_step) {
+  WeightPolicy policy;
+  if (message.has_min_step()) {
+    if (!message.wait_for_step() && target_step < message.min_step()) {
+      return DetailedError(absl::StatusCode::kFailedPrecondition, "STEP_NOT_REACHED",
+                           absl::StrCat("weights.min_step: ", message.min_step(), " is not reached; the target is at step ", target_step,
+                                        " (weights.wait_for_step would wait)"),
+                           {{"field", "weights.min_step"}, {"value", absl::StrCat(message.min_step())}, {"limit", absl::StrCat(target_step)}});
+    }
+    policy.min_step = message.min_step();  // also without waiting: the step may be set back before the request starts
+  }
+  if (message.has_max_step_spread()) {
+    if (message.max_step_spread() < 0) return InvalidField("weights.max_step_spread", absl::StrCat(message.max_step_spread()), ">= 0");
+    policy.max_step_spread = message.max_step_spread();
+  }
+  switch (message.on_update()) {
+    case v1::WeightParams::UNSPECIFIED: policy.on_update = OnUpdate::kAsTheUpdateSays; break;
+    case v1::WeightParams::CONTINUE: policy.on_update = OnUpdate::kContinue; break;
+    case v1::WeightParams::RECOMPUTE: policy.on_update = OnUpdate::kRecompute; break;
+    case v1::WeightParams::STOP: policy.on_update = OnUpdate::kStop; break;
+    default: return InvalidField("weights.on_update", absl::StrCat(static_cast<int>(message.on_update())), "CONTINUE, RECOMPUTE or STOP");
+  }
+  return policy;
+}
+
+OutputParams ParseOutput(const v1::OutputParams& message) {
+  return {.logprobs = message.logprobs(),
+          .raw_logprobs = message.raw_logprobs(),
+          .entropy = message.entropy(),
+          .token_source = message.token_source(),
+          .draft_logprobs = message.draft_logprobs(),
+          .spec_detail = message.spec_detail()};
+}
+
+// The parameters of `message`, and for what it leaves unset those of `before`.
+v1::GenerateRequest FillUnset(const v1::GenerateRequest& message, const v1::GenerateRequest& before) {
+  v1::GenerateRequest params;
+  *params.mutable_sampling() = before.sampling();
+  *params.mutable_stopping() = before.stopping();
+  *params.mutable_output() = before.output();
+  *params.mutable_speculation() = before.speculation();
+  if (message.stopping().stop_token_ids_size() > 0) params.mutable_stopping()->clear_stop_token_ids();
+  if (message.stopping().stop_size() > 0) params.mutable_stopping()->clear_stop();
+  params.mutable_sampling()->MergeFrom(message.sampling());
+  params.mutable_stopping()->MergeFrom(message.stopping());
+  params.mutable_output()->MergeFrom(message.output());
+  params.mutable_speculation()->MergeFrom(message.speculation());
+  return params;
+}
+
+// Sampling, stopping, output and speculation of `params`.
+absl::Status ParseParams(const v1::GenerateRequest& params, const RequestRules& rules, uint64_t fresh_seed, GenerateRequest* request) {
+  const auto prompt_tokens = static_cast<int32_t>(request->prompt.size());
+  BEBOP_ASSIGN_OR_RETURN(request->sampling, ParseSampling(params.sampling(), fresh_seed));
+  BEBOP_ASSIGN_OR_RETURN(request->stopping, ParseStopping(params.stopping(), prompt_tokens, rules));
+  BEBOP_ASSIGN_OR_RETURN(request->speculation, ParseSpeculation(params.speculation(), rules));
+  request->output = ParseOutput(params.output());
+  return absl::OkStatus();
+}
+
+// Everything of `request` that follows from the resume handles. Its prompt is there already.
+absl::Status ParseResume(const v1::GenerateRequest& message, const RequestRules& rules, GenerateRequest* request) {
+  BEBOP_ASSIGN_OR_RETURN(const std::vector<ResumeHandle> handles, DecodeResumeHandles(message));
+  const auto num_handles = static_cast<int32_t>(handles.size());
+  if (message.has_num_samples() && message.num_samples() != num_handles) {
+    return InvalidField("num_samples", absl::StrCat(message.num_samples()), absl::StrCat("the number of resume handles, ", num_handles));
+  }
+  request->num_samples = num_handles;
+  const ResumeHandle& first = handles.front();
+  const ResumeOrigin origin = MakeResumeOrigin(rules.model, request->prompt);
+  if (first.origin.model != origin.model) return ResumeMismatch("model", "the dimensions of the served one", "those of the model of the handles");
+  if (first.origin.prompt != origin.prompt) {
+    return ResumeMismatch("prompt_token_ids", absl::StrCat(request->prompt.size(), " ids"),
+                          absl::StrCat("the prompt of ", first.sample.usage().prompt_tokens(), " ids"));
+  }
+  BEBOP_RETURN_IF_ERROR(ParseParams(FillUnset(message, first.params), rules, first.params.sampling().seed(), request));
+  BEBOP_RETURN_IF_ERROR(CheckSameParams(ResolvedParams(*request, request->sampling.seed), first.params));
+  for (size_t i = 0; i < handles.size(); ++i) {
+    BEBOP_ASSIGN_OR_RETURN(SampleResult sample, ToEngine(absl::StrCat("resume[", i, "]"), handles[i], *request, rules.vocab_size));
+    request->resume.push_back(std::move(sample));
+  }
+  std::sort(request->resume.begin(), request->resume.end(),
+            [](const SampleResult& a, const SampleResult& b) { return a.sample_index < b.sample_index; });
+  return absl::OkStatus();
+}
+
+template <typename Tags>
+absl::StatusOr<SleepTags> ParseTags(const Tags& names) {
+  BEBOP_RETURN_IF_ERROR(CheckCount("tags", names.size(), 0, limits::kSleepTags, "tags"));
+  if (names.empty()) return SleepTags{.weights = true, .kv_cache = true};
+  SleepTags tags;
+  for (int i = 0; i < names.size(); ++i) {
+    if (names[i] == "weights") {
+      tags.weights = true;
+    } else if (names[i] == "kv_cache") {
+      tags.kv_cache = true;
+    } else {
+      return InvalidField(absl::StrCat("tags[", i, "]"), names[i].size() <= 16 ? names[i] : absl::StrCat(names[i].size(), " bytes"),
+                          "weights or kv_cache");
+    }
+  }
+  return tags;
+}
+
 v1::Finish::Reason ToProto(FinishReason reason) {
   switch (reason) {
     case FinishReason::kStop: return v1::Finish::STOP;
@@ -271,17 +376,14 @@ absl::StatusOr<GenerateRequest> ToEngine(const v1::GenerateRequest& message, con
     BEBOP_RETURN_IF_ERROR(CheckRange("num_samples", message.num_samples(), 1, limits::kNumSamples));
     request.num_samples = message.num_samples();
   }
-  BEBOP_ASSIGN_OR_RETURN(request.sampling, ParseSampling(message.sampling(), context.fresh_seed));
-  BEBOP_ASSIGN_OR_RETURN(request.stopping, ParseStopping(message.stopping(), prompt_tokens, rules));
-  BEBOP_ASSIGN_OR_RETURN(request.speculation, ParseSpeculation(message.speculation(), rules));
-  const v1::OutputParams& output = message.output();
-  request.output.logprobs = output.logprobs();
-  request.output.raw_logprobs = output.raw_logprobs();
-  request.output.entropy = output.entropy();
-  request.output.token_source = output.token_source();
-  request.output.draft_logprobs = output.draft_logprobs();
-  request.output.spec_detail = output.spec_detail();
-  request.stream_tokens = output.stream_tokens();
+  if (message.resume_size() > 0) {
+    BEBOP_RETURN_IF_ERROR(ParseResume(message, rules, &request));
+  } else {
+    BEBOP_RETURN_IF_ERROR(ParseParams(message, rules, context.fresh_seed, &request));
+  }
+  BEBOP_ASSIGN_OR_RETURN(request.weights, ParseWeights(message.weights(), context.target_step));
+  request.stream_tokens = message.output().stream_tokens();
+  request.detach = message.detach();
   request.priority = message.priority();
   request.deadline = context.deadline;
   return request;
@@ -358,6 +460,59 @@ absl::Status Validate(const v1::DetokenizeRequest& message, const RequestRules& 
   return CheckTokenIds("token_ids", message.token_ids(), std::max(rules.vocab_size, tokenizer_vocab_size));
 }
 
+absl::StatusOr<DefaultSpeculation> ToEngine(const v1::SetSpeculationRequest& message, const RequestRules& rules) {
+  BEBOP_RETURN_IF_ERROR(CheckUnknown(message, rules));
+  if (message.speculation().has_synthetic_acceptance()) {
+    return InvalidField("speculation.synthetic_acceptance", absl::StrCat(message.speculation().synthetic_acceptance()), "a default; requests set it");
+  }
+  BEBOP_ASSIGN_OR_RETURN(const SpeculationParams parsed, ParseSpeculation(message.speculation(), rules));
+  // The number is also for requests that choose a mode, so it is kept while the default mode is OFF.
+  return DefaultSpeculation{.mode = parsed.mode,
+                            .num_draft_tokens = message.speculation().has_num_draft_tokens() ? message.speculation().num_draft_tokens()
+                                                                                            : rules.default_num_draft_tokens};
+}
+
+absl::StatusOr<PauseMode> ToEngine(const v1::PauseGenerationRequest& message, const RequestRules& rules) {
+  BEBOP_RETURN_IF_ERROR(CheckUnknown(message, rules));
+  switch (message.mode()) {
+    case v1::PauseGenerationRequest::UNSPECIFIED:
+    case v1::PauseGenerationRequest::KEEP: return PauseMode::kKeep;
+    case v1::PauseGenerationRequest::ABORT: return PauseMode::kAbort;
+    case v1::PauseGenerationRequest::WAIT: return PauseMode::kWait;
+    default: return InvalidField("mode", absl::StrCat(static_cast<int>(message.mode())), "ABORT, WAIT or KEEP");
+  }
+}
+
+absl::StatusOr<SleepTags> ToEngine(const v1::SleepRequest& message, const RequestRules& rules) {
+  BEBOP_RETURN_IF_ERROR(CheckUnknown(message, rules));
+  return ParseTags(message.tags());
+}
+
+absl::StatusOr<SleepTags> ToEngine(const v1::WakeUpRequest& message, const RequestRules& rules) {
+  BEBOP_RETURN_IF_ERROR(CheckUnknown(message, rules));
+  return ParseTags(message.tags());
+}
+
+absl::StatusOr<absl::Duration> ToEngine(const v1::DrainRequest& message, const RequestRules& rules, absl::Duration fallback) {
+  BEBOP_RETURN_IF_ERROR(CheckUnknown(message, rules));
+  if (!message.has_deadline_seconds()) return fallback;
+  BEBOP_RETURN_IF_ERROR(CheckRange("deadline_seconds", message.deadline_seconds(), 0.0, limits::kDrainSeconds));
+  return absl::Seconds(message.deadline_seconds());
+}
+
+v1::ControlState MakeControlState(const EngineControl& control, const EngineLoads& loads, const RequestRules& rules) {
+  v1::ControlState state;
+  state.set_paused(control.paused);
+  state.set_draining(control.draining);
+  AddTags(control.sleeping, &state);
+  state.mutable_speculation()->set_mode(ToProto(rules.default_mode));
+  state.mutable_speculation()->set_num_draft_tokens(rules.default_num_draft_tokens);
+  state.set_abort_epoch(control.abort_epoch);
+  state.set_running_requests(loads.running_requests);
+  state.set_waiting_requests(loads.waiting_requests);
+  return state;
+}
+
 v1::SpeculationParams::Mode ToProto(SpeculationMode mode) {
   switch (mode) {
     case SpeculationMode::kOff: return v1::SpeculationParams::OFF;
@@ -391,6 +546,36 @@ v1::SpecStats ToProto(const SpecCounts& counts, int32_t num_positions, bool with
   SetCounts(counts, num_positions, &stats);
   if (with_overlap) stats.mutable_overlap_per_pos()->Add(counts.overlap_per_pos.begin(), counts.overlap_per_pos.begin() + num_positions);
   return stats;
+}
+
+v1::GenerateRequest ResolvedParams(const GenerateRequest& request, uint64_t seed) {
+  v1::GenerateRequest params;
+  v1::SamplingParams* sampling = params.mutable_sampling();
+  sampling->set_temperature(request.sampling.temperature);
+  sampling->set_top_p(request.sampling.top_p);
+  sampling->set_top_k(request.sampling.top_k);
+  sampling->set_min_p(request.sampling.min_p);
+  sampling->set_seed(seed);
+  v1::StoppingParams* stopping = params.mutable_stopping();
+  stopping->set_max_new_tokens(request.stopping.max_new_tokens);
+  stopping->set_min_new_tokens(request.stopping.min_new_tokens);
+  stopping->mutable_stop_token_ids()->Add(request.stopping.stop_token_ids.begin(), request.stopping.stop_token_ids.end());
+  for (const std::string& stop : request.stopping.stop_strings) stopping->add_stop(stop);
+  stopping->set_ignore_eos(request.stopping.ignore_eos);
+  v1::OutputParams* output = params.mutable_output();
+  output->set_logprobs(request.output.logprobs);
+  output->set_raw_logprobs(request.output.raw_logprobs);
+  output->set_entropy(request.output.entropy);
+  output->set_token_source(request.output.token_source);
+  output->set_draft_logprobs(request.output.draft_logprobs);
+  output->set_spec_detail(request.output.spec_detail);
+  v1::SpeculationParams* speculation = params.mutable_speculation();
+  speculation->set_mode(ToProto(request.speculation.mode));
+  speculation->set_num_draft_tokens(request.speculation.num_draft_tokens);
+  if (request.speculation.synthetic_acceptance >= 0.0) {
+    speculation->set_synthetic_acceptance(static_cast<float>(request.speculation.synthetic_acceptance));
+  }
+  return params;
 }
 
 v1::SampleResult ToProto(const SampleResult& sample, const GenerateRequest& request) {
@@ -428,24 +613,10 @@ v1::SampleResult ToProto(const SampleResult& sample, const GenerateRequest& requ
   timing->set_ttft(absl::ToDoubleSeconds(sample.time_to_first_token));
   timing->set_e2e(absl::ToDoubleSeconds(sample.total_time));
 
-  v1::SamplingParams* sampling = result.mutable_applied()->mutable_sampling();
-  sampling->set_temperature(request.sampling.temperature);
-  sampling->set_top_p(request.sampling.top_p);
-  sampling->set_top_k(request.sampling.top_k);
-  sampling->set_min_p(request.sampling.min_p);
-  sampling->set_seed(sample.seed_used);  // a repeat attaches to the first call's seed, not its own
-  v1::StoppingParams* stopping = result.mutable_applied()->mutable_stopping();
-  stopping->set_max_new_tokens(request.stopping.max_new_tokens);
-  stopping->set_min_new_tokens(request.stopping.min_new_tokens);
-  stopping->mutable_stop_token_ids()->Add(request.stopping.stop_token_ids.begin(), request.stopping.stop_token_ids.end());
-  for (const std::string& stop : request.stopping.stop_strings) stopping->add_stop(stop);
-  stopping->set_ignore_eos(request.stopping.ignore_eos);
-  v1::SpeculationParams* speculation = result.mutable_applied()->mutable_speculation();
-  speculation->set_mode(ToProto(request.speculation.mode));
-  speculation->set_num_draft_tokens(request.speculation.num_draft_tokens);
-  if (request.speculation.synthetic_acceptance >= 0.0) {
-    speculation->set_synthetic_acceptance(static_cast<float>(request.speculation.synthetic_acceptance));
-  }
+  v1::GenerateRequest applied = ResolvedParams(request, sample.seed_used);  // a repeat attaches to the first call's seed, not its own
+  result.mutable_applied()->mutable_sampling()->Swap(applied.mutable_sampling());
+  result.mutable_applied()->mutable_stopping()->Swap(applied.mutable_stopping());
+  result.mutable_applied()->mutable_speculation()->Swap(applied.mutable_speculation());
   return result;
 }
 
@@ -514,7 +685,7 @@ v1::ModelInfo MakeModelInfo(const EngineInfo& info, absl::string_view served_mod
   return model;
 }
 
-v1::Loads MakeLoads(const EngineLoads& loads) {
+v1::Loads MakeLoads(const EngineLoads& loads, const EngineControl& control) {
   v1::Loads result;
   result.set_running_requests(loads.running_requests);
   result.set_waiting_requests(loads.waiting_requests);
@@ -536,6 +707,16 @@ v1::Loads MakeLoads(const EngineLoads& loads) {
   result.set_generated_tokens(loads.generated_tokens);
   result.set_preemptions(loads.preemptions);
   SetCounts(loads.spec, kMaxDraftTokens, result.mutable_spec());
+  result.set_paused(control.paused);
+  AddTags(control.sleeping, &result);
+  result.set_target_step(loads.target_step);
+  result.set_draft_step(loads.draft_step);
+  result.set_weight_commits(loads.weight_commits);
+  result.set_last_swap_seconds(absl::ToDoubleSeconds(loads.last_swap_time));
+  result.set_total_swap_seconds(absl::ToDoubleSeconds(loads.total_swap_time));
+  result.set_recomputed_tokens(loads.recomputed_tokens);
+  SetCounts(loads.version_spec, kMaxDraftTokens, result.mutable_version_spec());
+  SetCounts(loads.previous_version_spec, kMaxDraftTokens, result.mutable_previous_version_spec());
   return result;
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -9,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
+#include "bebop/v1/control.pb.h"
 #include "bebop/v1/info.pb.h"
 #include "bebop/v1/rollout.pb.h"
 #include "engine/runtime/engine_interface.h"
@@ -29,6 +31,7 @@ struct RequestRules {
   bool allow_unknown_fields = false;
   SpeculationMode default_mode = SpeculationMode::kOff;
   int32_t default_num_draft_tokens = 0;  // for modes other than OFF, whatever default_mode is
+  std::array<uint8_t, 8> model = {};     // ModelHash, of resume handles
 };
 
 // What a request gets that is not in its message.
@@ -36,6 +39,7 @@ struct RequestContext {
   std::string fresh_request_id;  // used when the message has none
   uint64_t fresh_seed = 0;       // used when the message has none
   absl::Time deadline = absl::InfiniteFuture();  // the server's longest wall time per request
+  int64_t target_step = 0;       // of the weights that sample now
 };
 
 // INVALID_ARGUMENT / UNKNOWN_FIELD naming the path and number of the first unknown field anywhere in `message`.
@@ -46,7 +50,9 @@ absl::Status CheckKnownFields(const google::protobuf::Message& message);
 uint64_t BodyHash(const v1::GenerateRequest& message);
 
 // Errors besides InvalidField: FAILED_PRECONDITION NO_TOKENIZER (stop strings), UNIMPLEMENTED NO_DRAFT_LAYER, FAILED_PRECONDITION
-// SYNTHETIC_ACCEPTANCE_DISABLED.
+// SYNTHETIC_ACCEPTANCE_DISABLED, FAILED_PRECONDITION STEP_NOT_REACHED, INVALID_ARGUMENT BAD_RESUME_HANDLE and RESUME_MISMATCH.
+// With resume handles, parameters that the message leaves unset are theirs, not the server's defaults: whatever SetSpeculation or another replica's
+// flags say by now, the sample goes on as it began.
 absl::StatusOr<GenerateRequest> ToEngine(const v1::GenerateRequest& message, const RequestRules& rules, const RequestContext& context);
 
 // One engine request a sequence.
@@ -61,6 +67,22 @@ absl::Status Validate(const v1::DetokenizeRequest& message, const RequestRules& 
 // 1..64 bytes of [A-Za-z0-9._:-].
 bool IsValidRequestId(absl::string_view id);
 
+// What requests get from now on that leave speculation unset, after `message` on top of what `rules` has. InvalidField; NO_DRAFT_LAYER.
+struct DefaultSpeculation {
+  SpeculationMode mode = SpeculationMode::kOff;
+  int32_t num_draft_tokens = 0;
+};
+absl::StatusOr<DefaultSpeculation> ToEngine(const v1::SetSpeculationRequest& message, const RequestRules& rules);
+absl::StatusOr<PauseMode> ToEngine(const v1::PauseGenerationRequest& message, const RequestRules& rules);
+absl::StatusOr<SleepTags> ToEngine(const v1::SleepRequest& message, const RequestRules& rules);
+absl::StatusOr<SleepTags> ToEngine(const v1::WakeUpRequest& message, const RequestRules& rules);
+// `fallback`: the server's --drain-timeout.
+absl::StatusOr<absl::Duration> ToEngine(const v1::DrainRequest& message, const RequestRules& rules, absl::Duration fallback);
+v1::ControlState MakeControlState(const EngineControl& control, const EngineLoads& loads, const RequestRules& rules);
+
+// sampling, stopping, output and speculation with nothing left open: what a resume handle remembers. `seed`: the sample's.
+v1::GenerateRequest ResolvedParams(const GenerateRequest& request, uint64_t seed);
+
 // `request` is the one the sample belongs to. REQUIRES: the sample ended with data (not kNone, kFailed).
 v1::SampleResult ToProto(const SampleResult& sample, const GenerateRequest& request);
 // Values of `partial` from `begin` on.
@@ -71,6 +93,13 @@ v1::SpecStats ToProto(const SpecCounts& counts, int32_t num_positions, bool with
 v1::SpeculationParams::Mode ToProto(SpeculationMode mode);
 
 v1::ModelInfo MakeModelInfo(const EngineInfo& info, absl::string_view served_model_name, const Tokenizer* tokenizer);
-v1::Loads MakeLoads(const EngineLoads& loads);
+// Names of the tags, for ControlState, ServerInfo and Loads.
+template <typename Message>
+void AddTags(const SleepTags& tags, Message* message) {
+  if (tags.weights) message->add_sleeping("weights");
+  if (tags.kv_cache) message->add_sleeping("kv_cache");
+}
+
+v1::Loads MakeLoads(const EngineLoads& loads, const EngineControl& control);
 
 }  // namespace bebop
