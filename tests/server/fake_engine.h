@@ -13,7 +13,9 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/base/mutex.h"
+#include "engine/base/status_reason.h"
 #include "engine/runtime/engine_interface.h"
+#include "engine/weights/resident_tensor.h"
 
 namespace bebop {
 
@@ -103,19 +105,41 @@ class FakeEngine final : public EngineInterface {
     while (HasOpenRequests()) std::this_thread::sleep_for(std::chrono::milliseconds(5));
   }
 
-  // Weights: a real update needs real weights, so this engine has none and only tells its version; commits are counted.
-  std::shared_ptr<const ModelWeights> weights() const override { return nullptr; }
+  // Weights: updates are real once LoadWeights gave this engine some; a commit then does what the test set.
+  std::shared_ptr<const ModelWeights> weights() const override {
+    MutexLock lock(&mutex_);
+    return weights_;
+  }
   WeightVersion weight_version() const override {
     MutexLock lock(&mutex_);
-    return version_;
+    return weights_ != nullptr ? weights_->version : version_;
   }
-  absl::StatusOr<std::unique_ptr<WeightUpdate>> StartWeightUpdate(WeightUpdateSpec, int64_t) override {
-    return absl::FailedPreconditionError("the fake engine has no weights");
+  absl::StatusOr<std::unique_ptr<WeightUpdate>> StartWeightUpdate(WeightUpdateSpec spec, int64_t limit_bytes) override {
+    const std::shared_ptr<const ModelWeights> base = weights();
+    if (base == nullptr) return StatusWithReason(absl::StatusCode::kFailedPrecondition, "ASLEEP", "the fake engine has no weights");
+    return WeightUpdate::Start(info_.config, *base, std::move(spec), limit_bytes, memory_);
   }
-  absl::StatusOr<CommitResult> CommitWeights(std::unique_ptr<ModelWeights>, InFlight, absl::Duration) override {
-    return absl::FailedPreconditionError("the fake engine has no weights");
+  absl::StatusOr<CommitResult> CommitWeights(std::unique_ptr<ModelWeights> weights, InFlight in_flight, absl::Duration deadline) override {
+    std::function<absl::StatusOr<CommitResult>(InFlight, absl::Duration)> on_commit;
+    {
+      MutexLock lock(&mutex_);
+      on_commit = on_commit_;
+    }
+    CommitResult result;
+    if (on_commit != nullptr) {
+      absl::StatusOr<CommitResult> told = on_commit(in_flight, deadline);
+      if (!told.ok()) return told;
+      result = *told;
+    }
+    MutexLock lock(&mutex_);
+    weights_ = std::move(weights);
+    return result;
   }
-  absl::StatusOr<WeightVersion> RehashWeights() const override { return weight_version(); }
+  absl::StatusOr<WeightVersion> RehashWeights() const override {
+    const std::shared_ptr<const ModelWeights> resident = weights();
+    if (resident == nullptr) return weight_version();
+    return RecomputeVersion(info_.config, *resident, memory_);
+  }
 
   // Control: remembers what it was told.
   absl::StatusOr<int32_t> Pause(PauseMode mode, bool clear_cache, absl::Duration deadline) override {
@@ -170,6 +194,19 @@ class FakeEngine final : public EngineInterface {
 
   // ---- for tests ----
 
+  // Before the server starts. `memory` holds the weights and will hold updates.
+  void LoadWeights(const ModelConfig& config, std::shared_ptr<const ModelWeights> weights, DeviceMemory* memory) {
+    info_.config = config;
+    info_.weight_bytes = weights->storage_bytes;
+    memory_ = memory;
+    MutexLock lock(&mutex_);
+    weights_ = std::move(weights);
+  }
+  // What CommitWeights does first: its error is the commit's, and it may take its time.
+  void OnCommit(std::function<absl::StatusOr<CommitResult>(InFlight, absl::Duration)> on_commit) {
+    MutexLock lock(&mutex_);
+    on_commit_ = std::move(on_commit);
+  }
   void SetSubmitStatus(absl::Status status) {
     MutexLock lock(&mutex_);
     submit_status_ = std::move(status);
@@ -281,7 +318,10 @@ class FakeEngine final : public EngineInterface {
   int scores_left_ ABSL_GUARDED_BY(mutex_) = 1 << 20;
   absl::Status submit_status_ ABSL_GUARDED_BY(mutex_);
   absl::Status health_ ABSL_GUARDED_BY(mutex_);
-  WeightVersion version_ ABSL_GUARDED_BY(mutex_);
+  WeightVersion version_ ABSL_GUARDED_BY(mutex_);  // without weights
+  DeviceMemory* memory_ = nullptr;
+  std::shared_ptr<const ModelWeights> weights_ ABSL_GUARDED_BY(mutex_);
+  std::function<absl::StatusOr<CommitResult>(InFlight, absl::Duration)> on_commit_ ABSL_GUARDED_BY(mutex_);
   EngineControl control_ ABSL_GUARDED_BY(mutex_);
   std::vector<std::string> calls_ ABSL_GUARDED_BY(mutex_);  // of control, in order
   int num_detached_ ABSL_GUARDED_BY(mutex_) = 0;
