@@ -17,6 +17,7 @@ from bebop.control import ControlState, Speculation
 from bebop.errors import (AbortedError, AlreadyExistsError, BebopError, CancelledError, DataLossError, DeadlineExceededError,
                           FailedPreconditionError, InternalError, InvalidArgumentError, NotFoundError, PermissionDeniedError,
                           ResourceExhaustedError, UnauthenticatedError, UnavailableError, UnimplementedError)
+from bebop.fleet import AsyncFleet, Fleet, FleetError, FleetUpdateError
 from bebop.results import (Admitted, DraftScore, Finish, GroupResult, SampleResult, SequenceScore, SpecStats, Timing, TokenChunk, Usage,
                            WeightSpan)
 from bebop.weights import OpenUpdate, TensorSpec, UpdateResult, WeightCheck, WeightInfo
@@ -24,8 +25,9 @@ from bebop.weights import OpenUpdate, TensorSpec, UpdateResult, WeightCheck, Wei
 __version__ = "0.1.0"
 
 __all__ = [
-    "AbortedError", "Admitted", "AlreadyExistsError", "AsyncClient", "BebopError", "CancelledError", "Client", "ControlState",
-    "DataLossError", "DeadlineExceededError", "DraftScore", "FailedPreconditionError", "Finish", "GroupResult",
+    "AbortedError", "Admitted", "AlreadyExistsError", "AsyncClient", "AsyncFleet", "BebopError", "CancelledError", "Client", "ControlState",
+    "DataLossError", "DeadlineExceededError", "DraftScore", "FailedPreconditionError", "Finish", "Fleet", "FleetError", "FleetUpdateError",
+    "GroupResult",
     "InternalError", "InvalidArgumentError", "NotFoundError", "OpenUpdate", "PermissionDeniedError", "ResourceExhaustedError",
     "SampleResult", "SequenceScore", "SpecStats", "Speculation", "TensorSpec", "Timing", "TokenChunk", "UnauthenticatedError",
     "UnavailableError", "UnimplementedError", "UpdateResult", "Usage", "WeightCheck", "WeightInfo", "WeightSpan",

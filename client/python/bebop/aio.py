@@ -111,6 +111,13 @@ class AsyncClient:
         """New weights while generation runs (admin port)."""
         return AsyncWeights(self)
 
+    def _once(self) -> AsyncClient:
+        """This client, on the same connections, but trying each call once."""
+        self._connect()
+        twin = object.__new__(AsyncClient)
+        twin.__dict__.update(self.__dict__, _retry=None)
+        return twin
+
     def _blocking_twin(self) -> Client:
         twin = Client.__new__(Client)
         twin._setup(*self._state)

@@ -97,6 +97,12 @@ class Client:
                     raise error from None
                 time.sleep(delay)
 
+    def _once(self) -> Client:
+        """This client, on the same connections, but trying each call once."""
+        twin = object.__new__(Client)
+        twin.__dict__.update(self.__dict__, _retry=None)
+        return twin
+
     @property
     def weights(self) -> Weights:
         """New weights while generation runs (admin port)."""

@@ -1,0 +1,830 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several replicas of one model as one: requests go to whichever can take them, control and weights to all.
+
+    with bebop.Fleet([("node1:50051", "node1:50052"), ("node2:50051", "node2:50052")]) as fleet:
+        group = fleet.generate(prompt, n=8, max_new_tokens=512)
+        fleet.weights.update(model.state_dict(), step=1)
+
+Rotation. A replica that cannot be reached, drains, or may have other weights than it should is taken out of rotation. It comes back when it
+answers and its weights are those of a replica in rotation; with none left, when its step is no lower than the last one known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Union
+
+from bebop import requests
+from bebop.aio import AsyncClient
+from bebop.client import Client, Event
+from bebop.control import ControlState
+from bebop.errors import BebopError, UnavailableError
+from bebop.results import GroupResult, SampleResult, SequenceScore
+from bebop.transport import Deadline
+from bebop.v1 import rollout_pb2, weights_pb2
+from bebop.weights import (NamedTensors, PushFailed, UpdateOptions, UpdatePlan, UpdateResult, WeightCheck, WeightInfo, path_options, push_all,
+                           push_all_async, result_of)
+
+_PROBE_SECONDS = 2.0
+_SETTLE_SECONDS = 5.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
+
+Address = Union[str, tuple[str, Union[str, None]]]
+
+
+class FleetError(BebopError):
+    """A call to all replicas that failed on some.
+
+    Attributes: errors: BebopError by address; results: what the others answered, by address. `code` and `reason` are the first failure's.
+    """
+
+    def __init__(self, what: str, errors: Mapping[str, BebopError], results: Mapping[str, Any]):
+        first = next(iter(errors.values()))
+        failures = "; ".join(f"{address}: {error}" for address, error in errors.items())
+        super().__init__(f"{what} failed on {len(errors)} of {len(errors) + len(results)} replicas: {failures}", code=first.code,
+                         reason=first.reason, metadata=first.metadata)
+        self.what, self.errors, self.results = what, dict(errors), dict(results)
+
+    def __reduce__(self):
+        return type(self), (self.what, self.errors, self.results)
+
+
+class FleetUpdateError(FleetError):
+    """A weight update that failed on some replicas.
+
+    Attributes:
+      stage: "start", "push" or "finish". Before "finish" no replica has the new weights.
+      updated, unchanged, unknown: addresses, by what is loaded there now: the new weights, the old ones, or nobody knows. Those of `unknown` are
+        out of rotation until their weights agree with a replica's in rotation.
+      versions: WeightInfo by address; None for unknown.
+    """
+
+    def __init__(self, stage: str, errors: Mapping[str, BebopError], results: Mapping[str, Any], versions: Mapping[str, WeightInfo | None],
+                 update_id: str):
+        super().__init__(f"weight update ({stage})", errors, results)
+        self.stage, self.versions, self.update_id = stage, dict(versions), update_id
+        known = {address: info for address, info in versions.items() if info is not None}
+        self.updated = [address for address, info in known.items() if info.update_id == update_id]
+        self.unchanged = [address for address in known if address not in self.updated]
+        self.unknown = [address for address, info in versions.items() if info is None]
+        self.message += f". Steps now: {', '.join(f'{a}: {i.target_step if i else chr(63)}' for a, i in versions.items())}"
+
+    def __reduce__(self):
+        return type(self), (self.stage, self.errors, self.results, self.versions, self.update_id)
+
+
+@dataclasses.dataclass(eq=False)
+class _Replica:
+    client: Any
+    address: str
+    in_flight: int = 0  # samples sent by this fleet
+    ready: bool = True
+    probe_at: float = 0.0  # monotonic; of one that is not ready
+    pause: float = _FIRST_PAUSE
+
+
+class _Rotation:
+    """Who may get work, and who gets the next. Thread safe; asks nobody anything."""
+
+    def __init__(self, replicas: list[_Replica], balance: str):
+        if balance not in ("least_loaded", "round_robin"):
+            raise ValueError(f"balance: {balance!r} is none of least_loaded, round_robin")
+        self.replicas = replicas
+        self._balance = balance
+        self._lock = threading.Lock()
+        self._turn = 0
+        self._step = 0  # highest that a replica in rotation is known to have had
+
+    def pick(self, affinity: str | None, tried: Iterable[_Replica]) -> _Replica | None:
+        """A ready replica that was not tried. The same `affinity` gives the same one as long as it is ready, whatever the others do."""
+        with self._lock:
+            ready = [replica for replica in self.replicas if replica.ready and replica not in tried]
+            if not ready:
+                return None
+            if affinity is not None:
+                return max(ready, key=lambda replica: hashlib.sha256(f"{affinity}\0{replica.address}".encode()).digest())
+            self._turn += 1
+            order = [self.replicas[(self._turn + i) % len(self.replicas)] for i in range(len(self.replicas))]
+            order = [replica for replica in order if replica in ready]
+            return order[0] if self._balance == "round_robin" else min(order, key=lambda replica: replica.in_flight)
+
+    @contextlib.contextmanager
+    def using(self, replica: _Replica, samples: int) -> Iterator[None]:
+        with self._lock:
+            replica.in_flight += samples
+        try:
+            yield
+        finally:
+            with self._lock:
+                replica.in_flight -= samples
+
+    def failed(self, replica: _Replica, error: BebopError, moves_when_full: bool = True) -> bool:
+        """Notes a failure; whether another replica may do what this one did not. Nothing is repeated that may have been delivered: the caller's
+        matter."""
+        if error.code == "UNAVAILABLE":
+            self.suspend(replica)
+            return True
+        # min_step: another replica may have the weights already.
+        return error.reason == "STEP_NOT_REACHED" or (error.code == "RESOURCE_EXHAUSTED" and error.retry_after is not None and moves_when_full)
+
+    def suspend(self, replica: _Replica) -> None:
+        with self._lock:
+            if not replica.ready:
+                replica.pause = min(_LONGEST_PAUSE, 2 * replica.pause)
+            replica.ready = False
+            replica.probe_at = time.monotonic() + replica.pause
+
+    def restore(self, replica: _Replica, step: int = 0) -> None:
+        with self._lock:
+            replica.ready, replica.pause = True, _FIRST_PAUSE
+            self._step = max(self._step, step)
+
+    def loaded(self, step: int) -> None:
+        """An update was finished on every replica; its step may be a lower one."""
+        with self._lock:
+            self._step = step
+
+    def due(self) -> tuple[list[_Replica], list[_Replica]]:
+        """Replicas to be asked whether they are back, each by one caller, and those in rotation, which tell what weights to expect."""
+        now = time.monotonic()
+        with self._lock:
+            due = [replica for replica in self.replicas if not replica.ready and replica.probe_at <= now]
+            for replica in due:
+                replica.pause = min(_LONGEST_PAUSE, 2 * replica.pause)
+                replica.probe_at = now + replica.pause + _PROBE_SECONDS
+            return due, [replica for replica in self.replicas if replica.ready] if due else []
+
+    def judge(self, answers: Mapping[_Replica, tuple], references: Iterable[tuple]) -> None:
+        """`answers`: versions of replicas that answered; a version begins with its step. Restores those that agree."""
+        references = list(references)
+        for replica, version in answers.items():
+            if version in references if references else version[0] >= self._step:
+                self.restore(replica, version[0])
+
+    def why_none(self) -> UnavailableError:
+        names = ", ".join(replica.address for replica in self.replicas)
+        return UnavailableError(f"no replica in rotation ({names}): unreachable, draining, or with other weights than step {self._step}")
+
+
+def _clients(kind: type, replicas: Sequence[Any], options: Mapping[str, Any]) -> list[_Replica]:
+    if not replicas:
+        raise ValueError("Fleet: no replicas")
+    out = []
+    for entry in replicas:
+        if isinstance(entry, kind):
+            client = entry
+        elif isinstance(entry, str):
+            client = kind(entry, **options)
+        elif isinstance(entry, (tuple, list)) and len(entry) == 2:
+            client = kind(*entry, **options)
+        else:
+            raise TypeError(f"Fleet: expected a {kind.__name__}, an address, or (rollout, admin), got {entry!r}")
+        out.append(_Replica(client, client._server.address))
+    addresses = [replica.address for replica in out]
+    if len(set(addresses)) < len(addresses):
+        raise ValueError(f"Fleet: an address occurs twice among {', '.join(addresses)}")
+    return out
+
+
+def _check_same_model(infos: Mapping[str, WeightInfo]) -> None:
+    (first, reference), *others = infos.items()
+    for address, info in others:
+        for one, other in zip(reference.tensors, info.tensors):
+            if one != other:
+                raise ValueError(f"{first} has {one}, but {address} has {other}: not the same model in the same types")
+        if len(reference.tensors) != len(info.tensors):
+            raise ValueError(f"{first} has {len(reference.tensors)} tensors, but {address} has {len(info.tensors)}: not the same model")
+
+
+def _split(outcomes: Mapping[str, Any]) -> tuple[dict[str, BebopError], dict[str, Any]]:
+    errors = {address: outcome for address, outcome in outcomes.items() if isinstance(outcome, BebopError)}
+    return errors, {address: outcome for address, outcome in outcomes.items() if address not in errors}
+
+
+def _settled(outcome: WeightInfo | BebopError, update_id: str) -> WeightInfo | None:
+    """What is loaded after a finish that failed; None while that is open."""
+    if isinstance(outcome, BebopError) or (outcome.update is not None and outcome.update.update_id == update_id):
+        return None
+    return outcome
+
+
+class _FleetBase:
+    """What both fleets share: the replicas and what is passed on when pickled."""
+
+    _kind: type
+
+    def __init__(self, replicas: Sequence[Any], *, balance: str = "least_loaded", **options: Any):
+        """
+        Args:
+          replicas: addresses "host:port", pairs (rollout, admin), or clients.
+          balance: "least_loaded", by the samples that this fleet has running, or "round_robin".
+          options: of the clients that are made here: tls, token, token_file, timeout, retry.
+        """
+        self._setup(_clients(self._kind, replicas, options), balance)
+
+    def _setup(self, replicas: list[_Replica], balance: str) -> None:
+        self._balance = balance
+        self._rotation = _Rotation(replicas, balance)
+        self._timeout = replicas[0].client._timeout
+        self._retry = replicas[0].client._retry
+
+    def __getstate__(self):
+        return [replica.client for replica in self._rotation.replicas], self._balance
+
+    def __setstate__(self, state):
+        clients, balance = state
+        self._setup(_clients(self._kind, clients, {}), balance)
+
+    def __repr__(self) -> str:
+        return f"bebop.{type(self).__name__}({self.addresses!r})"
+
+    @property
+    def addresses(self) -> list[str]:
+        return [replica.address for replica in self._rotation.replicas]
+
+    @property
+    def clients(self) -> list[Any]:
+        return [replica.client for replica in self._rotation.replicas]
+
+    @property
+    def in_rotation(self) -> list[str]:
+        """Addresses that get requests now."""
+        return [replica.address for replica in self._rotation.replicas if replica.ready]
+
+    def _results(self, what: str, outcomes: Mapping[str, Any]) -> dict[str, Any]:
+        errors, results = _split(outcomes)
+        for replica in self._rotation.replicas:
+            if replica.address in errors and errors[replica.address].code == "UNAVAILABLE":
+                self._rotation.suspend(replica)
+        if errors:
+            raise FleetError(what, errors, results)
+        return results
+
+    def _give_up_or_wait(self, error: BebopError | None, attempt: int, deadline: Deadline) -> float:
+        """Seconds until all are tried again; raises when no repeat can help."""
+        if error is None or error.reason == "DRAINING":  # others may come back
+            error = self._rotation.why_none()
+        delay = self._retry.delay(error, attempt, deadline.elapsed()) if self._retry else None
+        if delay is None or not deadline.allows(delay):
+            raise error
+        return delay
+
+
+class Fleet(_FleetBase):
+    """Several servers as one: the methods of Client. Thread safe; a context manager; can be pickled.
+
+    generate, generate_stream, score: one replica each. With affinity="..." the same replica as long as it is in rotation, so that it finds what
+    it has cached. A replica that is unreachable, drains or has a full queue is passed over, unless something was delivered already.
+    pause, resume, sleep, ...: every replica; results by address. FleetError when some failed, after all were asked.
+    weights.update: every replica; all or, if one fails before the last step, none.
+    """
+
+    _kind = Client
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes every client, those that were given included."""
+        for client in self.clients:
+            client.close()
+
+    @property
+    def weights(self) -> FleetWeights:
+        return FleetWeights(self)
+
+    # ---- one replica ----
+
+    def _pick(self, affinity: str | None, tried: Iterable[_Replica]) -> _Replica | None:
+        due, ready = self._rotation.due()
+        if due:
+            answers = _each(due + ready, lambda client: _version(client, _PROBE_SECONDS))
+            found = {replica: answers[replica.address] for replica in due + ready if not isinstance(answers[replica.address], BebopError)}
+            self._rotation.judge({replica: found[replica] for replica in due if replica in found},
+                                 [found[replica] for replica in ready if replica in found])
+        return self._rotation.pick(affinity, tried)
+
+    def _route(self, send: Callable[[Client, float | None], Any], samples: int, affinity: str | None, timeout: float | None) -> Any:
+        deadline = Deadline(self._timeout if timeout is None else timeout)
+        tried: list[_Replica] = []
+        error: BebopError | None = None
+        attempt = 0
+        while True:
+            replica = self._pick(affinity, tried)
+            if replica is None:
+                attempt += 1
+                time.sleep(self._give_up_or_wait(error, attempt, deadline))
+                tried = []
+                continue
+            try:
+                with self._rotation.using(replica, samples):
+                    return send(replica.client, deadline.remaining())
+            except BebopError as failure:
+                if not self._rotation.failed(replica, failure):
+                    raise
+                error = failure
+                # A full queue is no reason to leave one's cache: wait for that replica instead.
+                tried = self._rotation.replicas if affinity is not None and failure.code == "RESOURCE_EXHAUSTED" else [*tried, replica]
+
+    def generate(self, prompt_token_ids: requests.TokenIds, *, n: int = 1, affinity: str | None = None, timeout: float | None = None,
+                 **params: Any) -> GroupResult:
+        """As Client.generate, on one replica."""
+        request = requests.generate_request(prompt_token_ids, n=n, **params)
+        return self._generate(request, affinity, timeout)
+
+    def resume_samples(self, partial: GroupResult | Iterable[SampleResult], prompt_token_ids: requests.TokenIds | None = None, *,
+                       affinity: str | None = None, timeout: float | None = None, **params: Any) -> GroupResult:
+        """As Client.resume_samples, on any replica."""
+        request, ended = requests.resumed_request(partial, prompt_token_ids, params)
+        if not request.resume:
+            return partial if isinstance(partial, GroupResult) else GroupResult("", tuple(ended))
+        return self._generate(request, affinity, timeout, ended)
+
+    def _generate(self, request: rollout_pb2.GenerateRequest, affinity: str | None, timeout: float | None,
+                  ended: Iterable[SampleResult] = ()) -> GroupResult:
+        def send(client: Client, remaining: float | None):
+            return client._call(client._rollout.Generate, request, remaining, retry=None)
+
+        return GroupResult.from_proto(self._route(send, request.num_samples, affinity, timeout), request, ended)
+
+    def generate_stream(self, prompt_token_ids: requests.TokenIds, *, n: int = 1, affinity: str | None = None, timeout: float | None = None,
+                        **params: Any) -> Iterator[Event]:
+        """As Client.generate_stream. Another replica is tried only while nothing was delivered."""
+        params.setdefault("request_id", uuid.uuid4().hex)
+
+        def begin(client: Client, remaining: float | None):
+            stream = client.generate_stream(prompt_token_ids, n=n, timeout=remaining, **params)
+            return client, stream, next(stream, None)  # the first event tells that the replica took it
+
+        client, stream, first = self._route(begin, n, affinity, timeout)
+        replica = next(replica for replica in self._rotation.replicas if replica.client is client)
+        with self._rotation.using(replica, n), contextlib.closing(stream):
+            if first is not None:
+                yield first
+                yield from stream
+
+    def score(self, sequences: Sequence[requests.TokenIds], *, affinity: str | None = None, timeout: float | None = None,
+              **params: Any) -> list[SequenceScore]:
+        """As Client.score, on one replica."""
+        request = requests.score_request(sequences, **params)
+
+        def send(client: Client, remaining: float | None):
+            return client._call(client._rollout.Score, request, remaining, retry=None)
+
+        return [SequenceScore.from_proto(score) for score in self._route(send, len(request.sequences), affinity, timeout).scores]
+
+    def tokenize(self, text: str, *, parse_special: bool = False, timeout: float | None = None) -> list[int]:
+        """As Client.tokenize."""
+        return self._route(lambda client, remaining: client._once().tokenize(text, parse_special=parse_special, timeout=remaining), 0, None, timeout)
+
+    def detokenize(self, token_ids: requests.TokenIds, *, skip_special: bool = False, timeout: float | None = None) -> str:
+        """As Client.detokenize."""
+        return self._route(lambda client, remaining: client._once().detokenize(token_ids, skip_special=skip_special, timeout=remaining), 0, None, timeout)
+
+    def model_info(self, *, timeout: float | None = None):
+        """As Client.model_info, of one replica."""
+        return self._route(lambda client, remaining: client._once().model_info(timeout=remaining), 0, None, timeout)
+
+    # ---- every replica ----
+
+    def _all(self, what: str, call: Callable[[Client], Any]) -> dict[str, Any]:
+        return self._results(what, _each(self._rotation.replicas, call))
+
+    def abort(self, request_ids: str | Sequence[str], *, timeout: float | None = None) -> list[str]:
+        """As Client.abort, wherever the requests are."""
+        answers = self._all("abort", lambda client: client.abort(request_ids, timeout=timeout))
+        return sorted({request_id for ids in answers.values() for request_id in ids})
+
+    def pause(self, mode: str = "keep", *, clear_cache: bool = False, timeout: float | None = None) -> dict[str, ControlState]:
+        return self._all("pause", lambda client: client.pause(mode, clear_cache=clear_cache, timeout=timeout))
+
+    def resume(self, *, timeout: float | None = None) -> dict[str, ControlState]:
+        return self._all("resume", lambda client: client.resume(timeout=timeout))
+
+    def sleep(self, tags: str | Iterable[str] = (), *, timeout: float | None = None) -> dict[str, ControlState]:
+        tags = [tags] if isinstance(tags, str) else list(tags)
+        return self._all("sleep", lambda client: client.sleep(tags, timeout=timeout))
+
+    def wake_up(self, tags: str | Iterable[str] = (), *, timeout: float | None = None) -> dict[str, ControlState]:
+        tags = [tags] if isinstance(tags, str) else list(tags)
+        return self._all("wake_up", lambda client: client.wake_up(tags, timeout=timeout))
+
+    def flush_cache(self, *, timeout: float | None = None) -> dict[str, ControlState]:
+        return self._all("flush_cache", lambda client: client.flush_cache(timeout=timeout))
+
+    def drain(self, deadline: float | None = None, *, timeout: float | None = None) -> dict[str, ControlState]:
+        return self._all("drain", lambda client: client.drain(deadline, timeout=timeout))
+
+    def set_speculation(self, speculation: Mapping[str, Any] | str | None = None, *, num_draft_tokens: int | None = None,
+                        timeout: float | None = None) -> dict[str, ControlState]:
+        return self._all("set_speculation", lambda client: client.set_speculation(speculation, num_draft_tokens=num_draft_tokens, timeout=timeout))
+
+    def server_info(self, *, timeout: float | None = None) -> dict[str, Any]:
+        return self._all("server_info", lambda client: client.server_info(timeout=timeout))
+
+    def loads(self, *, timeout: float | None = None) -> dict[str, Any]:
+        return self._all("loads", lambda client: client.loads(timeout=timeout))
+
+    def health(self, service: str = "", *, timeout: float | None = 5.0) -> dict[str, str]:
+        """"SERVING" or "NOT_SERVING" by address, or the code of the failure; raises nothing."""
+        answers = _each(self._rotation.replicas, lambda client: client.health(service, timeout=timeout))
+        return {address: answer.code if isinstance(answer, BebopError) else answer for address, answer in answers.items()}
+
+    def wait_until_serving(self, timeout: float = 300.0) -> None:
+        """Returns when every replica answers SERVING."""
+        self._all("wait_until_serving", lambda client: client.wait_until_serving(timeout))
+
+
+def _version(client: Client, timeout: float) -> tuple:
+    """What tells whether two replicas have the same weights; begins with the step."""
+    if client._admin is None:
+        return (client._once().server_info(timeout=timeout).weight_step,)
+    return client._once().weights.info(timeout=timeout).version
+
+
+def _each(replicas: Sequence[_Replica], call: Callable[[Client], Any]) -> dict[str, Any]:
+    """Calls all at once; by address, the answer or the BebopError."""
+    def one(replica: _Replica) -> Any:
+        try:
+            return call(replica.client)
+        except BebopError as error:
+            return error
+
+    if len(replicas) == 1:
+        return {replicas[0].address: one(replicas[0])}
+    pool = concurrent.futures.ThreadPoolExecutor(len(replicas), thread_name_prefix="bebop-fleet")
+    try:
+        return dict(zip([replica.address for replica in replicas], pool.map(one, replicas)))
+    finally:
+        pool.shutdown(wait=False)  # an interrupt leaves at once; otherwise all have ended
+
+
+class _UpdateStages:
+    """The course of an update over several servers, as far as nobody has to be asked."""
+
+    def __init__(self, rotation: _Rotation, options: UpdateOptions, infos: Mapping[str, WeightInfo], named_tensors: Any):
+        _check_same_model(infos)
+        self.rotation, self.infos = rotation, infos
+        self.plan = UpdatePlan(options, next(iter(infos.values())), named_tensors)
+        self.stage = "start"
+
+    def failed_before_finish(self, failure: BaseException) -> BaseException:
+        """What to raise for it."""
+        if isinstance(failure, PushFailed):
+            failed = self.rotation.replicas[failure.index]
+            errors = {failed.address: failure.error}
+            if failure.error.code == "UNAVAILABLE":
+                self.rotation.suspend(failed)
+        elif isinstance(failure, FleetError):
+            errors = failure.errors
+        else:
+            return failure
+        return FleetUpdateError(self.stage, errors, {address: info for address, info in self.infos.items() if address not in errors}, self.infos,
+                                self.plan.update_id)
+
+    def after_finish(self, outcomes: Mapping[str, Any], settled: Mapping[str, Any], deadline: Deadline) -> dict[str, UpdateResult]:
+        """`outcomes`: FinishWeightUpdateResult or BebopError by address; `settled`: WeightInfo or BebopError of those that failed."""
+        errors, messages = _split(outcomes)
+        results = {address: result_of(message, self.plan, deadline) for address, message in messages.items()}
+        versions: dict[str, WeightInfo | None] = {address: result.info for address, result in results.items()}
+        versions.update({address: _settled(settled[address], self.plan.update_id) for address in errors})
+        if not errors:
+            self.rotation.loaded(self.plan.options.step)
+        for replica in self.rotation.replicas:
+            if replica.address in results:
+                self.rotation.restore(replica, results[replica.address].info.target_step)
+            elif versions[replica.address] is None:
+                self.rotation.suspend(replica)
+        if errors:
+            raise FleetUpdateError("finish", errors, results, {address: versions[address] for address in self.infos}, self.plan.update_id)
+        return results
+
+
+def _start(plan: UpdatePlan, client: Any, timeout: float | None) -> Any:
+    return client.weights._call("StartWeightUpdate", plan.start_request(), timeout)
+
+
+def _read(plan: UpdatePlan, path: str, client: Any, timeout: float | None) -> Any:
+    return client.weights._call("UpdateWeights", weights_pb2.UpdateWeightsRequest(update_id=plan.update_id, path=path), timeout)
+
+
+def _finish(plan: UpdatePlan, client: Any, timeout: float | None) -> Any:
+    return client.weights._call("FinishWeightUpdate", plan.finish_request(), timeout)
+
+
+class FleetWeights:
+    """`fleet.weights`: the methods of Weights over every replica; results by address."""
+
+    def __init__(self, fleet: Fleet):
+        self._fleet = fleet
+
+    def info(self, *, tensors: bool = False, timeout: float | None = None) -> dict[str, WeightInfo]:
+        return self._fleet._all("weights.info", lambda client: client.weights.info(tensors=tensors, timeout=timeout))
+
+    def check(self, *, timeout: float | None = None) -> dict[str, WeightCheck]:
+        return self._fleet._all("weights.check", lambda client: client.weights.check(timeout=timeout))
+
+    def abort(self, update_id: str = "", *, timeout: float | None = None) -> dict[str, str]:
+        return self._fleet._all("weights.abort", lambda client: client.weights.abort(update_id, timeout=timeout))
+
+    def update(self, named_tensors: NamedTensors, step: int, **options: Any) -> dict[str, UpdateResult]:
+        """As Weights.update on every replica: each tensor is read, cast and hashed once and sent to all at the same time.
+
+        If a replica fails before the last step, the update is aborted on all. If the last step fails on some, the others have the new weights:
+        FleetUpdateError tells who has what.
+        """
+        return self._run(UpdateOptions(step, **options), named_tensors)
+
+    def update_from_path(self, path: str, step: int, **options: Any) -> dict[str, UpdateResult]:
+        """As Weights.update_from_path on every replica; each reads `path` beneath its own --weights-root."""
+        return self._run(path_options(path, step, options), None, path)
+
+    def _run(self, options: UpdateOptions, named_tensors: NamedTensors | None, path: str | None = None) -> dict[str, UpdateResult]:
+        fleet, deadline = self._fleet, Deadline(options.timeout)
+        stages = _UpdateStages(fleet._rotation, options, self.info(tensors=True, timeout=deadline.remaining()), named_tensors)
+        plan = stages.plan
+        try:
+            fleet._all("start", lambda client: _start(plan, client, deadline.remaining()))
+            stages.stage = "push"
+            if named_tensors is not None:
+                push_all(fleet.clients, plan, named_tensors, deadline)
+            source = path if named_tensors is None else options.path
+            if source is not None:
+                fleet._all("push", lambda client: _read(plan, source, client, deadline.no_limit()))
+        except BaseException as failure:
+            self._abort_quietly(plan.update_id)
+            reason = stages.failed_before_finish(failure)
+            if reason is failure:
+                raise
+            raise reason from failure
+        replicas = fleet._rotation.replicas
+        try:
+            outcomes = _each(replicas, lambda client: _finish(plan, client, deadline.no_limit()))
+            settled: dict[str, Any] = {}
+            if any(isinstance(outcome, BebopError) for outcome in outcomes.values()):
+                self._abort_quietly(plan.update_id)
+                settled = _each(replicas, lambda client: client.weights.info(timeout=_SETTLE_SECONDS))
+        except BaseException:
+            self._abort_quietly(plan.update_id)
+            for replica in replicas:
+                fleet._rotation.suspend(replica)  # nobody waited for what they answer
+            raise
+        return stages.after_finish(outcomes, settled, deadline)
+
+    def _abort_quietly(self, update_id: str) -> None:
+        _each(self._fleet._rotation.replicas, lambda client: client.weights._abort_quietly(update_id))
+
+
+class AsyncFleet(_FleetBase):
+    """Fleet for asyncio: the methods of AsyncClient."""
+
+    _kind = AsyncClient
+
+    async def __aenter__(self) -> AsyncFleet:
+        return self
+
+    async def __aexit__(self, *exc) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """As Fleet.close."""
+        for client in self.clients:
+            await client.close()
+
+    @property
+    def weights(self) -> AsyncFleetWeights:
+        return AsyncFleetWeights(self)
+
+    # ---- one replica ----
+
+    async def _pick(self, affinity: str | None, tried: Iterable[_Replica]) -> _Replica | None:
+        due, ready = self._rotation.due()
+        if due:
+            answers = await _each_async(due + ready, lambda client: _version_async(client, _PROBE_SECONDS))
+            found = {replica: answers[replica.address] for replica in due + ready if not isinstance(answers[replica.address], BebopError)}
+            self._rotation.judge({replica: found[replica] for replica in due if replica in found},
+                                 [found[replica] for replica in ready if replica in found])
+        return self._rotation.pick(affinity, tried)
+
+    async def _route(self, send: Callable[[AsyncClient, float | None], Awaitable[Any]], samples: int, affinity: str | None,
+                     timeout: float | None) -> Any:
+        deadline = Deadline(self._timeout if timeout is None else timeout)
+        tried: list[_Replica] = []
+        error: BebopError | None = None
+        attempt = 0
+        while True:
+            replica = await self._pick(affinity, tried)
+            if replica is None:
+                attempt += 1
+                await asyncio.sleep(self._give_up_or_wait(error, attempt, deadline))
+                tried = []
+                continue
+            try:
+                with self._rotation.using(replica, samples):
+                    return await send(replica.client, deadline.remaining())
+            except BebopError as failure:
+                if not self._rotation.failed(replica, failure):
+                    raise
+                error = failure
+                tried = self._rotation.replicas if affinity is not None and failure.code == "RESOURCE_EXHAUSTED" else [*tried, replica]
+
+    async def generate(self, prompt_token_ids: requests.TokenIds, *, n: int = 1, affinity: str | None = None, timeout: float | None = None,
+                       **params: Any) -> GroupResult:
+        """As Fleet.generate."""
+        return await self._generate(requests.generate_request(prompt_token_ids, n=n, **params), affinity, timeout)
+
+    async def resume_samples(self, partial: GroupResult | Iterable[SampleResult], prompt_token_ids: requests.TokenIds | None = None, *,
+                             affinity: str | None = None, timeout: float | None = None, **params: Any) -> GroupResult:
+        """As Fleet.resume_samples."""
+        request, ended = requests.resumed_request(partial, prompt_token_ids, params)
+        if not request.resume:
+            return partial if isinstance(partial, GroupResult) else GroupResult("", tuple(ended))
+        return await self._generate(request, affinity, timeout, ended)
+
+    async def _generate(self, request: rollout_pb2.GenerateRequest, affinity: str | None, timeout: float | None,
+                        ended: Iterable[SampleResult] = ()) -> GroupResult:
+        async def send(client: AsyncClient, remaining: float | None):
+            return await client._call(client._rollout.Generate, request, remaining, retry=None)
+
+        return GroupResult.from_proto(await self._route(send, request.num_samples, affinity, timeout), request, ended)
+
+    async def generate_stream(self, prompt_token_ids: requests.TokenIds, *, n: int = 1, affinity: str | None = None,
+                              timeout: float | None = None, **params: Any) -> AsyncIterator[Event]:
+        """As Fleet.generate_stream."""
+        params.setdefault("request_id", uuid.uuid4().hex)
+
+        async def begin(client: AsyncClient, remaining: float | None):
+            stream = client.generate_stream(prompt_token_ids, n=n, timeout=remaining, **params)
+            try:
+                return client, stream, await stream.__anext__()
+            except StopAsyncIteration:
+                return client, stream, None
+
+        client, stream, first = await self._route(begin, n, affinity, timeout)
+        replica = next(replica for replica in self._rotation.replicas if replica.client is client)
+        with self._rotation.using(replica, n):
+            try:
+                if first is not None:
+                    yield first
+                    async for event in stream:
+                        yield event
+            finally:
+                await stream.aclose()
+
+    async def score(self, sequences: Sequence[requests.TokenIds], *, affinity: str | None = None, timeout: float | None = None,
+                    **params: Any) -> list[SequenceScore]:
+        """As Fleet.score."""
+        request = requests.score_request(sequences, **params)
+
+        async def send(client: AsyncClient, remaining: float | None):
+            return await client._call(client._rollout.Score, request, remaining, retry=None)
+
+        return [SequenceScore.from_proto(score) for score in (await self._route(send, len(request.sequences), affinity, timeout)).scores]
+
+    async def tokenize(self, text: str, *, parse_special: bool = False, timeout: float | None = None) -> list[int]:
+        return await self._route(lambda client, remaining: client._once().tokenize(text, parse_special=parse_special, timeout=remaining), 0, None, timeout)
+
+    async def detokenize(self, token_ids: requests.TokenIds, *, skip_special: bool = False, timeout: float | None = None) -> str:
+        return await self._route(lambda client, remaining: client._once().detokenize(token_ids, skip_special=skip_special, timeout=remaining), 0, None,
+                                 timeout)
+
+    async def model_info(self, *, timeout: float | None = None):
+        return await self._route(lambda client, remaining: client._once().model_info(timeout=remaining), 0, None, timeout)
+
+    # ---- every replica ----
+
+    async def _all(self, what: str, call: Callable[[AsyncClient], Awaitable[Any]]) -> dict[str, Any]:
+        return self._results(what, await _each_async(self._rotation.replicas, call))
+
+    async def abort(self, request_ids: str | Sequence[str], *, timeout: float | None = None) -> list[str]:
+        """As Fleet.abort."""
+        answers = await self._all("abort", lambda client: client.abort(request_ids, timeout=timeout))
+        return sorted({request_id for ids in answers.values() for request_id in ids})
+
+    async def pause(self, mode: str = "keep", *, clear_cache: bool = False, timeout: float | None = None) -> dict[str, ControlState]:
+        return await self._all("pause", lambda client: client.pause(mode, clear_cache=clear_cache, timeout=timeout))
+
+    async def resume(self, *, timeout: float | None = None) -> dict[str, ControlState]:
+        return await self._all("resume", lambda client: client.resume(timeout=timeout))
+
+    async def sleep(self, tags: str | Iterable[str] = (), *, timeout: float | None = None) -> dict[str, ControlState]:
+        tags = [tags] if isinstance(tags, str) else list(tags)
+        return await self._all("sleep", lambda client: client.sleep(tags, timeout=timeout))
+
+    async def wake_up(self, tags: str | Iterable[str] = (), *, timeout: float | None = None) -> dict[str, ControlState]:
+        tags = [tags] if isinstance(tags, str) else list(tags)
+        return await self._all("wake_up", lambda client: client.wake_up(tags, timeout=timeout))
+
+    async def flush_cache(self, *, timeout: float | None = None) -> dict[str, ControlState]:
+        return await self._all("flush_cache", lambda client: client.flush_cache(timeout=timeout))
+
+    async def drain(self, deadline: float | None = None, *, timeout: float | None = None) -> dict[str, ControlState]:
+        return await self._all("drain", lambda client: client.drain(deadline, timeout=timeout))
+
+    async def set_speculation(self, speculation: Mapping[str, Any] | str | None = None, *, num_draft_tokens: int | None = None,
+                              timeout: float | None = None) -> dict[str, ControlState]:
+        return await self._all("set_speculation",
+                               lambda client: client.set_speculation(speculation, num_draft_tokens=num_draft_tokens, timeout=timeout))
+
+    async def server_info(self, *, timeout: float | None = None) -> dict[str, Any]:
+        return await self._all("server_info", lambda client: client.server_info(timeout=timeout))
+
+    async def loads(self, *, timeout: float | None = None) -> dict[str, Any]:
+        return await self._all("loads", lambda client: client.loads(timeout=timeout))
+
+    async def health(self, service: str = "", *, timeout: float | None = 5.0) -> dict[str, str]:
+        """As Fleet.health."""
+        answers = await _each_async(self._rotation.replicas, lambda client: client.health(service, timeout=timeout))
+        return {address: answer.code if isinstance(answer, BebopError) else answer for address, answer in answers.items()}
+
+    async def wait_until_serving(self, timeout: float = 300.0) -> None:
+        """As Fleet.wait_until_serving."""
+        await self._all("wait_until_serving", lambda client: client.wait_until_serving(timeout))
+
+
+async def _version_async(client: AsyncClient, timeout: float) -> tuple:
+    if client._admin is None:
+        return ((await client._once().server_info(timeout=timeout)).weight_step,)
+    return (await client._once().weights.info(timeout=timeout)).version
+
+
+async def _each_async(replicas: Sequence[_Replica], call: Callable[[AsyncClient], Awaitable[Any]]) -> dict[str, Any]:
+    async def one(replica: _Replica) -> Any:
+        try:
+            return await call(replica.client)
+        except BebopError as error:
+            return error
+
+    return dict(zip([replica.address for replica in replicas], await asyncio.gather(*map(one, replicas))))
+
+
+class AsyncFleetWeights:
+    """`fleet.weights` for asyncio: the methods of FleetWeights as coroutines."""
+
+    def __init__(self, fleet: AsyncFleet):
+        self._fleet = fleet
+
+    async def info(self, *, tensors: bool = False, timeout: float | None = None) -> dict[str, WeightInfo]:
+        return await self._fleet._all("weights.info", lambda client: client.weights.info(tensors=tensors, timeout=timeout))
+
+    async def check(self, *, timeout: float | None = None) -> dict[str, WeightCheck]:
+        return await self._fleet._all("weights.check", lambda client: client.weights.check(timeout=timeout))
+
+    async def abort(self, update_id: str = "", *, timeout: float | None = None) -> dict[str, str]:
+        return await self._fleet._all("weights.abort", lambda client: client.weights.abort(update_id, timeout=timeout))
+
+    async def update(self, named_tensors: Any, step: int, **options: Any) -> dict[str, UpdateResult]:
+        """As FleetWeights.update; tensors are produced in the loop's thread, as AsyncWeights.update has it."""
+        return await self._run(UpdateOptions(step, **options), named_tensors)
+
+    async def update_from_path(self, path: str, step: int, **options: Any) -> dict[str, UpdateResult]:
+        """As FleetWeights.update_from_path."""
+        return await self._run(path_options(path, step, options), None, path)
+
+    async def _run(self, options: UpdateOptions, named_tensors: Any, path: str | None = None) -> dict[str, UpdateResult]:
+        fleet, deadline = self._fleet, Deadline(options.timeout)
+        stages = _UpdateStages(fleet._rotation, options, await self.info(tensors=True, timeout=deadline.remaining()), named_tensors)
+        plan = stages.plan
+        try:
+            await fleet._all("start", lambda client: _start(plan, client, deadline.remaining()))
+            stages.stage = "push"
+            if named_tensors is not None:
+                with contextlib.ExitStack() as twins:
+                    blocking = [twins.enter_context(client._blocking_twin()) for client in fleet.clients]
+                    await push_all_async(blocking, plan, named_tensors, deadline)
+            source = path if named_tensors is None else options.path
+            if source is not None:
+                await fleet._all("push", lambda client: _read(plan, source, client, deadline.no_limit()))
+        except BaseException as failure:
+            await asyncio.shield(self._abort_quietly(plan.update_id))
+            reason = stages.failed_before_finish(failure)
+            if reason is failure:
+                raise
+            raise reason from failure
+        replicas = fleet._rotation.replicas
+        try:
+            outcomes = await _each_async(replicas, lambda client: _finish(plan, client, deadline.no_limit()))
+            settled: dict[str, Any] = {}
+            if any(isinstance(outcome, BebopError) for outcome in outcomes.values()):
+                await self._abort_quietly(plan.update_id)
+                settled = await _each_async(replicas, lambda client: client.weights.info(timeout=_SETTLE_SECONDS))
+        except BaseException:
+            await asyncio.shield(self._abort_quietly(plan.update_id))
+            for replica in replicas:
+                fleet._rotation.suspend(replica)  # nobody waited for what they answer
+            raise
+        return stages.after_finish(outcomes, settled, deadline)
+
+    async def _abort_quietly(self, update_id: str) -> None:
+        await _each_async(self._fleet._rotation.replicas, lambda client: client.weights._abort_quietly(update_id))
