@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bebop.adapters.cut_short import refuse_non_finite
+from bebop.adapters.common import loaded_step, refuse_non_finite
 from bebop.results import GroupResult
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class WeightSteps:
     def step(self, client: Client, count: int) -> int:
         """The server's step for version `count` >= 1 of this run. Asks the server once."""
         if self._loaded is None:
-            self._loaded = client.weights.info().target_step
+            self._loaded = loaded_step(client.weights.info())
         return self._loaded + count
 
     def count(self, step: int) -> int:

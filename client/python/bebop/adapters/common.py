@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the adapters make of samples that did not end by themselves."""
+"""What the adapters have in common."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from bebop.results import SampleResult
 
@@ -12,5 +15,11 @@ CUT_SHORT = frozenset({"ABORTED", "TIME_BUDGET", "SUPERSEDED", "WEIGHT_POLICY", 
 def refuse_non_finite(sample: SampleResult, request_id: str) -> None:
     """A policy that produces NaN will do so again: training on what came before it hides the failure."""
     if sample.finish.reason == "NON_FINITE":
+        step = sample.weight_spans[-1].step if sample.weight_spans else "unknown"
         raise FloatingPointError(f"request {request_id}, sample {sample.sample_index}: the model produced a value that is not finite after "
-                                 f"{len(sample.token_ids)} tokens, under weight step {sample.weight_spans[-1].step if sample.weight_spans else 'unknown'}")
+                                 f"{len(sample.token_ids)} tokens, under weight step {step}")
+
+
+def loaded_step(info: Any) -> int:
+    """The highest target step of what weights.info() of a client or a fleet returned."""
+    return max(one.target_step for one in info.values()) if isinstance(info, Mapping) else info.target_step
