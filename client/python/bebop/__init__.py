@@ -8,7 +8,8 @@
         for sample in group.samples:
             print(sample.token_ids, sample.logprobs, sample.finish.reason)
 
-`AsyncClient` has the same methods as coroutines. Every failure is a `BebopError`. Token ids and per-token values are numpy arrays.
+`client.weights.update(model.state_dict(), step=1)` brings new weights while it generates. `AsyncClient` has the same methods as
+coroutines, `Fleet` and `AsyncFleet` are several replicas as one. Every failure is a `BebopError`.
 """
 
 from bebop.aio import AsyncClient
@@ -20,6 +21,7 @@ from bebop.errors import (AbortedError, AlreadyExistsError, BebopError, Cancelle
 from bebop.fleet import AsyncFleet, Fleet, FleetError, FleetUpdateError
 from bebop.results import (Admitted, DraftScore, Finish, GroupResult, SampleResult, SequenceScore, SpecStats, Timing, TokenChunk, Usage,
                            WeightSpan)
+from bebop.transport import RetryPolicy, Tls
 from bebop.weights import OpenUpdate, TensorSpec, UpdateResult, WeightCheck, WeightInfo
 
 __version__ = "0.1.0"
@@ -29,6 +31,6 @@ __all__ = [
     "DataLossError", "DeadlineExceededError", "DraftScore", "FailedPreconditionError", "Finish", "Fleet", "FleetError", "FleetUpdateError",
     "GroupResult",
     "InternalError", "InvalidArgumentError", "NotFoundError", "OpenUpdate", "PermissionDeniedError", "ResourceExhaustedError",
-    "SampleResult", "SequenceScore", "SpecStats", "Speculation", "TensorSpec", "Timing", "TokenChunk", "UnauthenticatedError",
+    "RetryPolicy", "SampleResult", "SequenceScore", "SpecStats", "Speculation", "TensorSpec", "Timing", "Tls", "TokenChunk", "UnauthenticatedError",
     "UnavailableError", "UnimplementedError", "UpdateResult", "Usage", "WeightCheck", "WeightInfo", "WeightSpan",
 ]

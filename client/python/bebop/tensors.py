@@ -12,6 +12,8 @@ import numpy as np
 
 # Elements cast at a time, so that casting a large tensor needs little memory and overlaps with sending.
 _BLOCK = 1 << 20
+# Elements whose intermediate values stay in a core's cache.
+_CACHED = 1 << 16
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _PREFIXES = ("module.", "model.", "language_model.")
 ELEMENT_BYTES = {"BF16": 2, "F32": 4}
@@ -120,14 +122,23 @@ class WireTensor:
 
 
 def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Bits (uint16) of the nearest bfloat16 numbers, ties to even. Values beyond the largest become infinite; NaN stays NaN."""
-    with np.errstate(over="ignore"):
-        bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
-    rounded = bits + (0x7FFF + ((bits >> 16) & 1))
-    nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    if nan.any():  # the addition would carry a NaN's bits into zero or infinity
-        rounded = np.where(nan, bits | 0x00400000, rounded)
-    return (rounded >> 16).astype("<u2")
+    """Bits (uint16, the shape of `values`) of the nearest bfloat16 numbers, ties to even. Values beyond the largest become infinite; NaN stays NaN."""
+    out = np.empty(values.shape, "<u2")
+    flat, rounded = values.reshape(-1), out.reshape(-1)
+    for begin in range(0, flat.size, _CACHED):
+        with np.errstate(over="ignore", invalid="ignore"):
+            block = flat[begin:begin + _CACHED].astype("<f4", copy=False)
+        bits = block.view("<u4")
+        sums = bits >> 16
+        sums &= 1
+        sums += 0x7FFF
+        sums += bits
+        nan = np.isnan(block)
+        if nan.any():  # the additions may have carried their bits into zero or infinity
+            sums[nan] = bits[nan] | 0x00400000
+        sums >>= 16
+        rounded[begin:begin + _CACHED] = sums
+    return out
 
 
 class ComponentDigest:
