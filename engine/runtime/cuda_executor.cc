@@ -389,9 +389,8 @@ absl::Status CudaExecutor::SetWeights(const ModelWeights* weights, int64_t epoch
 absl::Status CudaExecutor::Quiesce() {
   BEBOP_RETURN_IF_ERROR(Settle());
   BEBOP_CUDA_TRY(stream_, cudaStreamSynchronize(stream_.handle()));  // copies of pages come after the last pass
-  // Whoever comes next moves in anew. Nothing else keeps addresses of caches or weights: passes look them up, and the plans of products
-  // depend on shapes alone.
-  std::fill(slots_.begin(), slots_.end(), Slot{});
+  // Nothing else keeps addresses of caches or weights: passes look them up, and the plans of products depend on shapes alone. Whoever
+  // comes next has a residency of its own, which brings its page table along and leaves all records behind.
   graphs_.Clear();
   return memory_->status();
 }

@@ -75,7 +75,13 @@ void IterationGraphs::DropOldest() {
 }
 
 cudaGraphExec_t IterationGraphs::Capture(absl::FunctionRef<void()> enqueue) {
-  if (num_held() == max_graphs_) stale_.empty() ? DropOldest() : DropStale();
+  if (num_held() == max_graphs_) {
+    if (stale_.empty()) {
+      DropOldest();
+    } else {
+      DropStale();
+    }
+  }
   // Thread local: other threads, such as one that loads weights, may go on allocating.
   BEBOP_CUDA_TRY(stream_, cudaStreamBeginCapture(stream_.handle(), cudaStreamCaptureModeThreadLocal));
   enqueue();

@@ -75,6 +75,67 @@ TEST_F(IterationGraphsTest, EachRunDoesTheWork) {
   }
 }
 
+// Once addresses have changed, nothing that was captured before runs again: each key starts over, and the old graphs go one by one.
+TEST_F(IterationGraphsTest, InvalidatedGraphsNeverRunAgain) {
+  DeviceArray<uint32_t> counter(std::vector<uint32_t>{0});
+  const DeviceArray<uint32_t> old_words(std::vector<uint32_t>{7}), new_words(std::vector<uint32_t>{9});
+  const DeviceArray<ScatterWrite> writes(std::vector<ScatterWrite>{{counter.data(), 0, 1}});
+  const uint32_t* words = old_words.data();
+  IterationGraphs graphs(true, &stream(), 3);
+  int enqueued = 0;
+  const auto run = [&](int32_t bucket) {
+    counter.Upload({0});
+    graphs.Run({.bucket = bucket}, [&] {
+      ++enqueued;
+      cuda::Scatter({.num_writes = 1, .writes = writes.data(), .words = words}, stream());
+    });
+    EXPECT_LE(graphs.num_held(), 3);
+    return counter.Download().front();
+  };
+  for (const bool all_at_once : {false, true}) {
+    words = old_words.data();
+    graphs.Clear();
+    for (const int32_t bucket : {1, 1, 2, 2, 3, 3}) EXPECT_EQ(run(bucket), 7u);
+    EXPECT_EQ(graphs.num_graphs(), 3);
+    words = new_words.data();
+    if (all_at_once) graphs.Clear();
+    if (!all_at_once) graphs.Invalidate();
+    EXPECT_EQ(graphs.num_graphs(), 0);
+    EXPECT_EQ(graphs.num_held(), all_at_once ? 0 : 3);
+    enqueued = 0;
+    EXPECT_EQ(run(1), 9u);  // kernel by kernel
+    EXPECT_EQ(graphs.num_held(), all_at_once ? 0 : 2);
+    EXPECT_EQ(run(1), 9u);  // captured
+    EXPECT_EQ(graphs.num_graphs(), 1);
+    EXPECT_EQ(run(1), 9u);
+    EXPECT_EQ(enqueued, 2);
+    EXPECT_EQ(graphs.num_held(), 1);
+  }
+}
+
+// Stale graphs count: new ones take their places, never more.
+TEST_F(IterationGraphsTest, StaleGraphsGiveWayFirst) {
+  DeviceArray<uint32_t> counter(std::vector<uint32_t>{0});
+  const DeviceArray<uint32_t> words(std::vector<uint32_t>{7});
+  const DeviceArray<ScatterWrite> writes(std::vector<ScatterWrite>{{counter.data(), 0, 1}});
+  IterationGraphs graphs(true, &stream(), 2);
+  const auto run = [&](int32_t bucket) {
+    graphs.Run({.bucket = bucket},
+               [&] { cuda::Scatter({.num_writes = 1, .writes = writes.data(), .words = words.data()}, stream()); });
+  };
+  run(5);  // has run once when the others become stale: still, it starts over
+  for (const int32_t bucket : {1, 1, 2, 2}) run(bucket);
+  graphs.Invalidate();
+  graphs.Invalidate();
+  EXPECT_EQ(graphs.num_held(), 2);
+  run(5);
+  EXPECT_EQ(graphs.num_graphs(), 0);
+  run(5);
+  EXPECT_EQ(graphs.num_graphs(), 1);
+  EXPECT_EQ(graphs.num_held(), 1);
+  EXPECT_TRUE(stream().ok()) << stream().error();
+}
+
 // At most so many graphs: the one that ran longest ago gives way, and comes back when its key has come twice again.
 TEST_F(IterationGraphsTest, TheOldestGivesWay) {
   DeviceArray<uint32_t> counter(std::vector<uint32_t>{0});
