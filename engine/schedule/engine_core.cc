@@ -86,7 +86,7 @@ struct EngineCore::Impl {
   void EndScore(ScoreWork* score, const absl::Status& status, ScoreResult score_result, int64_t* counter);
   bool Expire(absl::Time now);
   void DeliverProgress(absl::Time now);
-  bool IsHeld(const LiveGroup& live) const;
+  bool WaitsForStep(const LiveGroup& live) const;
   absl::Status ExecuteDrops();
   bool SpreadsTooFar(const Group& group, const Sequence& sample) const;
   void EndEarly(LiveGroup* live, const std::vector<Sequence*>& samples, FinishReason finish);
@@ -270,7 +270,7 @@ absl::Status EngineCore::Submit(GenerateRequest request, std::shared_ptr<Generat
     GenerateObserver* const listener = observer.get();
     impl.ledger.Attach(entry, std::move(observer));
     Impl::LiveGroup* const live = impl.FindLive(request.request_id);
-    if (live == nullptr || !live->group->request.stream_tokens) return absl::OkStatus();
+    if (live == nullptr || !live->group->request.stream_tokens || !live->group->admitted) return absl::OkStatus();
     for (const Sequence& sample : live->group->samples) {
       if (sample.state != Sequence::State::kEnded && sample.num_output() > 0) listener->OnTokens(sample.result, 0);
     }
@@ -484,7 +484,7 @@ absl::StatusOr<bool> EngineCore::Step() {
     impl.scheduler.PlanNothing(&impl.plan);
     impl.admitted.clear();
   } else {
-    for (auto& [arrival, live] : impl.groups) live.group->paused = impl.IsHeld(live);
+    for (auto& [arrival, live] : impl.groups) live.group->paused = impl.WaitsForStep(live) || !impl.ledger.HasRoom(live.entry);
     impl.scheduler.Plan(&impl.plan, &impl.admitted);
   }
   const absl::Time planned_at = impl.clock->Now();
@@ -542,8 +542,9 @@ absl::Time EngineCore::NextDeadline() const {
 
 // ---- Weights ----
 
-bool EngineCore::Impl::IsHeld(const LiveGroup& live) const {
-  return live.group->request.weights.min_step > epochs.current_name().target_step || !ledger.HasRoom(live.entry);
+// Also of a group that ran, once the step was set back. Nothing may wait for its end, or the commit that it waits for might.
+bool EngineCore::Impl::WaitsForStep(const LiveGroup& live) const {
+  return live.group->request.weights.min_step > epochs.current_name().target_step;
 }
 
 // Makes the executor forget what was dropped, now.
@@ -661,7 +662,7 @@ void EngineCore::HoldForCommit(bool hold) {
 
 bool EngineCore::CommitMustWait() const {
   for (const auto& [arrival, live] : impl_->groups) {
-    if (live.group->request.weights.on_update != OnUpdate::kAsTheUpdateSays) continue;
+    if (live.group->request.weights.on_update != OnUpdate::kAsTheUpdateSays || impl_->WaitsForStep(live)) continue;
     for (const Sequence& sample : live.group->samples) {
       if (sample.state != Sequence::State::kEnded && sample.has_begun()) return true;
     }
@@ -706,9 +707,9 @@ void EngineCore::HoldForPause() {
 }
 
 bool EngineCore::RequestsRun() const {
-  const auto runs = [](const Work& work) { return work.admitted; };
-  return std::any_of(impl_->groups.begin(), impl_->groups.end(), [&](const auto& entry) { return runs(*entry.second.group); }) ||
-         std::any_of(impl_->scores.begin(), impl_->scores.end(), [&](const auto& entry) { return runs(*entry.second); });
+  return std::any_of(impl_->groups.begin(), impl_->groups.end(),
+                     [this](const auto& entry) { return entry.second.group->admitted && !impl_->WaitsForStep(entry.second); }) ||
+         std::any_of(impl_->scores.begin(), impl_->scores.end(), [](const auto& entry) { return entry.second->admitted; });
 }
 
 absl::Status EngineCore::FlushCache() {

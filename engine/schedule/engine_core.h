@@ -68,7 +68,8 @@ class EngineCore {
   EngineCore& operator=(const EngineCore&) = delete;
 
   // Queues a group, or attaches to the running or retained one with the same id and body hash; then the observer is told at once what
-  // it missed: OnAdmitted, ended samples, with stream_tokens the tokens so far (OnTokens from 0), and OnDone if it has ended.
+  // it missed: OnAdmitted, ended samples, with stream_tokens the tokens so far (OnTokens from 0, with those that were resumed, unless it has yet to
+  // be admitted), and OnDone if it has ended.
   // Errors (no observer method is called):
   //   INVALID_ARGUMENT    empty id or prompt, token id >= vocab_size, a field out of range, prompt + max_new_tokens > max_model_len;
   //   ALREADY_EXISTS      id in use with another body hash;

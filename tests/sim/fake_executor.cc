@@ -124,11 +124,12 @@ bool FakeExecutor::CheckResidency(const SequencePlan& plan) {
   } else if (!residencies_.insert(plan.residency).second) {
     return Fail(absl::StrCat("residency ", plan.residency, " of slot ", plan.slot, " is not new"));
   }
-  stay = {.residency = plan.residency,
-          .request = plan.request,
-          .sample_index = plan.sample_index,
-          .num_computed = plan.num_computed,
-          .pages = {plan.pages.begin(), plan.pages.end()}};
+  if (plan.residency != stay.residency) stay.first_epoch = stay.ahead_epoch = -1;
+  stay.residency = plan.residency;
+  stay.request = plan.request;
+  stay.sample_index = plan.sample_index;
+  stay.num_computed = plan.num_computed;
+  stay.pages.assign(plan.pages.begin(), plan.pages.end());
   return true;
 }
 
@@ -145,8 +146,10 @@ bool FakeExecutor::CheckLookahead(const SequencePlan& plan) {
 }
 
 // Attention reads positions [0, num_tokens): each must hold the prefix that its predecessors say.
-bool FakeExecutor::ReadPrefix(std::span<const int32_t> pages, int32_t num_tokens, bool mtp, uint64_t* prefix) {
+bool FakeExecutor::ReadPrefix(std::span<const int32_t> pages, int32_t num_tokens, bool mtp, int64_t earliest, int64_t epoch, uint64_t* prefix,
+                              bool* mixed) {
   *prefix = kEmptyPrefix;
+  *mixed = false;
   for (int32_t position = 0; position < num_tokens; ++position) {
     const Entry& entry = *At(&target_, pages, position);
     *prefix = Extend(*prefix, entry.token);
@@ -154,11 +157,16 @@ bool FakeExecutor::ReadPrefix(std::span<const int32_t> pages, int32_t num_tokens
       return Fail(absl::StrCat("KV of position ", position, " is another's or stale (page ", pages[position / options_.page_tokens],
                                " holds position ", entry.position, ")"));
     }
+    if (entry.epoch < earliest || entry.epoch > epoch) {
+      return Fail(absl::StrCat("KV of position ", position, " is of epoch ", entry.epoch, ", not of ", earliest, " to ", epoch));
+    }
+    *mixed = *mixed || entry.epoch != epoch;
     if (!mtp || position == 0) continue;
     const Entry& draft = *At(&mtp_, pages, position);
     if (draft.position != position || draft.prefix != *prefix || !draft.certain) {
       return Fail(absl::StrCat("MTP entry of position ", position, " is another's, stale or a draft's"));
     }
+    if (draft.epoch < earliest || draft.epoch > epoch) return Fail(absl::StrCat("MTP entry of position ", position, " is of epoch ", draft.epoch));
   }
   return true;
 }
@@ -196,7 +204,13 @@ bool FakeExecutor::RunSequence(const SequencePlan& plan, SequenceOutcome* out) {
     ++state.num_tokens;
   }
   uint64_t prefix = 0;
-  if (!ReadPrefix(plan.pages, first, plan.keep_mtp, &prefix)) return false;
+  const int64_t epoch = EpochOf(plan);
+  Stay& stay = stays_[plan.slot];
+  if (stay.first_epoch < 0) stay.first_epoch = epoch;
+  stay.ahead_epoch = weight_epoch_;
+  out->weight_epoch = epoch;
+  bool mixed = false;
+  if (!ReadPrefix(plan.pages, first, plan.keep_mtp, stay.first_epoch, epoch, &prefix, &mixed)) return false;
   if (state.num_tokens != first || state.prefix != prefix) {
     return Fail(absl::StrCat("state slot ", plan.state_src, " is at ", state.num_tokens, " tokens, the sequence at ", first,
                              state.num_tokens == first ? " with another prefix" : ""));
@@ -224,7 +238,8 @@ bool FakeExecutor::RunSequence(const SequencePlan& plan, SequenceOutcome* out) {
     running = Extend(running, rows[i]);
     prefix_after[i] = running;
     const int32_t position = first + static_cast<int32_t>(i);
-    *At(&target_, plan.pages, position) = Entry{.prefix = running, .token = rows[i], .position = position, .certain = true};
+    *At(&target_, plan.pages, position) =
+        Entry{.prefix = running, .token = rows[i], .position = position, .certain = true, .epoch = epoch};
   }
   State& written = states_[plan.state_dst];
   written = State{.prefix = prefix_after[known - 1], .num_tokens = first + known, .window = {}};
@@ -253,6 +268,11 @@ bool FakeExecutor::RunSequence(const SequencePlan& plan, SequenceOutcome* out) {
       const uint32_t* const draft = i < plan.num_drafts ? &rows[known + i] : nullptr;
       const Emission one = Emit(place, draft, i + 1, plan.num_drafts > 0);
       const int32_t n = out->num_emitted++;
+      std::vector<Drawn>& drawn = drawn_[{request.request_id, static_cast<int32_t>(plan.sample_index)}];
+      const size_t at = static_cast<size_t>(plan.num_output + n);
+      if (drawn.size() <= at) drawn.resize(at + 1);
+      if (drawn[at].epoch >= 0) return Fail("a token is drawn twice");
+      drawn[at] = {epoch, mixed};
       out->tokens[n] = one.token;
       out->source[n] = one.source;
       out->logprob[n] = place.Value(0);
@@ -288,7 +308,9 @@ bool FakeExecutor::RunSequence(const SequencePlan& plan, SequenceOutcome* out) {
     if (position == last_position && !has_last) break;
     const uint32_t token = position < last_position ? rows[position - first] : last_token;
     running = Extend(running, token);
-    if (position > first) *At(&mtp_, plan.pages, position) = Entry{.prefix = running, .token = token, .position = position, .certain = true};
+    if (position > first) {
+      *At(&mtp_, plan.pages, position) = Entry{.prefix = running, .token = token, .position = position, .certain = true, .epoch = epoch};
+    }
   }
   drafts = Drafts{.request = plan.request, .sample_index = plan.sample_index, .base = last_position, .tokens = {}};
   if (!has_last) return true;
@@ -296,7 +318,7 @@ bool FakeExecutor::RunSequence(const SequencePlan& plan, SequenceOutcome* out) {
   for (int32_t i = 0; i < made; ++i) {
     if (i > 0) {
       *At(&mtp_, plan.pages, last_position + i) =
-          Entry{.prefix = running, .token = drafts.tokens.back(), .position = last_position + i, .certain = false};
+          Entry{.prefix = running, .token = drafts.tokens.back(), .position = last_position + i, .certain = false, .epoch = epoch};
     }
     const uint32_t token = place_at(last_position + 1 + i, running).Token(Purpose::kDraft);
     drafts.tokens.push_back(token);
@@ -316,20 +338,22 @@ bool FakeExecutor::RunScore(const ScorePlan& plan, StepResult* result) {
   if (plan.draft_phase && (score_rows_[plan.handle] != num_rows || request.draft_depth == 0)) return Fail("draft phase too early");
   if ((plan.state_src < 0) != plan.first) return Fail("a score's state source is wrong");
   uint64_t prefix = 0;
+  bool mixed = false;
   if (plan.draft_phase) {
-    if (!ReadPrefix(plan.pages, num_rows, false, &prefix)) return false;
+    if (!ReadPrefix(plan.pages, num_rows, false, weight_epoch_, weight_epoch_, &prefix, &mixed)) return false;
     for (int32_t base = plan.begin; base < plan.end; ++base) {
-      *At(&mtp_, plan.pages, base + 1) = Entry{.prefix = prefix, .token = 0, .position = base + 1, .certain = true};
+      *At(&mtp_, plan.pages, base + 1) = Entry{.prefix = prefix, .token = 0, .position = base + 1, .certain = true, .epoch = weight_epoch_};
     }
   } else {
-    if (!ReadPrefix(plan.pages, plan.begin, false, &prefix)) return false;
+    if (!ReadPrefix(plan.pages, plan.begin, false, weight_epoch_, weight_epoch_, &prefix, &mixed)) return false;
     if (!plan.first && (states_[plan.state_src].num_tokens != plan.begin || states_[plan.state_src].prefix != prefix)) {
       return Fail("a score's state is another's");
     }
     for (int32_t position = plan.begin; position < plan.end; ++position) {
       const uint32_t token = request.token_ids[position];
       prefix = Extend(prefix, token);
-      *At(&target_, plan.pages, position) = Entry{.prefix = prefix, .token = token, .position = position, .certain = true};
+      *At(&target_, plan.pages, position) =
+          Entry{.prefix = prefix, .token = token, .position = position, .certain = true, .epoch = weight_epoch_};
     }
     states_[plan.state_dst] = State{.prefix = prefix, .num_tokens = plan.end, .window = {}};
   }
@@ -346,6 +370,29 @@ bool FakeExecutor::RunScore(const ScorePlan& plan, StepResult* result) {
     score_bases_.erase(plan.handle);
   }
   return true;
+}
+
+// A decode that ran ahead was enqueued when the pass before it had ended, with the weights of that time.
+int64_t FakeExecutor::EpochOf(const SequencePlan& plan) const {
+  const Stay& stay = stays_[plan.slot];
+  const bool decode = plan.sample && plan.num_output > 0 && plan.known_tokens.size() == 1;
+  const bool ahead = runs_ahead_ && decode && stay.ahead_epoch >= 0 && Mix(plan.residency, plan.num_computed) % 4 != 0;
+  return ahead ? stay.ahead_epoch : weight_epoch_;
+}
+
+absl::Status FakeExecutor::SetWeights(const ModelWeights*, int64_t epoch) {
+  if (epoch <= weight_epoch_) Fail(absl::StrCat("epoch ", epoch, " after ", weight_epoch_));
+  if (!score_rows_.empty()) Fail("weights change under a score");
+  weight_epoch_ = epoch;
+  return absl::OkStatus();
+}
+
+absl::Status FakeExecutor::Quiesce() {
+  std::fill(target_.begin(), target_.end(), Entry());
+  std::fill(mtp_.begin(), mtp_.end(), Entry());
+  std::fill(states_.begin(), states_.end(), State());
+  std::fill(drafts_.begin(), drafts_.end(), Drafts());
+  return absl::OkStatus();
 }
 
 absl::Status FakeExecutor::Execute(const StepPlan& plan, StepResult* result) {
@@ -378,7 +425,6 @@ absl::Status FakeExecutor::Execute(const StepPlan& plan, StepResult* result) {
   }
   for (size_t i = 0; i < plan.sequences.size(); ++i) {
     if (!RunSequence(plan.sequences[i], &result->sequences[i])) return violated();
-    result->sequences[i].weight_epoch = weight_epoch_;
   }
   return absl::OkStatus();
 }

@@ -29,16 +29,27 @@ class VirtualClock final : public Clock {
 // and for the MTP cache, and for every state slot which prefix it holds and which drafts lie in its window. Each pass reads all that a
 // real one would read; reading a wrong or stale entry, writing what another sequence of the step reads, or a plan that breaks its own
 // contract (step_plan.h) is a violation: the first one is kept, and Execute fails.
+//
+// What is written carries the epoch of the weights of its pass. A sequence's first pass in a slot may read of its own epoch only (I8); later
+// ones, what this stay wrote. Scores never read across a commit. Of each token it remembers the epoch that drew it (I3), and whether it read any other.
 class FakeExecutor final : public Executor {
  public:
   explicit FakeExecutor(const SchedulerOptions& options);
 
   absl::Status Execute(const StepPlan& plan, StepResult* result) override;
-  absl::Status SetWeights(const ModelWeights*, int64_t epoch) override {
-    weight_epoch_ = epoch;
-    return absl::OkStatus();
-  }
-  absl::Status Quiesce() override { return absl::OkStatus(); }
+  absl::Status SetWeights(const ModelWeights* weights, int64_t epoch) override;
+  // Forgets all caches, so that whoever goes on without computing anew is caught.
+  absl::Status Quiesce() override;
+
+  // Decodes sometimes have the epoch at the end of their sequence's pass before, as those that a device ran ahead.
+  void set_runs_ahead(bool runs_ahead) { runs_ahead_ = runs_ahead; }
+  struct Drawn {
+    int64_t epoch = -1;
+    bool mixed = false;  // what was computed before was not all of this epoch
+  };
+  // By place in the output, of the sample of a request; places that it did not draw have epoch -1.
+  const std::vector<Drawn>& DrawnBy(const std::string& request_id, int32_t sample_index) { return drawn_[{request_id, sample_index}]; }
+  void Forget(const std::string& request_id) { std::erase_if(drawn_, [&](const auto& entry) { return entry.first.first == request_id; }); }
 
   const std::string& violation() const { return violation_; }
   // Called in the middle of every Execute: what other threads do to the core while the real executor runs without its lock.
@@ -58,6 +69,7 @@ class FakeExecutor final : public Executor {
     uint32_t token = 0;
     int32_t position = -1;
     bool certain = false;  // MTP: made from a true hidden state
+    int64_t epoch = 0;
   };
   struct State {
     uint64_t prefix = 0;
@@ -76,8 +88,10 @@ class FakeExecutor final : public Executor {
   bool CheckTogether(const StepPlan& plan);
   bool CheckResidency(const SequencePlan& plan);
   bool CheckLookahead(const SequencePlan& plan);
-  bool ReadPrefix(std::span<const int32_t> pages, int32_t num_tokens, bool mtp, uint64_t* prefix);
+  // Entries of epochs before `earliest` may not be read; *mixed: some was not of `epoch`.
+  bool ReadPrefix(std::span<const int32_t> pages, int32_t num_tokens, bool mtp, int64_t earliest, int64_t epoch, uint64_t* prefix, bool* mixed);
   bool RunSequence(const SequencePlan& plan, SequenceOutcome* out);
+  int64_t EpochOf(const SequencePlan& plan) const;
   bool RunScore(const ScorePlan& plan, StepResult* result);
 
   const SchedulerOptions options_;
@@ -90,6 +104,8 @@ class FakeExecutor final : public Executor {
     uint32_t sample_index = 0;
     int32_t num_computed = 0;  // of the latest plan
     std::vector<int32_t> pages;
+    int64_t first_epoch = -1;  // of its first pass; -1: not yet
+    int64_t ahead_epoch = -1;  // when its latest pass ended
   };
   std::vector<Stay> stays_;          // by executor slot, the latest
   std::set<uint64_t> residencies_;   // that were ever used
@@ -100,6 +116,8 @@ class FakeExecutor final : public Executor {
   std::function<void()> while_executing_;
   int64_t num_calls_ = 0;
   int64_t weight_epoch_ = 0;
+  bool runs_ahead_ = false;
+  std::map<std::pair<std::string, int32_t>, std::vector<Drawn>> drawn_;
   SpecCounts spec_;
   std::vector<std::string> planned_ids_;
 };

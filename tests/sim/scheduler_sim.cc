@@ -5,6 +5,9 @@
 //   I9   cancelled work holds nothing after the next step, in the pools and in the executor;
 //   I10  pages, references and slots are conserved; no page has two writers, nothing stale is ever read (FakeExecutor);
 //   I11  tokens equal those of an undisturbed run whatever was preempted; refusals are exactly those that could never fit; progress within a bound;
+//   I3   every token's span names the weights that drew it, and kv_mixed tells exactly of tokens that read what others computed;
+//   I8   nothing begins from pages or states of other weights (FakeExecutor); commits, pauses and sleep come in all modes and at any time;
+//   a sample that was cut short and resumed ends with the tokens of an undisturbed run;
 //   I26  the counters add up and equal what the clients and the executor saw.
 //
 //   scheduler_sim --seed N --steps M [--verbose]     one run, to replay a failure
@@ -74,7 +77,10 @@ class Listener final : public GenerateObserver {
 struct Client {
   GenerateRequest request;
   uint64_t order = 0;              // of submission
-  std::vector<SampleResult> expected;
+  std::map<int32_t, SampleResult> expected;
+  std::map<int32_t, SampleResult> resumed;   // what its samples began with
+  std::map<int32_t, SampleResult> cut;       // what can be resumed
+  bool ended_early = false;                  // a weight update ended a sample
   std::vector<std::shared_ptr<Listener>> listeners;
   bool accepted = false, ended = false, cancelled = false, admitted = false;
   bool may_be_cut = false;         // aborted, drained, failed or past its deadline: a prefix of the expected tokens is right
@@ -84,10 +90,8 @@ struct Client {
   int64_t born = -1;               // step during which it was submitted
   bool always_first = true;        // since it came: first in order among runnable requests, and no score about
   const SampleResult& Expected(int32_t sample_index) {
-    if (expected.empty()) {
-      for (int32_t i = 0; i < request.num_samples; ++i) expected.push_back(Reference(request, i));
-    }
-    return expected[sample_index];
+    const auto it = expected.find(sample_index);
+    return it != expected.end() ? it->second : expected.emplace(sample_index, Reference(request, sample_index)).first->second;
   }
 };
 
@@ -136,7 +140,8 @@ class Simulation {
     std::printf("\n");
   }
 
-  void CheckSample(Client* client, const SampleResult& sample);
+  void CheckSample(Client* client, const SampleResult& sample, bool heard_before);
+  void CheckSpans(Client* client, const SampleResult& sample);
   void NoteProgress() { last_progress_ = step_total_; }
   void NoteAdmitted(Client* client) { admitted_now_.push_back(client); }
 
@@ -144,7 +149,8 @@ class Simulation {
   struct Coverage {
     int64_t steps = 0, requests = 0, samples = 0, tokens = 0, preemptions = 0, forks = 0, scores = 0, refusals = 0, attaches = 0,
             replays = 0, cancels = 0, aborts = 0, deadlines = 0, drains = 0, failures = 0, pauses = 0, non_finite = 0, stops = 0,
-            trimmed = 0, longest_wait = 0;
+            trimmed = 0, commits = 0, waits = 0, keeps = 0, recomputes = 0, superseded = 0, policy_ends = 0, mixed = 0, spans = 0, sleeps = 0,
+            pause_waits = 0, resumes = 0, longest_wait = 0;
     void Add(const Coverage& o) {
       const auto* from = reinterpret_cast<const int64_t*>(&o);
       auto* to = reinterpret_cast<int64_t*>(this);
@@ -166,7 +172,10 @@ class Simulation {
   void Rest();
   GenerateRequest RandomRequest();
   Client* Pick(bool live);
-  bool CanPause() const { return quiet_ == 0; }
+  void SubmitResumed();
+  void Commit(InFlight in_flight);
+  void Control();
+  bool MayRun(const Client& client) const;
 
   const uint64_t seed_;
   const bool verbose_;
@@ -189,6 +198,9 @@ class Simulation {
   std::vector<std::shared_ptr<ScoreClient>> scores_;
   std::vector<Client*> admitted_now_;
   std::vector<uint64_t> cancelled_handles_;
+  std::vector<WeightName> names_;  // by epoch
+  bool commit_waits_ = false, pause_waits_ = false, pause_aborts_ = false;
+  std::vector<std::unique_ptr<Client>> cut_;  // clients with samples to resume
 
   // What the counters of EngineLoads must say.
   int64_t submitted_ = 0, finished_ = 0, cancelled_ = 0, failures_ = 0, refused_ = 0;
@@ -209,8 +221,13 @@ void Listener::OnTokens(const SampleResult& partial, int32_t begin) {
   if (detached || done || !admitted) return simulation_->Fail("%s: tokens outside admitted..done", id);
   if (!client_->request.stream_tokens) return simulation_->Fail("%s: tokens though not streaming", id);
   if (ended_.count(partial.sample_index) > 0) return simulation_->Fail("%s: tokens of an ended sample", id);
+  // Whoever attaches later hears everything; the first listener knows what it resumed.
+  const auto resumed = client_->resumed.find(partial.sample_index);
+  const int32_t known = resumed == client_->resumed.end() ? 0 : static_cast<int32_t>(resumed->second.token_ids.size());
+  if (streamed_.count(partial.sample_index) == 0) streamed_[partial.sample_index] = begin == known ? known : 0;
   int32_t& seen = streamed_[partial.sample_index];
   const int32_t length = static_cast<int32_t>(partial.token_ids.size());
+  simulation_->CheckSpans(client_, partial);
   if (begin != seen || length <= begin) return simulation_->Fail("%s: streamed from %d, had %d of %d", id, begin, seen, length);
   const auto& expected = client_->Expected(partial.sample_index).token_ids;
   if (static_cast<size_t>(length) > expected.size() || !std::equal(partial.token_ids.begin(), partial.token_ids.end(), expected.begin())) {
@@ -229,8 +246,8 @@ void Listener::OnSample(const SampleResult& sample) {
     return simulation_->Fail("%s: sample %d streamed %d of %zu tokens", id, sample.sample_index, streamed_[sample.sample_index],
                              sample.token_ids.size());
   }
-  client_->ended_samples.insert(sample.sample_index);
-  simulation_->CheckSample(client_, sample);
+  const bool heard_before = !client_->ended_samples.insert(sample.sample_index).second;
+  simulation_->CheckSample(client_, sample, heard_before);
   simulation_->NoteProgress();
 }
 
@@ -254,7 +271,7 @@ void Listener::OnDone(const absl::Status& status) {
   } else if (!status.ok()) {
     ++simulation_->failures_;
     if (!simulation_->expect_error_) simulation_->Fail("%s: ended with %s", id, status.ToString().c_str());
-  } else if (client_->may_be_cut) {
+  } else if (client_->may_be_cut || client_->ended_early) {
     ++simulation_->cancelled_;
   } else if (simulation_->core_ != nullptr && simulation_->core_->draining() && simulation_->drain_deadline_ <= simulation_->clock_.Now()) {
     ++simulation_->cancelled_;
@@ -270,6 +287,7 @@ void ScoreClient::OnScore(const absl::Status& status, ScoreResult result) {
   simulation->NoteProgress();
   if (status.ok()) {
     if (result.logprobs != FakeExecutor::ScoreReference(request)) simulation->Fail("score %" PRIu64 " differs", handle);
+    if (result.weight_step != simulation->core_->weights().target_step) simulation->Fail("score %" PRIu64 " names other weights", handle);
     ++simulation->finished_;
     ++simulation->coverage.scores;
   } else if (absl::IsDeadlineExceeded(status)) {
@@ -284,11 +302,83 @@ void ScoreClient::OnScore(const absl::Status& status, ScoreResult result) {
   }
 }
 
-void Simulation::CheckSample(Client* client, const SampleResult& sample) {
+// I3, I4, I8: what the executor wrote down of each token, against what the spans say of it.
+void Simulation::CheckSpans(Client* client, const SampleResult& sample) {
+  const char* const id = client->request.request_id.c_str();
+  const auto names = [](const std::vector<WeightSpan>& spans) {
+    std::vector<WeightSpan> by_token;
+    for (const WeightSpan& span : spans) {
+      for (int32_t t = span.begin; t < span.end; ++t) by_token.push_back(span);
+    }
+    return by_token;
+  };
+  int32_t end = 0;
+  for (size_t i = 0; i < sample.weight_spans.size(); ++i) {
+    const WeightSpan& span = sample.weight_spans[i];
+    if (span.begin != end || span.end <= span.begin) return Fail("%s: spans do not tile the tokens", id);
+    end = span.end;
+  }
+  if (end != static_cast<int32_t>(sample.token_ids.size())) return Fail("%s: spans end at %d of %zu tokens", id, end, sample.token_ids.size());
+  const std::vector<WeightSpan> got = names(sample.weight_spans);
+  const auto resumed = client->resumed.find(sample.sample_index);
+  const std::vector<WeightSpan> before = resumed == client->resumed.end() ? std::vector<WeightSpan>() : names(resumed->second.weight_spans);
+  bool mixed = resumed != client->resumed.end() && resumed->second.kv_mixed;
+  const auto& drawn = executor_->DrawnBy(client->request.request_id, sample.sample_index);
+  int64_t epoch = -1;
+  int32_t changes = 0;
+  for (size_t t = 0; t < got.size(); ++t) {
+    WeightName name;
+    if (t < before.size()) {
+      name = {before[t].target_step, before[t].draft_step, before[t].label};
+    } else {
+      if (t >= drawn.size() || drawn[t].epoch < 0) return Fail("%s: token %zu was never drawn", id, t);
+      if (drawn[t].epoch < epoch) return Fail("%s: token %zu was drawn by older weights than the one before it", id, t);
+      changes += epoch >= 0 && drawn[t].epoch != epoch;
+      epoch = drawn[t].epoch;
+      mixed = mixed || drawn[t].mixed;
+      name = names_.at(static_cast<size_t>(epoch));
+      if (name.target_step < client->request.weights.min_step) return Fail("%s: token %zu drawn at step %" PRId64, id, t, name.target_step);
+    }
+    if (got[t].target_step != name.target_step || got[t].draft_step != name.draft_step || got[t].label != name.label) {
+      return Fail("%s sample %d: token %zu says step %" PRId64 ", drawn by step %" PRId64, id, sample.sample_index, t, got[t].target_step,
+                  name.target_step);
+    }
+  }
+  if (before.empty() && !got.empty() && static_cast<int32_t>(sample.weight_spans.size()) != changes + 1) {
+    return Fail("%s: %zu spans for %d changes", id, sample.weight_spans.size(), changes);
+  }
+  if (sample.kv_mixed != mixed) return Fail("%s sample %d: kv_mixed is %d", id, sample.sample_index, sample.kv_mixed);
+  coverage.mixed += mixed;
+  coverage.spans += changes;
+}
+
+void Simulation::CheckSample(Client* client, const SampleResult& sample, bool heard_before) {
   const char* const id = client->request.request_id.c_str();
   const SampleResult& expected = client->Expected(sample.sample_index);
   const bool cut = sample.finish == FinishReason::kAborted || sample.finish == FinishReason::kDrained ||
-                   sample.finish == FinishReason::kDeadline || sample.finish == FinishReason::kFailed;
+                   sample.finish == FinishReason::kDeadline || sample.finish == FinishReason::kFailed ||
+                   sample.finish == FinishReason::kSuperseded || sample.finish == FinishReason::kWeightPolicy;
+  CheckSpans(client, sample);
+  if (sample.finish == FinishReason::kSuperseded || sample.finish == FinishReason::kWeightPolicy) {
+    client->ended_early = true;
+    sample.finish == FinishReason::kSuperseded ? ++coverage.superseded : ++coverage.policy_ends;
+  }
+  if (sample.finish == FinishReason::kWeightPolicy && !heard_before) {
+    int64_t low = core_->weights().target_step, high = low;
+    for (const WeightSpan& span : sample.weight_spans) low = std::min(low, span.target_step), high = std::max(high, span.target_step);
+    if (high - low <= client->request.weights.max_step_spread) Fail("%s: ended by a policy that it kept to", id);
+  } else if (sample.finish != FinishReason::kWeightPolicy && !sample.weight_spans.empty()) {
+    int64_t low = INT64_MAX, high = INT64_MIN;
+    for (const WeightSpan& span : sample.weight_spans) low = std::min(low, span.target_step), high = std::max(high, span.target_step);
+    if (high - low > client->request.weights.max_step_spread) Fail("%s: spans steps %" PRId64 " to %" PRId64, id, low, high);
+  }
+  const int64_t epoch = sample.finish == FinishReason::kAborted && pause_aborts_ ? core_->abort_epoch() : 0;
+  if (!heard_before && sample.abort_epoch != epoch) Fail("%s: abort epoch %" PRId64 ", expected %" PRId64, id, sample.abort_epoch, epoch);
+  if (cut) {
+    client->cut[sample.sample_index] = sample;
+  } else if (sample.pending_drafts != 0) {
+    Fail("%s: drafts are pending behind its end", id);
+  }
   const size_t length = sample.token_ids.size();
   const auto compare = [&](const char* what, const auto& got, const auto& want) {
     if (want.empty() && !expected.token_ids.empty() && !got.empty()) return Fail("%s: %s not asked for", id, what);
@@ -381,6 +471,10 @@ void Simulation::Boot() {
     if (random_.OneIn(40)) SubmitScore();
     if (random_.OneIn(25)) Resubmit();
   });
+  executor_->set_runs_ahead(random_.OneIn(2));
+  names_ = {{.target_step = 10, .draft_step = 10, .label = "start"}};
+  commit_waits_ = pause_waits_ = false;
+  options_.weights = names_[0];
   core_ = std::make_unique<EngineCore>(options_, &clock_, executor_.get());
   clients_.clear();
   scores_.clear();
@@ -427,6 +521,9 @@ GenerateRequest Simulation::RandomRequest() {
   request.priority = random_.OneIn(2) ? 0 : random_.Between(-1, 1);
   request.stream_tokens = random_.OneIn(2);
   if (random_.OneIn(6)) request.deadline = clock_.Now() + absl::Milliseconds(random_.Between(0, 800));
+  if (random_.OneIn(2)) request.weights.on_update = static_cast<OnUpdate>(random_.Below(4));
+  if (random_.OneIn(5)) request.weights.max_step_spread = random_.Below(4);
+  if (random_.OneIn(12)) request.weights.min_step = core_->weights().target_step + random_.Between(-1, 2);
   return request;
 }
 
@@ -478,6 +575,133 @@ void Simulation::SubmitNew() {
   client->accepted = true;
   client->listeners.push_back(std::move(listener));
   clients_[request.request_id] = std::move(client);
+}
+
+// Goes on with samples that were cut short, under a new id.
+void Simulation::SubmitResumed() {
+  if (cut_.empty()) return;
+  const std::unique_ptr<Client> old = std::move(cut_.back());
+  cut_.pop_back();
+  auto client = std::make_unique<Client>();
+  client->request = old->request;
+  GenerateRequest& request = client->request;
+  request.request_id = "r" + std::to_string(next_id_++);
+  request.deadline = absl::InfiniteFuture();
+  for (auto& [index, sample] : old->cut) {
+    if (random_.OneIn(8)) continue;  // a part of the group
+    request.resume.push_back(sample);
+    client->resumed[index] = sample;
+  }
+  if (request.resume.empty()) return;
+  request.num_samples = static_cast<int32_t>(request.resume.size());
+  client->order = next_id_;
+  client->born = step_total_;
+  auto listener = std::make_shared<Listener>(this, client.get());
+  const absl::Status status = core_->Submit(request, listener);
+  request.resume.clear();
+  if (!status.ok()) {
+    ++refused_;
+    if (!absl::IsResourceExhausted(status) && !absl::IsUnavailable(status)) Fail("resuming gave %s", status.ToString().c_str());
+    return;
+  }
+  Trace("%s: resumes %s", request.request_id.c_str(), old->request.request_id.c_str());
+  ++submitted_;
+  ++coverage.requests;
+  coverage.resumes += request.num_samples;
+  NoteProgress();
+  client->accepted = true;
+  client->listeners.push_back(std::move(listener));
+  clients_[request.request_id] = std::move(client);
+}
+
+void Simulation::Commit(InFlight in_flight) {
+  WeightName next = names_.back();
+  next.label = "v" + std::to_string(names_.size());
+  if (random_.OneIn(8)) {
+    ++next.draft_step;
+  } else {
+    next.target_step += quiet_ > 0 || !random_.OneIn(8) ? random_.Between(1, 2) : -random_.Between(0, 3);
+  }
+  Trace("commit of step %" PRId64 ", mode %d", next.target_step, static_cast<int>(in_flight));
+  // As in CommitWeights: where it waits, nothing that it waits for is left.
+  names_.push_back(next);
+  for (auto& [id, client] : clients_) client->always_first = false;
+  const absl::StatusOr<CommitResult> result = core_->Commit(nullptr, next, in_flight);
+  if (!result.ok()) {
+    if (expect_error_) return;  // the dropped handles met the injected failure
+    return Fail("commit: %s", result.status().ToString().c_str());
+  }
+  commit_waits_ = false;
+  ++coverage.commits;
+  coverage.keeps += result->kept;
+  coverage.recomputes += result->recomputed;
+  if (core_->Loads().target_step != next.target_step) Fail("the engine says another step after a commit");
+  if (in_flight == InFlight::kAbort && result->kept + result->recomputed > 0) Fail("samples went on over a commit that ends them");
+  NoteProgress();
+}
+
+// Weights and pauses at random; what waits is looked after first.
+void Simulation::Control() {
+  if (commit_waits_) {
+    if (!core_->CommitMustWait()) {
+      Commit(InFlight::kWait);
+    } else if (quiet_ == 0 && random_.OneIn(200)) {
+      Trace("a commit gives up");
+      core_->HoldForCommit(false);
+      commit_waits_ = false;
+      NoteProgress();
+    }
+  }
+  if (pause_waits_ && !core_->RequestsRun()) {
+    Trace("what ran has ended: paused");
+    core_->Pause();
+    pause_waits_ = false;
+    ++coverage.pause_waits;
+  }
+  if (quiet_ > 0) return;
+  if (!commit_waits_ && random_.OneIn(60)) Commit(static_cast<InFlight>(random_.Below(3)));
+  if (!commit_waits_ && random_.OneIn(250)) {
+    Trace("a commit waits");
+    core_->HoldForCommit(true);
+    for (auto& [id, client] : clients_) client->always_first = false;
+    commit_waits_ = true;
+    ++coverage.waits;
+  }
+  if (!core_->paused() && !pause_waits_ && random_.OneIn(150)) {
+    for (auto& [id, client] : clients_) client->always_first = false;
+    if (random_.OneIn(3)) {
+      Trace("a pause waits");
+      core_->HoldForPause();
+      pause_waits_ = true;
+    } else {
+      Trace("pause");
+      core_->Pause();
+    }
+  }
+  if (core_->paused() && random_.OneIn(8)) {
+    Trace("flush and sleep");
+    if (absl::Status status = core_->FlushCache(); !status.ok()) {
+      if (!expect_error_) Fail("flush: %s", status.ToString().c_str());
+      return;
+    }
+    const EngineLoads loads = core_->Loads();
+    if (loads.used_pages != 0 || loads.used_state_slots != 0 || loads.running_sequences != 0) Fail("a flushed engine holds memory");
+    if (!executor_->score_rows().empty()) Fail("the executor remembers a score after a flush");
+    if (!executor_->Quiesce().ok()) Fail("quiesce");
+    ++coverage.sleeps;
+  }
+  if ((core_->paused() || pause_waits_) && random_.OneIn(10)) {
+    Trace("resume");
+    core_->Resume();
+    pause_waits_ = false;
+    NoteProgress();
+  }
+}
+
+// Whether nothing but room keeps it from running; holds are another matter.
+bool Simulation::MayRun(const Client& client) const {
+  return client.request.weights.min_step <= core_->weights().target_step &&
+         std::all_of(client.listeners.begin(), client.listeners.end(), [](const auto& l) { return l->room; });
 }
 
 Client* Simulation::Pick(bool live) {
@@ -558,7 +782,10 @@ void Simulation::SubmitScore() {
 }
 
 void Simulation::Act() {
+  Control();
+  if (failed_ || !core_->health().ok()) return;
   if (quiet_ == 0) {
+    if (random_.OneIn(10)) SubmitResumed();
     // Bursts and lulls, so that both an empty and a full house occur.
     const int32_t rate = (step_ / 150) % 3 == 0 ? 2 : (step_ / 150) % 3 == 1 ? 6 : 25;
     if (random_.OneIn(rate)) SubmitNew();
@@ -596,8 +823,11 @@ void Simulation::Act() {
         client->may_be_cut = true;
         live += client->request.num_samples - static_cast<int32_t>(client->ended_samples.size());
       }
-      if (core_->PauseAborting() != live) Fail("PauseAborting ended another number of samples");
-      core_->Resume();
+      const int64_t epoch = core_->abort_epoch();
+      pause_aborts_ = true;
+      // The epoch counts before the first sample hears of it.
+      if (core_->PauseAborting() != live || core_->abort_epoch() != epoch + 1) Fail("PauseAborting ended another number of samples");
+      pause_aborts_ = pause_waits_ = false;
     }
     if (random_.OneIn(40) && !scores_.empty()) {
       ScoreClient& score = *scores_[random_.Below(static_cast<int32_t>(scores_.size()))];
@@ -645,7 +875,7 @@ void Simulation::StepOnce() {
   };
   for (auto& [id, client] : clients_) {
     if (client->ended || client->cancelled) continue;
-    if (!std::all_of(client->listeners.begin(), client->listeners.end(), [](const auto& l) { return l->room; })) {
+    if (!MayRun(*client) || core_->paused()) {
       paused.insert(id);
       continue;
     }
@@ -683,12 +913,17 @@ void Simulation::StepOnce() {
 
 
   // I11: somebody who may run gets on.
-  bool runnable = false;
+  bool runnable = false, stuck = false;
   for (auto& [id, client] : clients_) {
     if (client->ended || client->cancelled) continue;
-    runnable = runnable || std::all_of(client->listeners.begin(), client->listeners.end(), [](const auto& l) { return l->room; });
+    runnable = runnable || MayRun(*client);
+    stuck = stuck || !MayRun(*client);
   }
   for (const auto& score : scores_) runnable = runnable || (!score->done && !score->cancelled);
+  // What is held lets nothing else start; what it waits for gets on, unless a reader or a step keeps it.
+  if (commit_waits_) runnable = core_->CommitMustWait() && !stuck;
+  if (pause_waits_) runnable = (commit_waits_ ? runnable : true) && core_->RequestsRun() && !stuck;
+  if (core_->paused()) runnable = false;
   if (!runnable) NoteProgress();
   if (runnable && worked.ok() && !*worked) return Fail("Step says there is nothing to do, and there is");
   coverage.longest_wait = std::max(coverage.longest_wait, step_total_ - last_progress_);
@@ -749,15 +984,20 @@ void Simulation::CheckAfterStep(absl::Time step_began) {
       if (other->ended || other->cancelled || other->admitted || !client->accepted || other->born == step_total_) continue;
       const bool before = other->request.priority != client->request.priority ? other->request.priority < client->request.priority
                                                                               : other->order < client->order;
-      const bool runs = std::all_of(other->listeners.begin(), other->listeners.end(), [](const auto& l) { return l->room; });
-      if (before && runs) return Fail("%s was admitted before %s", client->request.request_id.c_str(), id.c_str());
+      if (before && MayRun(*other) && !commit_waits_) return Fail("%s was admitted before %s", client->request.request_id.c_str(), id.c_str());
     }
   }
   // Forget old ended clients (not those whose result may be asked for again).
   for (auto it = clients_.begin(); it != clients_.end();) {
     const Client& client = *it->second;
     const bool gone = client.cancelled || (client.ended && (!client.end_status.ok() || client.ended_at + options_.scheduler.result_ttl <= clock_.Now()));
-    it = gone ? clients_.erase(it) : std::next(it);
+    if (!gone) {
+      ++it;
+      continue;
+    }
+    executor_->Forget(client.request.request_id);
+    if (!client.cut.empty() && client.ended && cut_.size() < 20) cut_.push_back(std::move(it->second));
+    it = clients_.erase(it);
   }
   std::erase_if(scores_, [](const auto& score) { return score->done || score->cancelled; });
 }
@@ -769,8 +1009,14 @@ void Simulation::Rest() {
   for (auto& [id, client] : clients_) {
     for (auto& listener : client->listeners) listener->room = true;
   }
+  core_->Resume();
+  pause_waits_ = false;
   for (int32_t i = 0; !core_->Idle() && !failed_; ++i) {
     clock_.Advance(absl::Milliseconds(1));
+    Control();
+    // Somebody may wait for a step. Seldom: scores start over.
+    const auto waits = [this](const auto& entry) { return !entry.second->ended && !entry.second->cancelled && !MayRun(*entry.second); };
+    if (i % 400 == 399 && !commit_waits_ && std::any_of(clients_.begin(), clients_.end(), waits)) Commit(InFlight::kKeep);
     StepOnce();
     if (i > 20000) Fail("no rest after 20000 steps");
   }
@@ -782,6 +1028,7 @@ void Simulation::Rest() {
     if (loads.used_pages != 0 || loads.used_state_slots != 0) Fail("pages or slots are held at rest");
   }
   quiet_ = 0;
+  NoteProgress();
 }
 
 }  // namespace
@@ -819,16 +1066,20 @@ int main(int argc, char** argv) {
   std::printf("%d seeds: steps %" PRId64 " requests %" PRId64 " samples %" PRId64 " tokens %" PRId64 " preemptions %" PRId64 " forks %" PRId64
               " scores %" PRId64 " refusals %" PRId64 " attaches %" PRId64 " replays %" PRId64 " cancels %" PRId64 " aborts %" PRId64
               " deadlines %" PRId64 " drains %" PRId64 " failures %" PRId64 " pauses %" PRId64 " non_finite %" PRId64 " stops %" PRId64
-              " trimmed %" PRId64 " longest_wait %" PRId64 "; failed seeds %d\n",
+              " trimmed %" PRId64 " commits %" PRId64 " waits %" PRId64 " keeps %" PRId64 " recomputes %" PRId64 " superseded %" PRId64
+              " policy_ends %" PRId64 " mixed %" PRId64 " spans %" PRId64 " sleeps %" PRId64 " pause_waits %" PRId64 " resumes %" PRId64
+              " longest_wait %" PRId64 "; failed seeds %d\n",
               seeds, total.steps, total.requests, total.samples, total.tokens, total.preemptions, total.forks, total.scores, total.refusals,
               total.attaches, total.replays, total.cancels, total.aborts, total.deadlines, total.drains, total.failures, total.pauses,
-              total.non_finite, total.stops, total.trimmed, total.longest_wait, failed);
+              total.non_finite, total.stops, total.trimmed, total.commits, total.waits, total.keeps, total.recomputes, total.superseded,
+              total.policy_ends, total.mixed, total.spans, total.sleeps, total.pause_waits, total.resumes, total.longest_wait, failed);
   if (failed > 0) return 1;
   // A run of many seeds that left out one of these would prove less than it says.
   if (seeds >= 100 && steps >= 1000) {
     for (const int64_t seen : {total.preemptions, total.forks, total.scores, total.refusals, total.attaches, total.replays, total.cancels,
                                total.aborts, total.deadlines, total.drains, total.failures, total.pauses, total.non_finite, total.stops,
-                               total.trimmed}) {
+                               total.trimmed, total.commits, total.waits, total.keeps, total.recomputes, total.superseded,
+                               total.policy_ends, total.mixed, total.spans, total.sleeps, total.pause_waits, total.resumes}) {
       if (seen < 50) {
         std::fprintf(stderr, "FAILED: the simulation hardly exercised one of its subjects\n");
         return 1;
