@@ -228,14 +228,15 @@ async def run(arguments: argparse.Namespace) -> None:
                 # In a thread, so that samples keep streaming in and finished turns are answered meanwhile.
                 trained = await asyncio.to_thread(policy.step, groups)
                 ready = time.monotonic()
-                await client.weights.update(policy.tensors(), step=version + 1, label=arguments.label, in_flight=arguments.in_flight)
+                update = await client.weights.update(policy.tensors(), step=version + 1, label=arguments.label, in_flight=arguments.in_flight)
                 pushed = time.monotonic()
                 record = {"step": steps, "version": version, **summarize(groups, version), **trained}
                 version, steps = version + 1, steps + 1
                 rollouts.advance(version)
                 record |= {"rollout_seconds": taken - started, "train_seconds": ready - taken, "sync_seconds": pushed - ready,
-                           "step_seconds": pushed - started, "groups_thrown_away": rollouts.thrown_away, "new_version": version,
-                           "load": os.getloadavg()[0]}
+                           "step_seconds": pushed - started, "swap_seconds": update.swap_seconds, "kept_samples": update.kept_samples,
+                           "recomputed_samples": update.recomputed_samples, "ended_samples": update.ended_samples,
+                           "groups_thrown_away": rollouts.thrown_away, "new_version": version, "load": os.getloadavg()[0]}
                 log.write("step", **record)
                 accept = f"{record['accept_length']:.2f}" if record["accept_length"] else "-"
                 print(f"step {steps:4}  reward {record['reward']:.3f}  entropy {record['entropy']:.3f}  accept {accept}  stale "
