@@ -207,6 +207,7 @@ int main(int argc, char** argv) {
   const bool is_info = info_verb->parsed() || health_verb->parsed() || loads_verb->parsed();  // what the admin port answers
   options.server = is_info && IsAdminNamed(app) ? admin : global.server;
   if (global.timeout_s > 0.0) options.timeout = absl::Seconds(global.timeout_s);
+  options.token = FromEnvironment("BEBOP_TOKEN", "");  // not a flag: anybody on the machine can read those
   bebop::Client client(options);
   if (generate_verb->parsed()) return bebop::RunGenerate(&client, global, generate);
   if (score_verb->parsed()) return bebop::RunScore(&client, global, score);

@@ -54,7 +54,7 @@ bool IsConnectionError(const absl::Status& status) { return absl::IsUnavailable(
 
 struct Client::Impl {
   explicit Impl(const ClientOptions& options)
-      : connection(options.server, options.timeout),
+      : connection(options),
         rollout(v1::Rollout::NewStub(connection.channel())),
         info(v1::Info::NewStub(connection.channel())) {}
 
@@ -72,7 +72,7 @@ absl::StatusOr<v1::GenerateResult> Client::Generate(const v1::GenerateRequest& r
 
 absl::Status Client::GenerateStream(const v1::GenerateRequest& request, const std::function<bool(const v1::GenerateEvent&)>& on_event) {
   grpc::ClientContext context;
-  impl_->connection.SetDeadline(&context);
+  impl_->connection.Prepare(&context);
   const auto reader = impl_->rollout->GenerateStream(&context, request);
   v1::GenerateEvent event;
   while (reader->Read(&event)) {
@@ -116,7 +116,7 @@ absl::StatusOr<std::string> Client::Health(const std::string& service) {
   // gRPC ships the health service's implementation without its stub's header.
   grpc::TemplatedGenericStub<rpc::HealthCheckRequest, rpc::HealthCheckResponse> stub(impl_->connection.channel());
   grpc::ClientContext context;
-  impl_->connection.SetDeadline(&context);
+  impl_->connection.Prepare(&context);
   rpc::HealthCheckRequest request;
   request.set_service(service);
   rpc::HealthCheckResponse reply;

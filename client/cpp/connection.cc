@@ -2,6 +2,7 @@
 #include "client/cpp/connection.h"
 
 #include "absl/strings/cord.h"
+#include "absl/strings/str_cat.h"
 #include "bebop/rpc/status.pb.h"
 
 namespace bebop {
@@ -27,6 +28,9 @@ absl::Status FromGrpc(const grpc::Status& status) {
   return result;
 }
 
-Connection::Connection(const std::string& address, absl::Duration timeout) : timeout_(timeout), channel_(Connect(address)) {}
+Connection::Connection(const ClientOptions& options)
+    : timeout_(options.timeout),
+      authorization_(options.token.empty() ? std::string() : absl::StrCat("Bearer ", options.token)),
+      channel_(Connect(options.server)) {}
 
 }  // namespace bebop
