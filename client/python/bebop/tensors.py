@@ -80,7 +80,7 @@ class WireTensor:
         if type(tensor).__name__ == "DTensor" or tensor.device.type == "meta" or tensor.layout != torch.strided:
             kind = "DTensor" if type(tensor).__name__ == "DTensor" else f"{tensor.device.type} tensor of layout {tensor.layout}"
             raise TypeError(f"{self.name}: a {kind} has no values here; give its full, dense tensor (full_tensor() of a DTensor)")
-        tensor = to_host(tensor).contiguous()
+        tensor = to_host(tensor)
         if tensor.dtype == torch.bfloat16:
             self._bits = True
             return tensor.view(torch.int16).numpy().view(np.uint16).reshape(-1)

@@ -50,7 +50,7 @@ class FakeServer(weights_pb2_grpc.WeightsServicer, control_pb2_grpc.ControlServi
         self.open = None  # the StartWeightUpdateRequest
         self.staged = {}  # name -> (bytearray, list of received flags by byte range)
         self.finished = {}
-        self.calls, self.streams, self.chunks = [], 0, []
+        self.calls, self.streams, self.chunks, self.digests = [], 0, [], {}
         self.lose_stream_after, self.finish_errors, self.generate_error = [], [], None
         self.finish_gate = self.weights_root = None
         self.metadata = {}
@@ -134,6 +134,8 @@ class FakeServer(weights_pb2_grpc.WeightsServicer, control_pb2_grpc.ControlServi
                 if self.open is None or chunk.update_id != self.open.update_id:
                     fail(context, grpc.StatusCode.FAILED_PRECONDITION, "NO_UPDATE", f"update {chunk.update_id} is not open")
                 self.chunks.append((chunk.tensor, chunk.offset, len(chunk.data)))
+                if chunk.digest:
+                    self.digests[chunk.tensor] = chunk.digest
                 assert len(chunk.data) <= 4 << 20
                 data, came = self.staged[chunk.tensor]
                 end = chunk.offset + len(chunk.data)

@@ -3,7 +3,6 @@
 
 import asyncio
 import hashlib
-import pathlib
 import pickle
 import threading
 import time
@@ -142,6 +141,7 @@ def test_an_update_brings_every_byte_and_the_version(fake, client):
     result = client.weights.update(named, 42, label="run-7")
     assert loaded(fake, named) and (fake.step, fake.draft_step, fake.label) == (42, 42, "run-7")
     assert result.info.target_step == 42 and result.kept_samples == 3 and result.sent_bytes == sum(map(len, fake.tensors.values()))
+    assert fake.digests == {name: hashlib.sha256(data).digest() for name, data in fake.tensors.items()}
     # The digests of the result were announced, so that the server could compare.
     assert fake.expected.expect_target_digest == component_digest(fake.tensors, SPECS, False)
     assert fake.expected.expect_draft_digest == component_digest(fake.tensors, SPECS, True)
