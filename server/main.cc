@@ -48,6 +48,7 @@ bebop::ListenOptions ToListenOptions(const bebop::ServerOptions& options, bebop:
           .allow_synthetic_acceptance = options.allow_synthetic_acceptance,
           .allow_unknown_fields = options.allow_unknown_fields,
           .max_request_time = absl::Seconds(options.max_request_s),
+          .drain_timeout = absl::Seconds(options.drain_timeout_s),
           .weights_root = options.weights_root,
           .weight_staging_bytes = options.weight_staging_bytes};
 }

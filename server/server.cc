@@ -21,6 +21,7 @@
 #include "engine/base/mutex.h"
 #include "server/blocking_calls.h"
 #include "server/limits.h"
+#include "server/resume_handle.h"
 #include "server/service_context.h"
 #include "server/services.h"
 
@@ -142,13 +143,14 @@ absl::StatusOr<Listener> Listen(const ListenOptions& options, const char* flags,
 
 struct Server::Impl {
   ServiceContext context;
-  std::unique_ptr<grpc::Service> rollout, rollout_info, admin_info, weights;
+  std::unique_ptr<grpc::Service> rollout, rollout_info, admin_info, weights, control;
   BlockingCalls blocking_calls{kBlockingThreads};  // of the services above
   Listener rollout_listener, admin_listener;
   bool warn_insecure = false;
 
   Mutex mutex;
   CondVar changed;
+  bool listening ABSL_GUARDED_BY(mutex) = false;  // on both ports
   bool stopping ABSL_GUARDED_BY(mutex) = false;
   bool drain_started ABSL_GUARDED_BY(mutex) = false;
   bool drained ABSL_GUARDED_BY(mutex) = false;
@@ -160,7 +162,9 @@ struct Server::Impl {
       health->SetServingStatus(serving);  // the services that it knows, and ""
       health->SetServingStatus("bebop.v1.Info", serving);
       health->SetServingStatus("bebop.v1.Rollout", serving);
+      if (listener == &rollout_listener) continue;
       health->SetServingStatus("bebop.v1.Weights", serving);
+      health->SetServingStatus("bebop.v1.Control", serving);
     }
   }
 
@@ -202,6 +206,11 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(EngineInterface* engine, c
   context.boot_id = absl::StrCat(absl::Hex(RandomBits(), absl::kZeroPad16));
   context.build = "bebop-server " BEBOP_VERSION;
   context.max_request_time = options.max_request_time;
+  context.drain_timeout = options.drain_timeout;
+  context.on_draining = [running = impl.get()] {
+    MutexLock lock(&running->mutex);
+    if (running->listening) running->SetHealth(false);
+  };
   context.access = options.access;
   context.rules.max_model_len = info.max_model_len;
   context.rules.vocab_size = info.config.vocab_size;
@@ -210,6 +219,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(EngineInterface* engine, c
   context.rules.has_tokenizer = engine->tokenizer() != nullptr;
   context.rules.allow_synthetic_acceptance = options.allow_synthetic_acceptance || info.dummy_weights;
   context.rules.allow_unknown_fields = options.allow_unknown_fields;
+  context.rules.model = ModelHash(info.config);
   context.rules.default_mode = options.default_mode;
   // Whatever the default mode: a request may choose a mode that drafts and leave the number open.
   context.rules.default_num_draft_tokens = std::min(options.default_num_draft_tokens, info.max_draft_tokens);
@@ -227,19 +237,24 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(EngineInterface* engine, c
     weight_options.root = *std::move(root);
   }
   impl->weights = MakeWeightsService(&context, &impl->blocking_calls, std::move(weight_options));
+  impl->control = MakeControlService(&context, &impl->blocking_calls);
   absl::StatusOr<Listener> rollout = Listen(options, "--host/--port", options.port, {"rollout", limits::kRolloutReceiveBytes, limits::kRolloutQuotaBytes},
                                             {impl->rollout.get(), impl->rollout_info.get()});
   if (!rollout.ok()) return rollout.status();
   impl->rollout_listener = *std::move(rollout);
   absl::StatusOr<Listener> admin = Listen(options, "--host/--admin-port", options.admin_port,
-                                          {"admin", limits::kAdminReceiveBytes, limits::kAdminQuotaBytes}, {impl->admin_info.get(), impl->weights.get()});
+                                          {"admin", limits::kAdminReceiveBytes, limits::kAdminQuotaBytes}, {impl->admin_info.get(), impl->weights.get(), impl->control.get()});
   if (!admin.ok()) return admin.status();
   impl->admin_listener = *std::move(admin);
   impl->warn_insecure = !options.is_loopback && options.access.open();
   if (!options.is_loopback && !options.access.open()) {
     Log(LogLevel::kWarning, "tokens cross the network in clear: this build has no TLS; put one in front where the network is not trusted");
   }
-  impl->SetHealth(context.CheckServing().ok());
+  {
+    MutexLock lock(&impl->mutex);
+    impl->SetHealth(context.CheckServing().ok());
+    impl->listening = true;
+  }
   Impl* const running = impl.get();
   impl->health_thread = std::thread([running] { running->FollowHealth(); });
   return std::unique_ptr<Server>(new Server(std::move(impl)));

@@ -25,6 +25,7 @@ struct ListenOptions {
   bool allow_synthetic_acceptance = false;  // also allowed with dummy weights
   bool allow_unknown_fields = false;
   absl::Duration max_request_time = absl::Hours(1);
+  absl::Duration drain_timeout = absl::Seconds(30);  // of Control.Drain calls that name none
   std::string weights_root;          // folder beneath which UpdateWeights reads; empty: it does not
   int64_t weight_staging_bytes = 0;  // WeightSessionOptions::staging_limit_bytes
 };

@@ -472,6 +472,10 @@ absl::StatusOr<DefaultSpeculation> ToEngine(const v1::SetSpeculationRequest& mes
                                                                                             : rules.default_num_draft_tokens};
 }
 
+absl::Status Validate(const v1::ResumeGenerationRequest& message, const RequestRules& rules) { return CheckUnknown(message, rules); }
+
+absl::Status Validate(const v1::FlushCacheRequest& message, const RequestRules& rules) { return CheckUnknown(message, rules); }
+
 absl::StatusOr<PauseMode> ToEngine(const v1::PauseGenerationRequest& message, const RequestRules& rules) {
   BEBOP_RETURN_IF_ERROR(CheckUnknown(message, rules));
   switch (message.mode()) {

@@ -73,6 +73,8 @@ struct DefaultSpeculation {
   int32_t num_draft_tokens = 0;
 };
 absl::StatusOr<DefaultSpeculation> ToEngine(const v1::SetSpeculationRequest& message, const RequestRules& rules);
+absl::Status Validate(const v1::ResumeGenerationRequest& message, const RequestRules& rules);
+absl::Status Validate(const v1::FlushCacheRequest& message, const RequestRules& rules);
 absl::StatusOr<PauseMode> ToEngine(const v1::PauseGenerationRequest& message, const RequestRules& rules);
 absl::StatusOr<SleepTags> ToEngine(const v1::SleepRequest& message, const RequestRules& rules);
 absl::StatusOr<SleepTags> ToEngine(const v1::WakeUpRequest& message, const RequestRules& rules);
