@@ -113,7 +113,7 @@ class FakeServer(weights_pb2_grpc.WeightsServicer, control_pb2_grpc.ControlServi
             if request.target_step <= self.step and not request.rewind:
                 fail(context, grpc.StatusCode.FAILED_PRECONDITION, "STEP_NOT_NEWER", f"target_step {request.target_step}, loaded {self.step}")
             if self.open is None:
-                self.open = request
+                self.open, self.digests = request, {}
                 known = {name: (dtype, shape) for name, dtype, shape in self.specs}
                 for spec in request.manifest:
                     assert known[spec.name] == (spec.dtype, tuple(spec.shape)), spec
@@ -134,8 +134,8 @@ class FakeServer(weights_pb2_grpc.WeightsServicer, control_pb2_grpc.ControlServi
                 if self.open is None or chunk.update_id != self.open.update_id:
                     fail(context, grpc.StatusCode.FAILED_PRECONDITION, "NO_UPDATE", f"update {chunk.update_id} is not open")
                 self.chunks.append((chunk.tensor, chunk.offset, len(chunk.data)))
-                if chunk.digest:
-                    self.digests[chunk.tensor] = chunk.digest
+                if chunk.digest and self.digests.setdefault(chunk.tensor, chunk.digest) != chunk.digest:
+                    fail(context, grpc.StatusCode.ALREADY_EXISTS, "CHUNK_CONFLICT", f"{chunk.tensor}: another digest came before")
                 assert len(chunk.data) <= 4 << 20
                 data, came = self.staged[chunk.tensor]
                 end = chunk.offset + len(chunk.data)
