@@ -7,7 +7,9 @@
 #include <vector>
 
 #include "bebop/v1/rollout.pb.h"
+#include "client/cpp/checkpoint_push.h"
 #include "client/cpp/client.h"
+#include "client/cpp/weights_client.h"
 
 // The verbs of `bebop`. Each prints its result on stdout, errors on stderr, and returns an ExitCode (console.h). They are checked
 // against cli.md section 2 by tests/integration.
@@ -87,5 +89,16 @@ struct VerifyFlags {
   uint64_t seed = 0;           // 0: a fresh one
 };
 int RunVerify(Client* client, const GlobalFlags& global, const VerifyFlags& flags);
+
+// `push` and `update`.
+struct WeightsUpdateFlags {
+  std::vector<std::string> paths;  // push: files or one folder of this machine; update: one beneath the server's --weights-root
+  WeightUpdateOptions options;
+};
+int RunWeightsPush(WeightsClient* client, const GlobalFlags& global, const WeightsUpdateFlags& flags);
+int RunWeightsUpdate(WeightsClient* client, const GlobalFlags& global, const WeightsUpdateFlags& flags);
+int RunWeightsInfo(WeightsClient* client, const GlobalFlags& global);
+int RunWeightsCheck(WeightsClient* client, const GlobalFlags& global);
+int RunWeightsAbort(WeightsClient* client, const GlobalFlags& global, const std::string& update_id);
 
 }  // namespace bebop

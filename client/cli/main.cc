@@ -9,8 +9,10 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
+#include "absl/strings/str_split.h"
 #include "client/cli/commands.h"
 #include "client/cli/console.h"
+#include "client/cli/control_commands.h"
 
 namespace {
 
@@ -122,12 +124,74 @@ CLI::App* AddBench(CLI::App* app, bebop::BenchFlags* flags) {
   return verb;
 }
 
+CLI::App* AddPause(CLI::App* app, bebop::v1::PauseGenerationRequest* request) {
+  using Pause = bebop::v1::PauseGenerationRequest;
+  static const std::map<std::string, Pause::Mode> kPauseModes = {{"keep", Pause::KEEP}, {"abort", Pause::ABORT}, {"wait", Pause::WAIT}};
+  CLI::App* verb = app->add_subcommand("pause", "Stop generation between two iterations; new requests wait");
+  verb->add_option_function<std::string>("--mode", [request](const std::string& name) { request->set_mode(kPauseModes.at(name)); },
+                                         "Of running samples: keep (they go on at resume), abort (they end, with what they have and a resume handle) or "
+                                         "wait (until they end, --timeout at most); default: keep")
+      ->check(CLI::IsMember({"keep", "abort", "wait"}));
+  verb->add_flag_callback("--clear-cache", [request] { request->set_clear_cache(true); }, "Give their caches back; they are recomputed at resume");
+  return verb;
+}
+
+CLI::App* AddTags(CLI::App* app, const std::string& name, const std::string& help, std::vector<std::string>* tags) {
+  CLI::App* verb = app->add_subcommand(name, help);
+  verb->add_option("--tags", *tags, "weights, kv_cache, or both, with a comma; default: both")->delimiter(',')->check(CLI::IsMember({"weights", "kv_cache"}));
+  return verb;
+}
+
+CLI::App* AddSpec(CLI::App* app, bebop::v1::SpeculationParams* speculation) {
+  CLI::App* verb = app->add_subcommand("spec", "How requests draft that leave it unset; without flags: show it");
+  AddMode(verb, [speculation](SpeculationParams::Mode mode) { speculation->set_mode(mode); });
+  verb->add_option_function<int32_t>("--num-draft-tokens", [speculation](int32_t n) { speculation->set_num_draft_tokens(n); }, "");
+  return verb;
+}
+
 CLI::App* AddVerify(CLI::App* app, bebop::VerifyFlags* flags) {
   CLI::App* verb = app->add_subcommand("verify", "Test that speculative and plain sampling agree on the loaded checkpoint");
   verb->add_option("--num-prompts", flags->num_prompts, "")->check(CLI::Range(1, 64))->capture_default_str();
   verb->add_option("--num-samples", flags->num_samples, "Samples a mode and prompt")->check(CLI::Range(1, 1 << 24))->capture_default_str();
   verb->add_option("--greedy-tokens", flags->greedy_tokens, "Tokens of the equality tests")->check(CLI::Range(1, 4096))->capture_default_str();
   AddSeed(verb, "Of prompts and samples; default: 0 = a fresh one", [flags](uint64_t n) { flags->seed = n; });
+  return verb;
+}
+
+// CLI11 cuts numbers that are too large.
+std::string CheckStep(std::string& text) {
+  int64_t step = 0;
+  return absl::SimpleAtoi(text, &step) && step >= 0 ? "" : absl::StrCat(text, " is not in [0, ", std::numeric_limits<int64_t>::max(), "]");
+}
+
+// The flags of both verbs that change weights.
+CLI::App* AddWeightsUpdate(CLI::App* weights, const char* name, const std::string& help, bebop::WeightsUpdateFlags* flags) {
+  using bebop::v1::InFlight;
+  using bebop::v1::WeightComponent;
+  static const std::map<std::string, InFlight::Mode> kInFlight = {
+      {"keep", InFlight::KEEP}, {"recompute", InFlight::RECOMPUTE}, {"abort", InFlight::ABORT}, {"wait", InFlight::WAIT}};
+  static const std::map<std::string, WeightComponent::Type> kComponents = {{"target", WeightComponent::TARGET}, {"draft", WeightComponent::DRAFT}};
+  CLI::App* verb = weights->add_subcommand(name, help);
+  bebop::WeightUpdateOptions* const options = &flags->options;
+  verb->add_option("--step", options->target_step, "Step that the weights will be known by")->required()->check(CLI::Validator(CheckStep, ""));
+  verb->add_option_function<std::string>("--components",
+                                         [options](const std::string& names) {
+                                           for (const absl::string_view component : absl::StrSplit(names, ',')) {
+                                             options->components.push_back(kComponents.at(std::string(component)));
+                                           }
+                                         },
+                                         "target, draft, or target,draft; default: all that the model has")
+      ->check(CLI::Validator([](std::string& text) {
+        const bool known = text == "target" || text == "draft" || text == "target,draft" || text == "draft,target";
+        return known ? "" : text + " is not target, draft or target,draft";
+      }, ""));
+  verb->add_option_function<std::string>("--in-flight", [options](const std::string& mode) { options->in_flight = kInFlight.at(mode); },
+                                         "What becomes of running samples: keep, recompute, abort or wait; default: keep")
+      ->check(CLI::IsMember({"keep", "recompute", "abort", "wait"}));
+  verb->add_option_function<int64_t>("--base-step", [options](int64_t step) { options->base_step = step; }, "Step that must be loaded")
+      ->check(CLI::Validator(CheckStep, ""));
+  verb->add_option("--label", options->label, "Text that goes with the step");
+  verb->add_flag("--rewind", options->rewind, "Allow a step that is not newer than the loaded one");
   return verb;
 }
 
@@ -164,6 +228,12 @@ int main(int argc, char** argv) {
   bebop::BenchFlags bench;
   bebop::VerifyFlags verify;
   std::string health_service;
+  bebop::WeightsUpdateFlags weights_push, weights_update;
+  std::string weights_abort_id;
+  bebop::v1::PauseGenerationRequest pause;
+  bebop::v1::DrainRequest drain;
+  bebop::v1::SpeculationParams speculation;
+  std::vector<std::string> tags;
 
   CLI::App app{"Client of bebop-server.", "bebop"};
   app.require_subcommand(1);
@@ -189,6 +259,26 @@ int main(int argc, char** argv) {
   CLI::App* loads_verb = app.add_subcommand("loads", "What it does");
   CLI::App* bench_verb = AddBench(&app, &bench);
   CLI::App* verify_verb = AddVerify(&app, &verify);
+  CLI::App* weights_verb = app.add_subcommand("weights", "New weights, on the admin port");
+  weights_verb->require_subcommand(1);
+  CLI::App* push_verb = AddWeightsUpdate(weights_verb, "push", "Stream a checkpoint's tensors to the server and swap them in", &weights_push);
+  push_verb->add_option("PATHS", weights_push.paths, "The checkpoint's folder, or safetensors files")->required();
+  CLI::App* update_verb = AddWeightsUpdate(weights_verb, "update", "Have the server read a checkpoint and swap it in", &weights_update);
+  update_verb->add_option("PATH", weights_update.paths, "Folder or safetensors file beneath the server's --weights-root")->required()->expected(1);
+  CLI::App* weights_info_verb = weights_verb->add_subcommand("info", "Steps, digests and the open update");
+  CLI::App* check_verb = weights_verb->add_subcommand("check", "Hash the resident weights again; exit status 0 when they match");
+  CLI::App* abort_verb = weights_verb->add_subcommand("abort", "Forget the open update");
+  abort_verb->add_option("UPDATE_ID", weights_abort_id, "Only if it is this one");
+
+  CLI::App* pause_verb = AddPause(&app, &pause);
+  CLI::App* resume_verb = app.add_subcommand("resume", "Go on after pause");
+  CLI::App* sleep_verb = AddTags(&app, "sleep", "Pause, and give device memory back", &tags);
+  CLI::App* wake_up_verb = AddTags(&app, "wake-up", "Take the memory again", &tags);
+  CLI::App* flush_verb = app.add_subcommand("flush-cache", "Forget what is cached of paused samples");
+  CLI::App* drain_verb = app.add_subcommand("drain", "Refuse new work and end; running samples that do not end in time are cut short");
+  drain_verb->add_option_function<double>("--deadline", [&drain](double seconds) { drain.set_deadline_seconds(seconds); },
+                                          "Seconds until what still runs is cut; default: the server's --drain-timeout");
+  CLI::App* spec_verb = AddSpec(&app, &speculation);
 
   // CLI11 reports by exception; this is the one place that sees them.
   try {
@@ -218,5 +308,24 @@ int main(int argc, char** argv) {
   if (loads_verb->parsed()) return bebop::RunLoads(&client, global);
   if (bench_verb->parsed()) return bebop::RunBench(&client, global, bench);
   if (verify_verb->parsed()) return bebop::RunVerify(&client, global, verify);
+  if (weights_verb->parsed()) {
+    bebop::ClientOptions admin_options = options;
+    admin_options.server = admin;
+    bebop::WeightsClient weights(admin_options);
+    if (push_verb->parsed()) return bebop::RunWeightsPush(&weights, global, weights_push);
+    if (update_verb->parsed()) return bebop::RunWeightsUpdate(&weights, global, weights_update);
+    if (weights_info_verb->parsed()) return bebop::RunWeightsInfo(&weights, global);
+    if (check_verb->parsed()) return bebop::RunWeightsCheck(&weights, global);
+    if (abort_verb->parsed()) return bebop::RunWeightsAbort(&weights, global, weights_abort_id);
+  }
+  options.server = admin;
+  bebop::ControlClient control(options);
+  if (pause_verb->parsed()) return bebop::RunPause(&control, global, pause);
+  if (resume_verb->parsed()) return bebop::RunResume(&control, global);
+  if (sleep_verb->parsed()) return bebop::RunSleep(&control, global, tags);
+  if (wake_up_verb->parsed()) return bebop::RunWakeUp(&control, global, tags);
+  if (flush_verb->parsed()) return bebop::RunFlushCache(&control, global);
+  if (drain_verb->parsed()) return bebop::RunDrain(&control, global, drain);
+  if (spec_verb->parsed()) return bebop::RunSpec(&control, global, speculation);
   return bebop::ReportUsage("no verb");  // unreachable: one is required
 }
