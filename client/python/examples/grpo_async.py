@@ -25,6 +25,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -219,18 +220,19 @@ async def run(arguments: argparse.Namespace) -> None:
         try:
             if arguments.eval:
                 await evaluation()
-            begin = time.monotonic()
+            begin = started = time.monotonic()
             steps = 0
-            while (arguments.steps is None or steps < arguments.steps) and time.monotonic() - begin < 60 * arguments.minutes:
-                started = time.monotonic()
+            # The share of the run that is over; the learning rate falls linearly to 0 with it.
+            while (over := max((started - begin) / (60 * arguments.minutes), steps / (arguments.steps or math.inf))) < 1:
                 groups = await rollouts.take()
                 taken = time.monotonic()
                 # In a thread, so that samples keep streaming in and finished turns are answered meanwhile.
-                trained = await asyncio.to_thread(policy.step, groups)
+                lr_share = min(1.0, (steps + 1) / arguments.warmup) * (1 - over)
+                trained = await asyncio.to_thread(policy.step, groups, lr_share)
                 ready = time.monotonic()
                 update = await client.weights.update(policy.tensors(), step=version + 1, label=arguments.label, in_flight=arguments.in_flight)
                 pushed = time.monotonic()
-                record = {"step": steps, "version": version, **summarize(groups, version), **trained}
+                record = {"step": steps, "version": version, "lr": arguments.lr * lr_share, **summarize(groups, version), **trained}
                 version, steps = version + 1, steps + 1
                 rollouts.advance(version)
                 record |= {"rollout_seconds": taken - started, "train_seconds": ready - taken, "sync_seconds": pushed - ready,
@@ -242,6 +244,7 @@ async def run(arguments: argparse.Namespace) -> None:
                 print(f"step {steps:4}  reward {record['reward']:.3f}  entropy {record['entropy']:.3f}  accept {accept}  stale "
                       f"{record['staleness_mean']:.2f}  clipped {100 * record.get('clip_fraction', 0):.2f} %  seconds {record['step_seconds']:.2f} = "
                       f"{record['rollout_seconds']:.2f} + {record['train_seconds']:.2f} + {record['sync_seconds']:.2f}", flush=True)
+                started = time.monotonic()
             await rollouts.stop()
             if arguments.eval:
                 await evaluation()
@@ -252,38 +255,52 @@ async def run(arguments: argparse.Namespace) -> None:
             log.close()
 
 
+def at_least(minimum: float, kind: type) -> Callable[[str], Any]:
+    """An argparse type: a number that is no less."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{text}: expected at least {minimum}")
+        return value
+
+    parse.__name__ = kind.__name__  # named when the text is no number at all
+    return parse
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--server", default="127.0.0.1:50051", help="rollout port")
     parser.add_argument("--admin", default="127.0.0.1:50052", help="admin port")
     parser.add_argument("--token-file", help="bearer token, if the server wants one")
     parser.add_argument("--model", type=Path, default=bundled.MODEL, help="the checkpoint that the server was started with")
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--steps", type=int, help="end after this many, or --minutes if that is sooner")
-    parser.add_argument("--groups", type=int, default=16, help="groups of a step")
-    parser.add_argument("--samples", type=int, default=8, help="samples of a group")
-    parser.add_argument("--mix", default="code/if=0.5,math/add3=0.2,math=0.1,code=0.1,tools=0.1",
-                        help="share of groups by task or task/kind; default: mostly what the bundled model is bad at")
+    parser.add_argument("--minutes", type=at_least(0.01, float), default=20.0)
+    parser.add_argument("--steps", type=at_least(1, int), help="end after this many, or --minutes if that is sooner")
+    parser.add_argument("--groups", type=at_least(1, int), default=16, help="groups of a step")
+    parser.add_argument("--samples", type=at_least(2, int), default=8, help="samples of a group")
+    parser.add_argument("--mix", default="math=0.5,math/add3=0.2,code=0.15,tools=0.15",
+                        help="share of groups by task or task/kind; default: mostly math, where sampling costs the bundled model most")
     parser.add_argument("--max-new-tokens", type=int, default=160, help="of a turn")
-    parser.add_argument("--max-staleness", type=int, default=1, help="versions between sampling and training; 0 alternates the two")
+    parser.add_argument("--max-staleness", type=at_least(0, int), default=1, help="versions between sampling and training; 0 alternates the two")
     parser.add_argument("--in-flight", choices=("keep", "recompute", "abort", "wait"), default="keep", help="running samples at an update")
     parser.add_argument("--speculation", choices=("coupled", "rejection", "target_only", "off"), default="rejection")
     parser.add_argument("--num-draft-tokens", type=int, help="default: the server's")
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", type=float, default=5e-4, help="of AdamW; falls to 0 over the run")
+    parser.add_argument("--warmup", type=at_least(1, int), default=10, help="steps until the learning rate is whole")
     parser.add_argument("--clip-low", type=float, default=0.2)
     parser.add_argument("--clip-high", type=float, default=0.28)
-    parser.add_argument("--threads", type=int, default=1, help="of the learner")
+    parser.add_argument("--threads", type=at_least(1, int), default=1, help="of the learner")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--eval", type=int, default=400, help="held-out problems of every task, before and after; 0: none")
+    parser.add_argument("--eval", type=at_least(0, int), default=400, help="held-out problems of every task, before and after; 0: none")
     parser.add_argument("--label", help="name of the pushed versions")
     parser.add_argument("--log", type=Path, help="JSON lines")
     parser.add_argument("--save", type=Path, help="folder for the trained checkpoint")
     return parser.parse_args(argv)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     try:
-        asyncio.run(run(parse_arguments()))
+        asyncio.run(run(parse_arguments(argv)))
     except (bebop.BebopError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

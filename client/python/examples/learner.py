@@ -83,7 +83,7 @@ class Learner:
     """
 
     def __init__(self, model: Path, lr: float, clip_low: float, clip_high: float) -> None:
-        self._model, self._clip_low, self._clip_high = model, clip_low, clip_high
+        self._model, self._lr, self._clip_low, self._clip_high = model, lr, clip_low, clip_high
         weights, self.config, self.tokenizer = data.load_model(model)
         self._dtypes = {name: tensor.dtype for name, tensor in load_file(model / "model.safetensors").items()}
         self.weights = weights
@@ -105,13 +105,17 @@ class Learner:
         logits = modeling.logits_of(weights, hidden[counted])
         return logits.log_softmax(-1).gather(-1, targets[counted].unsqueeze(-1)).squeeze(-1), counted
 
-    def step(self, groups: Sequence[Group]) -> dict[str, Any]:
-        """One optimizer step on the groups. Groups whose rewards are all equal have no gradient, and are not computed."""
+    def step(self, groups: Sequence[Group], lr_share: float = 1.0) -> dict[str, Any]:
+        """One optimizer step at `lr_share` of the learning rate.
+
+        The loss is the mean over all sampled tokens of the groups. Groups whose rewards are all equal add nothing to it, and are not computed.
+        """
         items = [(episode, float(advantage)) for group in groups
                  for episode, advantage in zip(group.episodes, advantages_of([episode.reward for episode in group.episodes])) if advantage != 0]
         stats: dict[str, Any] = {"trained_episodes": len(items), "trained_tokens": sum(int(item[0].trained.sum()) for item in items)}
         if not items:
             return stats
+        num_tokens = sum(int(episode.trained.sum()) for group in groups for episode in group.episodes)
         served = self._served()
         ratios, clipped, loss_sum = [], 0, 0.0
         for packed in pack(items):
@@ -120,7 +124,7 @@ class Learner:
             advantage = modeling.shift_left(packed.advantages, 1)[counted]
             ratio = (new - old).exp()
             bounded = ratio.clamp(1 - self._clip_low, 1 + self._clip_high)
-            loss = -torch.minimum(ratio * advantage, bounded * advantage).sum() / stats["trained_tokens"]
+            loss = -torch.minimum(ratio * advantage, bounded * advantage).sum() / num_tokens
             loss.backward()
             loss_sum += loss.item()
             clipped += int((bounded * advantage < ratio * advantage).sum())
@@ -128,6 +132,8 @@ class Learner:
         for name, weight in self._trained.items():
             weight.grad = served[name].grad
         norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), 1.0)
+        for settings in self._optimizer.param_groups:
+            settings["lr"] = self._lr * lr_share
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         ratio = torch.cat(ratios)

@@ -48,7 +48,8 @@ def test_advantages_are_normalized_within_the_group():
 
 
 def test_packing_keeps_every_token_once_with_its_values():
-    items = [(episode(length, length // 2, first=index), float(index + 1)) for index, length in enumerate((40, 200, 7, 300, 90, 90, 90, 90, 250, 130))]
+    lengths = (40, 200, 7, 300, 90, 90, 90, 90, 250, 130)
+    items = [(episode(length, length // 2, first=index), float(index + 1)) for index, length in enumerate(lengths)]
     found = {}
     for packed in learner.pack(items):
         assert packed.batch.tokens.shape[1] % learner.CHUNK == 0
@@ -136,8 +137,9 @@ class ScriptedClient:
             values = np.full(len(ids), -0.5, np.float32)
             steps = np.full(len(ids), len(self.prompts), np.int64)
             spec = bebop.SpecStats(2, 6, 3, 0, np.array([2, 2, 2]), np.array([1, 1, 1]), None)
-            yield bebop.SampleResult(index, 0, ids, values, None, values, None, None, bebop.Finish(self.reason), bebop.Usage(0, 0, len(ids), 0, 0), spec,
-                                     tuple(bebop.WeightSpan(int(step), None, int(step), i, i + 1) for i, step in enumerate(steps)), None, None)
+            spans = tuple(bebop.WeightSpan(int(step), None, int(step), i, i + 1) for i, step in enumerate(steps))
+            yield bebop.SampleResult(index, 0, ids, values, None, values, None, None, bebop.Finish(self.reason),
+                                     bebop.Usage(0, 0, len(ids), 0, 0), spec, spans, None, None)
 
 
 def tools_problem(kind="total"):
@@ -257,8 +259,8 @@ def server():
     program = os.environ.get("BEBOP_SERVER", str(ROOT / "build/cpu-release/bin/bebop-server"))
     flags = ["--model", str(bundled.MODEL), "--dtype", "float32", "--threads", "1", "--port", "0", "--admin-port", "0"]
     process = subprocess.Popen([program, *flags], stdout=subprocess.PIPE, text=True)
-    ports = next((match.groups() for match in (re.match(r"bebop-server ready: .*rollout=(\S+).*admin=(\S+)", line) for line in process.stdout) if match),
-                 None)
+    matches = (re.match(r"bebop-server ready: .*rollout=(\S+).*admin=(\S+)", line) for line in process.stdout)
+    ports = next((match.groups() for match in matches if match), None)
     if ports is None:
         raise RuntimeError(f"{program} ended with status {process.wait()} before it was ready")
     yield ports
@@ -272,7 +274,7 @@ def train(server, folder, *flags):
     log = folder / "log.jsonl"
     command = [sys.executable, str(EXAMPLES / "grpo_async.py"), "--server", server[0], "--admin", server[1], "--log", str(log), "--groups", "4",
                "--samples", "4", "--mix", "code/if=0.7,tools=0.3", "--max-new-tokens", "96", "--eval", "4", *flags]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     records = {"run": [], "eval": [], "step": []}
     for line in log.read_text().splitlines():
@@ -282,8 +284,8 @@ def train(server, folder, *flags):
     return records
 
 
-STEP_FIELDS = {"reward", "reward_by_task", "entropy", "accept_length", "tokens", "staleness_mean", "staleness_max", "rollout_seconds", "train_seconds",
-               "sync_seconds", "step_seconds", "load", "version", "new_version"}
+STEP_FIELDS = {"reward", "reward_by_task", "entropy", "accept_length", "tokens", "staleness_mean", "staleness_max", "rollout_seconds",
+               "train_seconds", "sync_seconds", "step_seconds", "swap_seconds", "load", "version", "new_version"}
 
 
 def test_on_policy_steps(server, tmp_path):
@@ -329,9 +331,9 @@ def test_asynchronous_steps_on_a_server_with_other_weights(server, tmp_path):
     assert any(step["staleness_max"] == 1 for step in records["step"])
 
 
-def test_refusals_end_the_run_with_a_message(server, tmp_path):
-    command = [sys.executable, str(EXAMPLES / "grpo_async.py"), "--server", server[0], "--admin", server[1], "--eval", "0", "--steps", "1"]
-    result = subprocess.run([*command, "--max-new-tokens", "1000000"], capture_output=True, text=True, timeout=60, check=False)
-    assert result.returncode == 1 and "error:" in result.stderr and "max_new_tokens" in result.stderr
-    result = subprocess.run([*command, "--mix", "poem"], capture_output=True, text=True, timeout=60, check=False)
-    assert result.returncode == 1 and "unknown task 'poem'" in result.stderr
+def test_refusals_end_the_run_with_a_message(server, capsys):
+    arguments = ["--server", server[0], "--admin", server[1], "--eval", "0", "--steps", "1"]
+    assert grpo_async.main([*arguments, "--max-new-tokens", "1000000"]) == 1
+    assert re.search(r"error: .*max_new_tokens", capsys.readouterr().err)
+    assert grpo_async.main([*arguments, "--mix", "poem"]) == 1
+    assert "error: mix: unknown task 'poem'" in capsys.readouterr().err
