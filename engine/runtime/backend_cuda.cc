@@ -111,6 +111,7 @@ class CudaBackend final : public Backend {
     DeviceBudget budget;
     budget.free_bytes = free_bytes_;
     budget.weight_bytes = weight_bytes;
+    budget.staging_bytes = StagingBytes(options, weight_bytes);
     budget.workspace_bytes = stream_->workspace_bytes();
     budget.graph_bytes = options.cuda_graphs ? kGraphBytes : 0;
     budget.lookahead_tokens = CudaLookaheadTokens(config.num_mtp_layers > 0 ? options.max_draft_tokens : 0);

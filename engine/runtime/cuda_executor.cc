@@ -212,7 +212,7 @@ class CudaExecutor final : public Executor {
   void Publish(const PassArrays& pass, int32_t max_positions);
   absl::Status RunScores(const StepPlan& plan, StepResult* result);
   void PlanAhead(const StepPlan& plan);
-  // Waits for all that was enqueued, and keeps the records that no plan has asked for.
+  // Waits for all that was enqueued, and reads its records.
   absl::Status Settle();
   // Reads the records of all passes up to `number`.
   absl::Status Read(uint64_t number);
@@ -370,12 +370,10 @@ absl::Status CudaExecutor::Execute(const StepPlan& plan, StepResult* result) {
 
 absl::Status CudaExecutor::Settle() {
   BEBOP_RETURN_IF_ERROR(memory_->status());
-  BEBOP_RETURN_IF_ERROR(Read(ring_->last_published()));
-  KeepRecords();
-  return absl::OkStatus();
+  return Read(ring_->last_published());
 }
 
-// A pass reads weights before it publishes, so once all records are here nobody reads the previous weights. They are kept with the epoch
+// A pass reads weights before it publishes, so once all records are here nobody reads the previous weights; and each record has the epoch
 // that ends here. The graphs hold the previous weights' addresses (ADR 6).
 absl::Status CudaExecutor::SetWeights(const ModelWeights* weights, int64_t epoch) {
   BEBOP_CHECK(epoch >= weight_epoch_);

@@ -32,6 +32,9 @@ struct EngineOptions {
   bool needs_mtp = true;       // false with `--speculation off`: a checkpoint without MTP tensors is then fine
   int64_t kv_cache_bytes = 0;  // 0: a share of free memory on the CPU, what is left on a device
   double gpu_memory_utilization = 0.9;  // share of a device's free memory that the engine may take
+  // Most that an open weight update may hold; 0: as much as the weights. A device keeps room for a second set of weights, out of its share and before KV
+  // pages, unless this is less than the weights: then no update fits anyway.
+  int64_t weight_staging_bytes = 0;
   bool cuda_graphs = true;     // false: iterations are enqueued kernel by kernel, for comparison
   bool batch_invariant = false;  // a device's kernels make rows independent of their batch (the CPU's always do)
   int32_t max_queued_requests = 1024;

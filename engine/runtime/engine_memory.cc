@@ -137,6 +137,10 @@ absl::StatusOr<EngineSizes> ResolveSizes(const EngineOptions& options, const Mod
   return sizes;
 }
 
+int64_t StagingBytes(const EngineOptions& options, int64_t weight_bytes) {
+  return options.weight_staging_bytes == 0 || options.weight_staging_bytes >= weight_bytes ? weight_bytes : 0;
+}
+
 absl::StatusOr<EngineSizes> ResolveDeviceSizes(const EngineOptions& options, const ModelConfig& config, const DeviceBudget& budget) {
   // Written so that NaN is out of range.
   if (!(options.gpu_memory_utilization > 0.0 && options.gpu_memory_utilization <= 1.0)) {
@@ -155,7 +159,7 @@ absl::StatusOr<EngineSizes> ResolveDeviceSizes(const EngineOptions& options, con
   const int64_t score_bytes =
       Scorer::DeviceBytes(config, scheduler.max_step_tokens, sizes.page_table_entries, budget.activation_dtype, options.dtype);
   sizes.activation_bytes = activation_bytes + executor_bytes + score_bytes;
-  const int64_t left = usable - budget.weight_bytes - slot_bytes - sizes.activation_bytes - budget.workspace_bytes - budget.graph_bytes;
+  const int64_t left = usable - budget.weight_bytes - budget.staging_bytes - slot_bytes - sizes.activation_bytes - budget.workspace_bytes - budget.graph_bytes;
 
   const int64_t page_bytes = std::max<int64_t>(1, PageBytes(config, sizes.state));  // a model without attention layers has empty pages
   const int64_t kv_bytes = options.kv_cache_bytes > 0 ? options.kv_cache_bytes : std::min(std::max<int64_t>(0, left), page_bytes * MostPages(sizes));
@@ -171,11 +175,14 @@ absl::StatusOr<EngineSizes> ResolveDeviceSizes(const EngineOptions& options, con
             : absl::StrCat("KV pages: one sequence of max_model_len ", scheduler.max_model_len, " needs ");
     const char* const remedy = asks_too_much     ? ": lower kv_cache_bytes, or raise gpu_memory_utilization"
                                : asks_too_little ? ": raise kv_cache_bytes, or lower max_model_len"
-                                                 : ": lower max_num_seqs (recurrent state, logits), max_step_tokens (activations) or "
-                                                   "max_model_len (pages), or raise gpu_memory_utilization";
+                              : budget.staging_bytes > needed_bytes
+                                  ? ": lower max_num_seqs (recurrent state, logits), max_step_tokens (activations) or max_model_len (pages), raise "
+                                    "gpu_memory_utilization, or do without weight updates (weight_staging_bytes 1)"
+                                  : ": lower max_num_seqs (recurrent state, logits), max_step_tokens (activations) or "
+                                    "max_model_len (pages), or raise gpu_memory_utilization";
     return absl::ResourceExhaustedError(absl::StrCat(
         problem, needed_bytes, " bytes, and ", std::max<int64_t>(0, left), " are left of ", usable, " (gpu_memory_utilization ", options.gpu_memory_utilization, " of ",
-        budget.free_bytes, " free): weights ", budget.weight_bytes, ", recurrent state ", slot_bytes, " (", scheduler.num_state_slots,
+        budget.free_bytes, " free): weights ", budget.weight_bytes, ", room for new weights ", budget.staging_bytes, ", recurrent state ", slot_bytes, " (", scheduler.num_state_slots,
         " slots), activations ", activation_bytes, ", draft logits ", draft_bytes, ", logits and arrays ", executor_bytes - draft_bytes, ", scores ",
         score_bytes, ", workspace ", budget.workspace_bytes, ", graphs ", budget.graph_bytes, remedy));
   }

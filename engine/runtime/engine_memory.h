@@ -29,12 +29,16 @@ absl::StatusOr<EngineSizes> ResolveSizes(const EngineOptions& options, const Mod
 struct DeviceBudget {
   int64_t free_bytes = 0;       // before the engine takes anything
   int64_t weight_bytes = 0;
+  int64_t staging_bytes = 0;    // kept for the weights of an update
   int64_t workspace_bytes = 0;  // of the stream
   int64_t graph_bytes = 0;      // kept for captured iterations
   int32_t lookahead_tokens = 0;
   DType activation_dtype = DType::kBFloat16;
   std::function<int64_t(const EngineSizes&)> executor_bytes;  // asked before the number of pages is known
 };
+
+// What a device should keep for updates of weights that take `weight_bytes`.
+int64_t StagingBytes(const EngineOptions& options, int64_t weight_bytes);
 
 // A device's sizes: KV pages take what gpu_memory_utilization of the free bytes leaves after everything else. Errors as above.
 absl::StatusOr<EngineSizes> ResolveDeviceSizes(const EngineOptions& options, const ModelConfig& config, const DeviceBudget& budget);

@@ -75,13 +75,8 @@ void IterationGraphs::DropOldest() {
 }
 
 cudaGraphExec_t IterationGraphs::Capture(absl::FunctionRef<void()> enqueue) {
-  if (num_held() == max_graphs_) {
-    if (stale_.empty()) {
-      DropOldest();
-    } else {
-      DropStale();
-    }
-  }
+  // Stale ones need not be counted: each run drops one, and a graph is captured in every second run at most.
+  if (num_graphs_ == max_graphs_) DropOldest();
   // Thread local: other threads, such as one that loads weights, may go on allocating.
   BEBOP_CUDA_TRY(stream_, cudaStreamBeginCapture(stream_.handle(), cudaStreamCaptureModeThreadLocal));
   enqueue();

@@ -101,7 +101,15 @@ class Lockstep final : public Executor {
     loaded_ = std::move(next);
   }
 
-  // To host memory and back. REQUIRES: Swap was called, and nothing is planned with its residency again.
+  // The caches go and come back empty. REQUIRES: nothing is planned with its residency again.
+  void RenewCaches() {
+    ASSERT_TRUE(device_->Quiesce().ok());
+    device_storage_->Release();
+    taken_.push_back(*device_memory_->Allocate(1 << 20, "somebody else's"));
+    ASSERT_TRUE(device_storage_->Restore().ok());
+  }
+
+  // The same with the weights, to host memory and back. REQUIRES: Swap was called.
   void Sleep() {
     ASSERT_TRUE(device_->Quiesce().ok());
     device_storage_->Release();
@@ -368,13 +376,19 @@ TEST_F(CudaWeightsTest, AfterASleepEverythingIsWhereTheDeviceLooks) {
   for (int i = 0; i < 30 && !before->finished; ++i) engine.Step();
   ASSERT_TRUE(before->finished);
   EXPECT_TRUE(engine->core().Abort("cancelled"));  // an iteration of its runs on
-  engine.lockstep().Sleep();
   GenerateRequest again = request;
-  again.request_id = "after";
-  const auto after = engine.Submit(again);
-  engine.RunToEnd();
-  EXPECT_EQ(after->samples.at(0).token_ids, before->samples.at(0).token_ids);
-  EXPECT_EQ(after->samples.at(0).logprobs, before->samples.at(0).logprobs);
+  for (const bool weights : {false, true}) {
+    if (weights) {
+      engine.lockstep().Sleep();
+    } else {
+      engine.lockstep().RenewCaches();
+    }
+    again.request_id = weights ? "after both" : "after";
+    const auto after = engine.Submit(again);
+    engine.RunToEnd();
+    EXPECT_EQ(after->samples.at(0).token_ids, before->samples.at(0).token_ids);
+    EXPECT_EQ(after->samples.at(0).logprobs, before->samples.at(0).logprobs);
+  }
   engine.lockstep().Swap(3);
   again.request_id = "under other weights";
   const auto other = engine.Submit(again);
@@ -405,6 +419,24 @@ TEST_F(CudaWeightsTest, StepsAreSteadyAgainTwoStepsAfterASwap) {
   EXPECT_EQ(after.allocations, before.allocations);
   EXPECT_EQ(after.frees, before.frees);
   EXPECT_EQ(after.synchronizations, swapped.synchronizations);
+}
+
+// Nothing runs when the executor has let go: caches and weights may go at once, by whatever way.
+TEST_F(CudaWeightsTest, WhoQuiescesWaits) {
+  Executor* executor = nullptr;
+  DeviceOptions options = SmallOptions();
+  options.wrap = [&](std::unique_ptr<Executor> made, const ModelConfig&, const ModelExecutorOptions&, ModelStateStorage*, DeviceMemory*) {
+    executor = made.get();
+    return made;
+  };
+  DeviceEngine engine(options);
+  ASSERT_TRUE(engine->core().Submit(Greedy("r", 4, 20, 1), std::make_shared<Reader>()).ok());
+  for (int i = 0; i < 4; ++i) ASSERT_TRUE(engine->Step().ok());
+  ASSERT_EQ(cudaStreamQuery(engine.stream().handle()), cudaErrorNotReady) << "an iteration runs ahead";
+  engine->core().Pause();
+  ASSERT_TRUE(engine->core().Abort("r"));
+  ASSERT_TRUE(executor->Quiesce().ok());
+  EXPECT_EQ(cudaStreamQuery(engine.stream().handle()), cudaSuccess);
 }
 
 // A device that failed says so to whoever swaps or sleeps.

@@ -88,6 +88,35 @@ TEST(EngineMemoryTest, TooLittleDeviceMemoryNamesEveryBudgetAndWhatToLower) {
   EXPECT_NE(message.find("logits and arrays " + std::to_string(kExecutorBytes - draft_bytes)), std::string::npos) << message;
 }
 
+// A second set of weights has its room before KV pages have theirs, unless no update could use it.
+TEST(EngineMemoryTest, RoomForNewWeightsComesBeforePages) {
+  EngineOptions options = Options();
+  EXPECT_EQ(StagingBytes(options, 1'000'000), 1'000'000);
+  options.weight_staging_bytes = 5'000'000;
+  EXPECT_EQ(StagingBytes(options, 1'000'000), 1'000'000);
+  options.weight_staging_bytes = 1'000'000;
+  EXPECT_EQ(StagingBytes(options, 1'000'000), 1'000'000);
+  options.weight_staging_bytes = 999'999;
+  EXPECT_EQ(StagingBytes(options, 1'000'000), 0);
+
+  const ModelConfig config = test::SmallConfig();
+  options.gpu_memory_utilization = 0.5;
+  DeviceBudget budget = Budget(26'000'000);
+  const auto all = ResolveDeviceSizes(options, config, budget);
+  ASSERT_TRUE(all.ok()) << all.status();
+  const int64_t page_bytes = PageBytes(config, all->state);
+  budget.staging_bytes = 5 * page_bytes;
+  const auto fewer = ResolveDeviceSizes(options, config, budget);
+  ASSERT_TRUE(fewer.ok()) << fewer.status();
+  EXPECT_EQ(fewer->scheduler.num_pages, all->scheduler.num_pages - 5);
+  budget.staging_bytes = 20'000'000;
+  const absl::Status none = ResolveDeviceSizes(options, config, budget).status();
+  EXPECT_EQ(none.code(), absl::StatusCode::kResourceExhausted);
+  for (const char* words : {"room for new weights 20000000", "weight_staging_bytes 1"}) {
+    EXPECT_NE(none.message().find(words), absl::string_view::npos) << none;
+  }
+}
+
 TEST(EngineMemoryTest, AskedKvBytesMustFitTheDevice) {
   const ModelConfig config = test::SmallConfig();
   EngineOptions options = Options();
