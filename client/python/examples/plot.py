@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws the logs of grpo_async.py (PNG) and prints the numbers behind the pictures.
 
-    plot.py run LOG --out DIR               reward, entropy, accept length; where the time goes; staleness and clipping
-    plot.py pair DRAFTED PLAIN --out DIR    step and rollout times of two runs that differ in drafting alone
+    plot.py run LOG --out DIR    reward, entropy, accept length; where the time goes; staleness and clipping
+    plot.py pair --drafted LOG... --plain LOG... --out DIR    step and rollout times of runs that differ in drafting alone
 
 Needs matplotlib.
 """
@@ -140,32 +140,29 @@ def ratio_of_means(top: np.ndarray, bottom: np.ndarray) -> tuple[float, float, f
     return (top.mean() / bottom.mean(), *np.percentile(draws, [2.5, 97.5]))
 
 
-def draw_pair(drafted: Path, plain: Path, out: Path) -> None:
-    runs = {"with drafting": read(drafted), "without": read(plain)}
-    # The first step holds what happens once, such as the first allocation of every buffer.
-    steps = {label: records["step"][1:] for label, records in runs.items()}
+def draw_pair(drafted: list[Path], plain: list[Path], out: Path) -> None:
+    # The first step of a run holds what happens once, such as the first allocation of every buffer.
+    runs = {label: [read(log)["step"][1:] for log in logs] for label, logs in (("with drafting", drafted), ("without", plain))}
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.6))
-    for label, color in zip(steps, ("tab:blue", "tab:orange")):
-        x = column(steps[label], "step") + 1
-        axes[0].plot(x, column(steps[label], "rollout_seconds"), ".-", color=color, label=label)
-        axes[1].plot(x, column(steps[label], "step_seconds"), ".-", color=color, label=label)
+    for (label, logs), color in zip(runs.items(), ("tab:blue", "tab:orange")):
+        for number, steps in enumerate(logs):
+            for axis, name in zip(axes, ("rollout_seconds", "step_seconds")):
+                axis.plot(column(steps, "step") + 1, column(steps, name), ".-", color=color, label=None if number else label)
     for axis, name in zip(axes, ("rollout", "step")):
         axis.set(title=f"seconds of a {name}", xlabel="step", ylim=(0, None))
         axis.legend()
     save(figure, out, "grpo_drafting.png")
-    for label in steps:
-        rows = steps[label]
+    first, second = ([step for steps in logs for step in steps] for logs in runs.values())
+    for label, rows in zip(runs, (first, second)):
         accept = column(rows, "accept_length")
         print(f"{label}: {len(rows)} steps, {column(rows, 'tokens').mean():.0f} tokens a step, "
               f"accept length {np.nanmean(accept) if np.isfinite(accept).any() else float('nan'):.2f}, "
               + ", ".join(f"{part} {column(rows, f'{part}_seconds').mean():.3f} s" for part in (*PARTS, "step"))
-              + f", reward {column(rows, 'reward').mean():.3f}, load {column(rows, 'load').mean():.2f}")
-    first, second = steps.values()
+              + f", reward {column(rows, 'reward').mean():.3f}, load {column(rows, 'load').min():.1f} to {column(rows, 'load').max():.1f}")
     for name in ("rollout_seconds", "step_seconds"):
         value, low, high = ratio_of_means(column(first, name), column(second, name))
         print(f"{name}: with / without drafting = {value:.3f} [{low:.3f}, {high:.3f}]")
-    per_token = [column(rows, "rollout_seconds") / column(rows, "tokens") for rows in (first, second)]
-    value, low, high = ratio_of_means(*per_token)
+    value, low, high = ratio_of_means(*(column(rows, "rollout_seconds") / column(rows, "tokens") for rows in (first, second)))
     print(f"rollout seconds a token: with / without drafting = {value:.3f} [{low:.3f}, {high:.3f}]")
 
 
@@ -174,9 +171,9 @@ def main() -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run", help="one run")
     run.add_argument("log", type=Path)
-    pair = verbs.add_parser("pair", help="two runs, with and without drafting")
-    pair.add_argument("drafted", type=Path)
-    pair.add_argument("plain", type=Path)
+    pair = verbs.add_parser("pair", help="runs with and without drafting")
+    pair.add_argument("--drafted", type=Path, nargs="+", required=True)
+    pair.add_argument("--plain", type=Path, nargs="+", required=True)
     for verb in (run, pair):
         verb.add_argument("--out", type=Path, default=Path("."))
     arguments = parser.parse_args()
