@@ -21,7 +21,7 @@ for what in "${@:-build}"; do
   case "$what" in
     build) packages+=(g++ cmake ninja-build git ca-certificates python3 pkg-config libgrpc++-dev protobuf-compiler-grpc
                       protobuf-compiler libprotobuf-dev libabsl-dev nlohmann-json3-dev libicu-dev libre2-dev libyaml-cpp-dev
-                      libcli11-dev libssl-dev) ;;
+                      libcli11-dev libssl-dev prometheus-cpp-dev) ;;
     test) packages+=(libgtest-dev libbenchmark-dev python3-venv) ;;
     fuzz) packages+=(clang-19 libclang-rt-19-dev) ;;
     cuda) packages+=(libboost-context-dev python3-venv zstd); cuda=1 ;;

@@ -42,6 +42,9 @@ bebop::ListenOptions ToListenOptions(const bebop::ServerOptions& options, bebop:
           .admin_port = options.admin_port,
           .is_loopback = bebop::IsLoopback(options.host),
           .access = std::move(access),
+          .http_port = options.http_port,
+          .vllm_metrics = options.vllm_metrics,
+          .sglang_metrics = options.sglang_metrics,
           .served_model_name = options.served_model_name,
           .default_mode = options.speculation,
           .default_num_draft_tokens = options.num_speculative_tokens,
@@ -86,9 +89,10 @@ int main(int argc, char** argv) {
   auto server = bebop::Server::Start(engine->get(), ToListenOptions(options, std::move(access)));
   if (!server.ok()) return Fail(server.status());
 
-  std::printf("bebop-server ready: rollout=%s admin=%s model=%s version=%lld\n", (*server)->rollout_address().c_str(),
+  const std::string& http = (*server)->http_address();
+  std::printf("bebop-server ready: rollout=%s admin=%s model=%s version=%lld%s\n", (*server)->rollout_address().c_str(),
               (*server)->admin_address().c_str(), (*server)->served_model_name().c_str(),
-              static_cast<long long>((*engine)->weight_version().target_step));
+              static_cast<long long>((*engine)->weight_version().target_step), http.empty() ? "" : (" http=" + http).c_str());
   std::fflush(stdout);
 
   const int status = bebop::ServeUntilStopped(**engine, **server, {.stop_signals = stop_signals, .drain_timeout = absl::Seconds(options.drain_timeout_s)});

@@ -43,16 +43,18 @@ bool HasData(const SampleResult& sample) { return sample.finish != FinishReason:
 struct ReplyPart {
   GenerateRequest request;
   ResumeOrigin origin;
+  std::shared_ptr<Metrics> metrics;
 };
 
 ReplyPart MakeReplyPart(const ServiceContext& context, const GenerateRequest& request, bool with_prompt) {
-  ReplyPart part = {.request = request, .origin = MakeResumeOrigin(context.rules.model, request.prompt)};
+  ReplyPart part = {.request = request, .origin = MakeResumeOrigin(context.rules.model, request.prompt), .metrics = context.metrics};
   if (!with_prompt) std::vector<uint32_t>().swap(part.request.prompt);
   std::vector<SampleResult>().swap(part.request.resume);
   return part;
 }
 
 v1::SampleResult ToReply(const SampleResult& sample, const ReplyPart& part) {
+  if (part.metrics != nullptr) part.metrics->OnSample(sample);
   v1::SampleResult result = ToProto(sample, part.request);
   if (IsCutShort(sample.finish)) {
     result.set_resume_handle(EncodeResumeHandle(part.origin, ResolvedParams(part.request, sample.seed_used), result, sample.pending_drafts));

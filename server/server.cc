@@ -20,8 +20,10 @@
 #include "engine/base/logging.h"
 #include "engine/base/mutex.h"
 #include "server/blocking_calls.h"
+#include "server/http_endpoints.h"
 #include "server/limits.h"
 #include "server/resume_handle.h"
+#include "server/metrics.h"
 #include "server/service_context.h"
 #include "server/services.h"
 
@@ -39,6 +41,8 @@ constexpr auto kInsecureWarningInterval = std::chrono::minutes(1);
 constexpr int kKeepaliveIntervalMs = 60'000;
 constexpr int kKeepaliveTimeoutMs = 20'000;
 constexpr int kBlockingThreads = 8;  // admin calls that wait, e.g. for running samples, at a time
+// An engine that has not gone round its loop for so long hangs. Steps take seconds at most, and it goes round while it is paused, asleep or waiting.
+constexpr absl::Duration kHeartbeatLimit = absl::Minutes(2);
 constexpr auto kFlushTime = std::chrono::seconds(2);  // for the last replies to leave, after the engine has drained
 
 // gRPC's reflection library registers itself with every server of the process; off loopback its calls are cut here.
@@ -146,6 +150,8 @@ struct Server::Impl {
   std::unique_ptr<grpc::Service> rollout, rollout_info, admin_info, weights, control;
   BlockingCalls blocking_calls{kBlockingThreads};  // of the services above
   Listener rollout_listener, admin_listener;
+  std::string http_address;
+  std::unique_ptr<HttpEndpoints> http;  // below what it tells of, so that it ends first
   bool warn_insecure = false;
 
   Mutex mutex;
@@ -188,6 +194,41 @@ struct Server::Impl {
     }
   }
 
+  HttpReply AnswerHttp(const std::string& path) const {
+    if (path == "/metrics") return {.content_type = "text/plain; version=0.0.4; charset=utf-8", .body = Exposition()};
+    if (path == "/health" || path == "/liveness") return Probe(CheckAlive());
+    if (path == "/ready") return Probe(context.CheckServing());
+    if (path == "/version") {
+      return {.content_type = "application/json",
+              .body = absl::StrCat("{\"version\": \"" BEBOP_VERSION "\", \"boot_id\": \"", context.boot_id, "\"}\n")};
+    }
+    return {.status = 404, .body = "/metrics, /health, /liveness, /ready or /version\n"};
+  }
+
+  static HttpReply Probe(const absl::Status& status) {
+    if (status.ok()) return {.body = "ok\n"};
+    return {.status = 503, .body = absl::StrCat(status.message(), "\n")};
+  }
+
+  // Whether a new process would do better. Takes no lock of the engine, and holds while it drains, is paused or sleeps.
+  absl::Status CheckAlive() const {
+    if (absl::Status health = context.engine->health(); !health.ok()) return health;
+    const absl::Duration age = context.engine->SinceHeartbeat();
+    if (age <= kHeartbeatLimit) return absl::OkStatus();
+    return absl::InternalError(absl::StrCat("the engine has not gone round its loop for ", absl::FormatDuration(age)));
+  }
+
+  std::string Exposition() const {
+    const RequestRules rules = context.Rules();
+    return context.metrics->Exposition(
+        context.engine->GetLoads(),
+        {.serving = context.CheckServing().ok(),
+         .draining = context.draining,
+         .control = context.engine->control(),
+         .since_heartbeat = context.engine->SinceHeartbeat(),
+         .num_draft_tokens = rules.default_mode == SpeculationMode::kOff ? 0 : rules.default_num_draft_tokens});
+  }
+
   void StopListening() {
     const auto deadline = std::chrono::system_clock::now() + kFlushTime;
     rollout_listener.server->Shutdown(deadline);
@@ -212,6 +253,12 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(EngineInterface* engine, c
     if (running->listening) running->SetHealth(false);
   };
   context.access = options.access;
+  const bool insecure = !options.is_loopback && options.access.open();
+  context.metrics = std::make_shared<Metrics>(MetricsOptions{.model_name = context.served_model_name,
+                                                             .build = context.build,
+                                                             .vllm = options.vllm_metrics,
+                                                             .sglang = options.sglang_metrics,
+                                                             .insecure_no_auth = insecure});
   context.rules.max_model_len = info.max_model_len;
   context.rules.vocab_size = info.config.vocab_size;
   context.rules.max_draft_tokens = info.max_draft_tokens;
@@ -236,6 +283,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(EngineInterface* engine, c
     if (!root.ok()) return absl::Status(root.status().code(), absl::StrCat("--weights-root: ", root.status().message()));
     weight_options.root = *std::move(root);
   }
+  weight_options.on_end = [metrics = context.metrics](UpdateEnd end, const UpdateTimes& times) { metrics->OnWeightUpdate(end, times); };
   impl->weights = MakeWeightsService(&context, &impl->blocking_calls, std::move(weight_options));
   impl->control = MakeControlService(&context, &impl->blocking_calls);
   absl::StatusOr<Listener> rollout = Listen(options, "--host/--port", options.port, {"rollout", limits::kRolloutReceiveBytes, limits::kRolloutQuotaBytes},
@@ -246,7 +294,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(EngineInterface* engine, c
                                           {"admin", limits::kAdminReceiveBytes, limits::kAdminQuotaBytes}, {impl->admin_info.get(), impl->weights.get(), impl->control.get()});
   if (!admin.ok()) return admin.status();
   impl->admin_listener = *std::move(admin);
-  impl->warn_insecure = !options.is_loopback && options.access.open();
+  impl->warn_insecure = insecure;
   if (!options.is_loopback && !options.access.open()) {
     Log(LogLevel::kWarning, "tokens cross the network in clear: this build has no TLS; put one in front where the network is not trusted");
   }
@@ -256,6 +304,12 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(EngineInterface* engine, c
     impl->listening = true;
   }
   Impl* const running = impl.get();
+  if (options.http_port >= 0) {
+    auto http = HttpEndpoints::Start(options.host, options.http_port, [running](const std::string& path) { return running->AnswerHttp(path); });
+    if (!http.ok()) return http.status();
+    impl->http = *std::move(http);
+    impl->http_address = Address(options.host, impl->http->port());
+  }
   impl->health_thread = std::thread([running] { running->FollowHealth(); });
   return std::unique_ptr<Server>(new Server(std::move(impl)));
 }
@@ -272,6 +326,7 @@ Server::~Server() {
 
 const std::string& Server::rollout_address() const { return impl_->rollout_listener.address; }
 const std::string& Server::admin_address() const { return impl_->admin_listener.address; }
+const std::string& Server::http_address() const { return impl_->http_address; }
 const std::string& Server::served_model_name() const { return impl_->context.served_model_name; }
 
 void Server::Drain(absl::Duration timeout) {

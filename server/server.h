@@ -19,6 +19,8 @@ struct ListenOptions {
   int32_t port = 0, admin_port = 0;  // 0: a free one
   bool is_loopback = true;           // reflection is for loopback only
   Access access;                     // who may call what; default: everybody everything
+  int32_t http_port = -1;            // probes and metrics; 0: a free one, -1: none
+  bool vllm_metrics = false, sglang_metrics = false;  // MetricsOptions
   std::string served_model_name;     // empty: the engine's
   SpeculationMode default_mode = SpeculationMode::kOff;
   int32_t default_num_draft_tokens = 0;  // of requests in a mode other than OFF, whatever default_mode is
@@ -31,7 +33,8 @@ struct ListenOptions {
 };
 
 // Two listeners over one engine: the rollout port (Rollout, Info) and the admin port (Weights, Info), each with grpc.health.v1 and reflection,
-// limits and a memory quota of its own. A thread keeps the health status in step with the engine's.
+// limits and a memory quota of its own. A thread keeps the health status in step with the engine's. If asked for, a third answers probes and scrapes
+// over HTTP, with threads of its own (docs/operations.md): /metrics, /health and /liveness, /ready, /version.
 // Thread safe.
 class Server {
  public:
@@ -43,6 +46,7 @@ class Server {
   // host:port to connect to.
   const std::string& rollout_address() const;
   const std::string& admin_address() const;
+  const std::string& http_address() const;  // empty: none
   const std::string& served_model_name() const;
 
   // Health goes NOT_SERVING and new work is refused at once; then waits for running work, at most `timeout`, after which it ends as

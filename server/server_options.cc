@@ -17,6 +17,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
+#include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
 #include "engine/base/status_macros.h"
 #include "engine/runtime/backend.h"
@@ -75,6 +76,8 @@ class FlagParser {
     Text("--host", &options_.host, "Address to listen on; other than loopback needs --token-file or --insecure-no-auth");
     Number("--port", &options_.port, "Rollout port; 0 picks a free one");
     Number("--admin-port", &options_.admin_port, "Admin port; 0 picks a free one");
+    Number("--http-port", &options_.http_port, "Port of probes and metrics over HTTP, which ask for no token; 0 picks a free one, -1: none");
+    MetricsCompat();
     Number("--threads", &options_.engine.num_threads, "Compute threads; 0: all processors");
     Number("--max-model-len,--context-length", &options_.engine.max_model_len, "Prompt + output tokens of a sequence; 0: the model's");
     Number("--max-num-seqs,--max-running-requests", &options_.engine.max_num_seqs, "Sequences running at once; 0: for the device");
@@ -170,9 +173,24 @@ class FlagParser {
     choices_.push_back(std::move(apply));
   }
 
+  void MetricsCompat() {
+    app_.add_option("--metrics-compat", metrics_compat_, "Metrics under other servers' names, too: vllm, sglang, or both with a comma")
+        ->take_last()
+        ->check(CLI::Validator([](std::string& text) {
+          for (const absl::string_view name : absl::StrSplit(text, ',')) {
+            if (name != "vllm" && name != "sglang") return absl::StrCat("'", name, "' is not vllm or sglang");
+          }
+          return std::string();
+        }, ""));
+    choices_.push_back([this] {
+      options_.vllm_metrics = absl::StrContains(metrics_compat_, "vllm");
+      options_.sglang_metrics = absl::StrContains(metrics_compat_, "sglang");
+    });
+  }
+
   ServerOptions& options_;
   CLI::App app_{"Serves rollouts of a Qwen3.5-family model over gRPC."};
-  std::string dtype_ = "bfloat16", mode_ = "rejection", load_format_ = "auto", cuda_graphs_ = "on", config_path_;
+  std::string dtype_ = "bfloat16", mode_ = "rejection", load_format_ = "auto", cuda_graphs_ = "on", config_path_, metrics_compat_;
   std::vector<std::function<void()>> choices_;
   bool check_config_ = false, version_ = false, help_ = false;
 };
@@ -232,6 +250,11 @@ absl::Status Validate(const ServerOptions& options) {
   if (options.port != 0 && options.port == options.admin_port) {
     return absl::InvalidArgumentError(absl::StrCat("--admin-port: ", options.admin_port, " is also --port; they are two listeners"));
   }
+  BEBOP_RETURN_IF_ERROR(CheckRange("--http-port", options.http_port, -1, 65535));
+  if (options.http_port > 0 && (options.http_port == options.port || options.http_port == options.admin_port)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--http-port: ", options.http_port, " is also ", options.http_port == options.port ? "--port" : "--admin-port"));
+  }
   BEBOP_RETURN_IF_ERROR(CheckRange("--threads", engine.num_threads, 0, 1024));
   if (engine.max_model_len != 0) BEBOP_RETURN_IF_ERROR(CheckRange("--max-model-len", engine.max_model_len, 2, kAny<int32_t>));
   BEBOP_RETURN_IF_ERROR(CheckRange("--max-num-seqs", engine.max_num_seqs, 0, kMaxNumSeqs));
@@ -286,6 +309,11 @@ std::string ToYaml(const ServerOptions& options) {
   add("host", options.host);
   add("port", options.port);
   add("admin-port", options.admin_port);
+  add("http-port", options.http_port);
+  if (options.vllm_metrics || options.sglang_metrics) {
+    add("metrics-compat", absl::StrCat(options.vllm_metrics ? "vllm" : "", options.vllm_metrics && options.sglang_metrics ? "," : "",
+                                       options.sglang_metrics ? "sglang" : ""));
+  }
   add("threads", engine.num_threads);
   add("max-model-len", engine.max_model_len);
   add("max-num-seqs", engine.max_num_seqs);

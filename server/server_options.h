@@ -19,6 +19,8 @@ struct ServerOptions {
   std::string host = "127.0.0.1";
   int32_t port = 50051;        // 0: a free one
   int32_t admin_port = 50052;  // 0: a free one
+  int32_t http_port = -1;      // probes and metrics; 0: a free one, -1: none
+  bool vllm_metrics = false, sglang_metrics = false;  // under those names, too
   SpeculationMode speculation = SpeculationMode::kRejection;  // of requests that leave it unset
   int32_t num_speculative_tokens = 3;                         // likewise
   double drain_timeout_s = 30.0;       // after SIGTERM, until running work is cut short

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 
@@ -14,6 +15,7 @@
 #include "engine/base/mutex.h"
 #include "engine/runtime/engine_interface.h"
 #include "server/access.h"
+#include "server/metrics.h"
 #include "server/translation.h"
 
 namespace bebop {
@@ -24,6 +26,7 @@ struct ServiceContext {
   EngineInterface* engine = nullptr;
   RequestRules rules;  // its speculation defaults are those of the start; Rules() has the present ones
   Access access;  // every handler's first question
+  std::shared_ptr<Metrics> metrics;  // shared with observers, which the engine may keep for longer; may be empty
   std::string served_model_name;
   std::string boot_id;
   std::string build;

@@ -56,12 +56,13 @@ WeightSession::WeightSession(EngineInterface* engine, const Clock* clock, Weight
       clock_(*clock),
       root_(std::move(options.root)),
       limit_bytes_(options.staging_limit_bytes > 0 ? options.staging_limit_bytes : engine->info().weight_bytes + kTrackingBytes),
+      on_end_(std::move(options.on_end)),
       expiry_thread_([this] { WatchExpiry(); }) {}
 
 WeightSession::~WeightSession() {
   {
     MutexLock lock(&mutex_);
-    if (open_ != nullptr) End(open_, "ended with the server", /*has_turn=*/false);
+    if (open_ != nullptr) End(open_, UpdateEnd::kAborted, "ended with the server", /*has_turn=*/false);
     stopping_ = true;
     expiry_changed_.NotifyAll();
   }
@@ -185,12 +186,13 @@ void WeightSession::Finish(const std::string& update_id, const ExpectedDigests& 
       result->info.num_updates = ++num_updates_;
       finished_.push_back({update_id, *result});
       if (finished_.size() > kMaxFinished) finished_.pop_front();
-      End(open, "was finished", /*has_turn=*/true);
+      End(open, UpdateEnd::kCommitted, "was finished", /*has_turn=*/true);
     } else if (StatusReason(result.status()) == "INCOMPLETE") {
       open->finishing = false;
+      open->times = {};
       EndTurn(*open);
     } else {
-      End(open, absl::StrCat("ended when it was finished: ", result.status().message()), /*has_turn=*/true);
+      End(open, UpdateEnd::kFailed, absl::StrCat("ended when it was finished: ", result.status().message()), /*has_turn=*/true);
     }
   }
   done(result);
@@ -200,11 +202,18 @@ void WeightSession::Finish(const std::string& update_id, const ExpectedDigests& 
 absl::StatusOr<WeightSession::FinishResult> WeightSession::Swap(const OpenPtr& open, const ExpectedDigests& expected) {
   FinishResult result;
   result.stage_time = clock_.Now() - open->started;
-  BEBOP_ASSIGN_OR_RETURN(std::unique_ptr<ModelWeights> weights, open->update->Finish(expected));
-  result.info.version = WithoutTensors(weights->version);
+  open->times = {.stage = result.stage_time};
+  absl::StatusOr<std::unique_ptr<ModelWeights>> weights = open->update->Finish(expected);
+  open->times.check = clock_.Now() - open->started - result.stage_time;
+  if (!weights.ok()) return weights.status();
+  result.info.version = WithoutTensors((*weights)->version);
   result.info.update_id = open->request.spec.update_id;
   result.info.staging_limit_bytes = limit_bytes_;
-  BEBOP_ASSIGN_OR_RETURN(result.commit, engine_.CommitWeights(std::move(weights), open->request.in_flight, open->request.deadline));
+  const absl::Time checked = clock_.Now();
+  absl::StatusOr<CommitResult> commit = engine_.CommitWeights(*std::move(weights), open->request.in_flight, open->request.deadline);
+  open->times.commit = clock_.Now() - checked;
+  if (!commit.ok()) return commit.status();
+  result.commit = *commit;
   return result;
 }
 
@@ -217,7 +226,7 @@ absl::StatusOr<std::string> WeightSession::Abort(const std::string& update_id) {
   if (open_->finishing) {
     return Precondition("COMMITTING", absl::StrCat(Label(id), ": is being swapped in, or waits for running samples"));
   }
-  End(open_, "was aborted", /*has_turn=*/false);
+  End(open_, UpdateEnd::kAborted, "was aborted", /*has_turn=*/false);
   return id;
 }
 
@@ -295,7 +304,7 @@ absl::StatusOr<WeightSession::OpenPtr> WeightSession::FindAndTakeTurn(const std:
   return open;
 }
 
-void WeightSession::End(const OpenPtr& open, const std::string& why, bool has_turn) {
+void WeightSession::End(const OpenPtr& open, UpdateEnd how, const std::string& why, bool has_turn) {
   const OpenPtr keep = open;  // `open` may be open_ itself
   keep->ended = true;
   changed_.NotifyAll();
@@ -304,6 +313,10 @@ void WeightSession::End(const OpenPtr& open, const std::string& why, bool has_tu
   }
   last_ended_id_ = keep->request.spec.update_id;
   last_ended_why_ = why;
+  if (on_end_ != nullptr) {
+    if (keep->times.stage == absl::ZeroDuration()) keep->times.stage = clock_.Now() - keep->started;
+    on_end_(how, keep->times);
+  }
   mutex_.Unlock();
   keep->update.reset();  // gives much memory back
   mutex_.Lock();
@@ -315,7 +328,7 @@ void WeightSession::End(const OpenPtr& open, const std::string& why, bool has_tu
 void WeightSession::ExpireIfIdle() {
   if (open_ == nullptr || open_->ended || open_->finishing || open_->in_turn || open_->turn != open_->next_turn) return;
   if (clock_.Now() < open_->last_call + open_->request.deadline) return;
-  End(open_, absl::StrCat("was forgotten after ", absl::FormatDuration(open_->request.deadline), " without a call (deadline_ms)"), /*has_turn=*/false);
+  End(open_, UpdateEnd::kExpired, absl::StrCat("was forgotten after ", absl::FormatDuration(open_->request.deadline), " without a call (deadline_ms)"), /*has_turn=*/false);
 }
 
 WeightSession::Info WeightSession::MakeInfo(WeightVersion version) const {

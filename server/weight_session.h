@@ -22,6 +22,7 @@
 #include "engine/runtime/engine_interface.h"
 #include "engine/weights/weight_files.h"
 #include "engine/weights/weight_update.h"
+#include "server/update_end.h"
 
 namespace bebop {
 
@@ -29,6 +30,8 @@ struct WeightSessionOptions {
   // What the staged copy may take. 0: as much as the weights themselves, and 16 MiB to keep track of chunks out of order.
   int64_t staging_limit_bytes = 0;
   std::optional<WeightRoot> root;  // none: no update is read from files
+  // Told once of every update's end, under the session's lock: must return at once. May be empty.
+  std::function<void(UpdateEnd, const UpdateTimes&)> on_end;
 };
 
 // The one weight update that a server may have open: from Start through chunks, or files, to Finish, Abort or its expiry. At most one
@@ -118,6 +121,7 @@ class WeightSession {
     const StartRequest request;
     const absl::Time started;
     std::unique_ptr<WeightUpdate> update;
+    UpdateTimes times;  // as far as a Finish has come
     // The session's mutex guards the rest.
     absl::Time last_call;
     State state;  // as after the last turn
@@ -143,7 +147,7 @@ class WeightSession {
   void EndTurn(Open& open) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::StatusOr<OpenPtr> FindAndTakeTurn(const std::string& update_id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Ends the update: waits for the turn under way, unless the caller has it, and gives all memory back. `why` completes "update X ...".
-  void End(const OpenPtr& open, const std::string& why, bool has_turn) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void End(const OpenPtr& open, UpdateEnd how, const std::string& why, bool has_turn) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void ExpireIfIdle() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::StatusOr<FinishResult> Swap(const OpenPtr& open, const ExpectedDigests& expected) ABSL_LOCKS_EXCLUDED(mutex_);
   Info MakeInfo(WeightVersion version) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -153,6 +157,7 @@ class WeightSession {
   const Clock& clock_;
   const std::optional<WeightRoot> root_;
   const int64_t limit_bytes_;
+  const std::function<void(UpdateEnd, const UpdateTimes&)> on_end_;
 
   Mutex mutex_;
   CondVar changed_, expiry_changed_;

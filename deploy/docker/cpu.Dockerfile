@@ -2,8 +2,8 @@
 # bebop-server for CPUs. From the root of the tree:
 #   docker build -f deploy/docker/cpu.Dockerfile -t bebop:cpu .
 #   docker run --rm --network host --read-only -v /path/to/model:/model:ro bebop:cpu
-# The server listens on loopback until it has access control: share its network (--network host, or a pod), or add `--host 0.0.0.0 --insecure-no-auth`
-# behind something that guards it. It writes nothing, so that the root file system can be read-only.
+# The server listens on loopback: share its network (--network host, or a pod), or mount a token file and add `--device cpu --host 0.0.0.0
+# --token-file FILE --http-port 8000` (docs/operations.md). It writes nothing, so that the root file system can be read-only.
 FROM debian:bookworm-slim AS build
 WORKDIR /src
 COPY deploy/install_deps.sh deploy/install_deps.sh
@@ -23,15 +23,15 @@ LABEL org.opencontainers.image.title="bebop" \
   org.opencontainers.image.revision="${REVISION}"
 # Not pinned to package versions: Debian stable changes them for security alone.
 RUN apt-get update \
-  && apt-get install -y --no-install-recommends libgrpc++1.51 libprotobuf32 libabsl20220623 libicu72 libre2-9 libyaml-cpp0.7 \
+  && apt-get install -y --no-install-recommends libgrpc++1.51 libprotobuf32 libabsl20220623 libicu72 libre2-9 libyaml-cpp0.7 libprometheus-cpp-core1.0 libcivetweb1 \
   && rm -rf /var/lib/apt/lists/* \
   && useradd --system --uid 65532 --no-create-home --shell /usr/sbin/nologin bebop
 COPY --from=build /src/build/cpu-release/bin/bebop-server /src/build/cpu-release/bin/bebop /usr/local/bin/
 COPY --from=build /src/LICENSE /usr/share/doc/bebop/LICENSE
 USER 65532:65532
-EXPOSE 50051 50052
+EXPOSE 50051 50052 8000
 # Loading a large checkpoint takes minutes; until then a failure does not count.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 CMD ["bebop", "--server", "127.0.0.1:50051", "health"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["bebop-server", "--model", "/model"]
-CMD ["--device", "cpu"]
+CMD ["--device", "cpu", "--http-port", "8000"]

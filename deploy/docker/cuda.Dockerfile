@@ -26,7 +26,7 @@ LABEL org.opencontainers.image.title="bebop" \
   org.opencontainers.image.revision="${REVISION}"
 # Not pinned to package versions: Debian stable changes them for security alone.
 RUN apt-get update \
-  && apt-get install -y --no-install-recommends libgrpc++1.51 libprotobuf32 libabsl20220623 libicu72 libre2-9 libyaml-cpp0.7 \
+  && apt-get install -y --no-install-recommends libgrpc++1.51 libprotobuf32 libabsl20220623 libicu72 libre2-9 libyaml-cpp0.7 libprometheus-cpp-core1.0 libcivetweb1 \
   && rm -rf /var/lib/apt/lists/* \
   && useradd --system --uid 65532 --no-create-home --shell /usr/sbin/nologin bebop
 COPY --from=build /cuda/libcublasLt.so.13 /usr/local/cuda/lib64/
@@ -35,9 +35,9 @@ COPY --from=build /src/LICENSE /usr/share/doc/bebop/LICENSE
 # Read by NVIDIA's container toolkit: every device, and the driver's compute part with nvidia-smi.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 65532:65532
-EXPOSE 50051 50052
+EXPOSE 50051 50052 8000
 # Loading a large checkpoint takes minutes; until then a failure does not count.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 CMD ["bebop", "--server", "127.0.0.1:50051", "health"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["bebop-server", "--model", "/model"]
-CMD ["--device", "cuda"]
+CMD ["--device", "cuda", "--http-port", "8000"]

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "server/http_endpoints.h"
+
+#include <civetweb.h>
+
+#include <string_view>
+#include <utility>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+
+namespace bebop {
+namespace {
+
+const char* ReasonPhrase(int status) {
+  switch (status) {
+    case 200: return "OK";
+    case 404: return "Not Found";
+    case 405: return "Method Not Allowed";
+    default: return "Service Unavailable";
+  }
+}
+
+void Write(mg_connection* connection, const HttpReply& reply, bool with_body) {
+  const std::string head = absl::StrCat("HTTP/1.1 ", reply.status, " ", ReasonPhrase(reply.status), "\r\nContent-Type: ", reply.content_type,
+                                        "\r\nContent-Length: ", reply.body.size(), "\r\nCache-Control: no-store\r\nConnection: close\r\n\r\n");
+  const std::string bytes = with_body ? absl::StrCat(head, reply.body) : head;
+  mg_write(connection, bytes.data(), bytes.size());
+}
+
+}  // namespace
+
+struct HttpEndpoints::Impl {
+  explicit Impl(Handler answer) : handler(std::move(answer)) { mg_init_library(0); }
+  ~Impl() {
+    if (context != nullptr) mg_stop(context);
+    mg_exit_library();
+  }
+
+  // Answers every request, so that the library itself never looks for a file.
+  static int OnRequest(mg_connection* connection) {
+    const mg_request_info& request = *mg_get_request_info(connection);
+    const auto& impl = *static_cast<const Impl*>(request.user_data);
+    const std::string_view method = request.request_method;
+    if (method != "GET" && method != "HEAD") {
+      Write(connection, {.status = 405, .body = "GET or HEAD\n"}, true);
+      return 405;
+    }
+    const HttpReply reply = impl.handler(request.local_uri);
+    Write(connection, reply, method == "GET");
+    return reply.status;
+  }
+  static int DropMessage(const mg_connection*, const char*) { return 1; }
+
+  const Handler handler;
+  mg_context* context = nullptr;
+  int32_t port = 0;
+};
+
+HttpEndpoints::HttpEndpoints(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+HttpEndpoints::~HttpEndpoints() = default;
+
+absl::StatusOr<std::unique_ptr<HttpEndpoints>> HttpEndpoints::Start(const std::string& host, int32_t port, Handler handler) {
+  auto impl = std::make_unique<Impl>(std::move(handler));
+  const std::string address = absl::StrContains(host, ':') ? absl::StrCat("[", host, "]:", port) : absl::StrCat(host, ":", port);
+  const char* options[] = {"listening_ports", address.c_str(), "num_threads", "4", "request_timeout_ms", "5000", "max_request_size", "8192", nullptr};
+  mg_callbacks callbacks = {};
+  callbacks.begin_request = &Impl::OnRequest;
+  callbacks.log_message = &Impl::DropMessage;  // what peers send wrong is no news
+  impl->context = mg_start(&callbacks, impl.get(), options);
+  mg_server_port bound = {};
+  if (impl->context == nullptr || mg_get_server_ports(impl->context, 1, &bound) < 1) {
+    return absl::InvalidArgumentError(absl::StrCat("--host/--http-port: cannot listen on ", address));
+  }
+  impl->port = bound.port;
+  return std::unique_ptr<HttpEndpoints>(new HttpEndpoints(std::move(impl)));
+}
+
+int32_t HttpEndpoints::port() const { return impl_->port; }
+
+}  // namespace bebop
