@@ -270,6 +270,7 @@ bool FakeExecutor::RunSequence(const SequencePlan& plan, SequenceOutcome* out) {
       const int32_t n = out->num_emitted++;
       std::vector<Drawn>& drawn = drawn_[{request.request_id, static_cast<int32_t>(plan.sample_index)}];
       const size_t at = static_cast<size_t>(plan.num_output + n);
+      if (at == 0) drawn.clear();  // an id may run again
       if (drawn.size() <= at) drawn.resize(at + 1);
       if (drawn[at].epoch >= 0) return Fail("a token is drawn twice");
       drawn[at] = {epoch, mixed};
