@@ -469,16 +469,17 @@ absl::StatusOr<v1::FinishWeightUpdateResult> RunUpdate(WeightsClient* client, co
   const absl::StatusOr<v1::WeightUpdate> state = client->StartWeightUpdate(start);
   if (!state.ok()) return state.status();
   absl::StatusOr<v1::FinishWeightUpdateRequest> finish = bring(*state);
-  absl::StatusOr<v1::FinishWeightUpdateResult> result = finish.status();
-  if (finish.ok()) {
+  absl::Status status = finish.status();
+  if (status.ok()) {
     finish->set_update_id(start.update_id());
-    result = Finish(client, *finish);
+    absl::StatusOr<v1::FinishWeightUpdateResult> result = Finish(client, *finish);
     if (result.ok()) return result;
+    status = result.status();
   }
   v1::AbortWeightUpdateRequest abort;
   abort.set_update_id(start.update_id());
   client->AbortWeightUpdate(abort).IgnoreError();  // it may be gone already; otherwise it expires
-  return result;
+  return status;
 }
 
 }  // namespace
