@@ -35,6 +35,7 @@ std::string Summary(const v1::SampleResult& sample) {
                           1.0 + static_cast<double>(sample.spec().num_accepted_draft_tokens()) / static_cast<double>(sample.spec().num_spec_steps()));
   }
   absl::StrAppendFormat(&text, ", %.3f s", sample.timing().e2e());
+  if (!sample.resume_handle().empty()) text += "; cut short, --json has a resume_handle to go on with";
   return text;
 }
 
