@@ -70,7 +70,7 @@ run_stage() {
       ;;
     tsan)
       say "tsan: build"
-      configure_and_build cpu-tsan thread_pool_test engine_test weight_digest_test
+      configure_and_build cpu-tsan thread_pool_test engine_test engine_weights_test weight_digest_test
       say "tsan: tests"
       ctest --preset cpu-tsan --output-on-failure
       ;;

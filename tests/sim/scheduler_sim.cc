@@ -198,7 +198,8 @@ class Simulation {
   std::vector<std::shared_ptr<ScoreClient>> scores_;
   std::vector<Client*> admitted_now_;
   std::vector<uint64_t> cancelled_handles_;
-  std::vector<WeightName> names_;  // by epoch
+  std::vector<WeightName> names_;   // by epoch
+  std::set<int64_t> wait_epochs_;  // that began with a commit that waited
   bool commit_waits_ = false, pause_waits_ = false, pause_aborts_ = false;
   std::vector<std::unique_ptr<Client>> cut_;  // clients with samples to resume
 
@@ -334,6 +335,12 @@ void Simulation::CheckSpans(Client* client, const SampleResult& sample) {
       if (t >= drawn.size() || drawn[t].epoch < 0) return Fail("%s: token %zu was never drawn", id, t);
       if (drawn[t].epoch < epoch) return Fail("%s: token %zu was drawn by older weights than the one before it", id, t);
       changes += epoch >= 0 && drawn[t].epoch != epoch;
+      // Nobody who leaves it to the update runs across a commit that waited. (Nobody waits for those that wait for a step.)
+      const auto waited = wait_epochs_.upper_bound(epoch);
+      if (epoch >= 0 && waited != wait_epochs_.end() && *waited <= drawn[t].epoch && client->request.weights.min_step == INT64_MIN &&
+          client->request.weights.on_update == OnUpdate::kAsTheUpdateSays) {
+        return Fail("%s ran across a commit that waited for it", id);
+      }
       epoch = drawn[t].epoch;
       mixed = mixed || drawn[t].mixed;
       name = names_.at(static_cast<size_t>(epoch));
@@ -473,6 +480,7 @@ void Simulation::Boot() {
   });
   executor_->set_runs_ahead(random_.OneIn(2));
   names_ = {{.target_step = 10, .draft_step = 10, .label = "start"}};
+  wait_epochs_.clear();
   commit_waits_ = pause_waits_ = false;
   options_.weights = names_[0];
   core_ = std::make_unique<EngineCore>(options_, &clock_, executor_.get());
@@ -624,6 +632,7 @@ void Simulation::Commit(InFlight in_flight) {
   }
   Trace("commit of step %" PRId64 ", mode %d", next.target_step, static_cast<int>(in_flight));
   // As in CommitWeights: where it waits, nothing that it waits for is left.
+  if (in_flight == InFlight::kWait) wait_epochs_.insert(static_cast<int64_t>(names_.size()));
   names_.push_back(next);
   for (auto& [id, client] : clients_) client->always_first = false;
   const absl::StatusOr<CommitResult> result = core_->Commit(nullptr, next, in_flight);
@@ -978,6 +987,9 @@ void Simulation::CheckAfterStep(absl::Time step_began) {
     return Fail("an idle engine holds %d pages, %d state slots", loads.used_pages, loads.used_state_slots);
   }
   if (loads.retained_bytes > options_.scheduler.max_result_bytes && live == 0) return Fail("more is retained than the budget allows");
+  if ((commit_waits_ || pause_waits_ || core_->paused()) && !admitted_now_.empty()) {
+    return Fail("%s was admitted though it is held", admitted_now_[0]->request.request_id.c_str());
+  }
   // First come, first served: nobody is admitted past a request before it in order that could run.
   for (const Client* client : admitted_now_) {
     for (auto& [id, other] : clients_) {

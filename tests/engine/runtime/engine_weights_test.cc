@@ -190,7 +190,7 @@ TEST_F(EngineWeightsTest, UpdatingToACheckpointIsLoadingIt) {
 // After a commit with kRecompute the rest of a sample is what the new weights alone would say behind the tokens so far.
 TEST_F(EngineWeightsTest, RecomputedSamplesGoOnAsUnderTheNewWeightsAlone) {
   std::unique_ptr<Engine> engine = Make(1), reference = Make(2);
-  auto listener = Submit(*engine, Greedy("a", 300), 10);
+  auto listener = Submit(*engine, Greedy("a", 120), 10);
   listener->WaitTokens(10);
   const absl::StatusOr<CommitResult> commit = engine->CommitWeights(Weights(2, 5), InFlight::kRecompute, absl::Seconds(10));
   ASSERT_TRUE(commit.ok()) << commit.status();
@@ -208,7 +208,7 @@ TEST_F(EngineWeightsTest, RecomputedSamplesGoOnAsUnderTheNewWeightsAlone) {
   EXPECT_EQ(sample.preemptions, 1);
 
   const auto begin = sample.token_ids.begin() + sample.weight_spans[1].begin;
-  GenerateRequest rest = Greedy("rest", 300 - sample.weight_spans[1].begin);
+  GenerateRequest rest = Greedy("rest", 120 - sample.weight_spans[1].begin);
   rest.prompt.insert(rest.prompt.end(), sample.token_ids.begin(), begin);
   EXPECT_EQ(std::vector<uint32_t>(begin, sample.token_ids.end()), Run(*reference, rest).token_ids);
   // Whoever comes later knows only the new weights.
@@ -228,7 +228,7 @@ TEST_F(EngineWeightsTest, RecomputedSamplesGoOnAsUnderTheNewWeightsAlone) {
 
 TEST_F(EngineWeightsTest, KeptSamplesGoOnWithTheirCaches) {
   std::unique_ptr<Engine> engine = Make(1), reference = Make(2);
-  auto listener = Submit(*engine, Greedy("a", 300), 10);
+  auto listener = Submit(*engine, Greedy("a", 120), 10);
   listener->WaitTokens(10);
   const absl::StatusOr<CommitResult> commit = engine->CommitWeights(Weights(2, 5), InFlight::kKeep, absl::Seconds(10));
   ASSERT_TRUE(commit.ok());
@@ -240,7 +240,7 @@ TEST_F(EngineWeightsTest, KeptSamplesGoOnWithTheirCaches) {
   EXPECT_TRUE(sample.kv_mixed);
   EXPECT_EQ(sample.preemptions, 0);
   const auto begin = sample.token_ids.begin() + sample.weight_spans[1].begin;
-  GenerateRequest rest = Greedy("rest", 300 - sample.weight_spans[1].begin);
+  GenerateRequest rest = Greedy("rest", 120 - sample.weight_spans[1].begin);
   rest.prompt.insert(rest.prompt.end(), sample.token_ids.begin(), begin);
   EXPECT_NE(std::vector<float>(sample.logprobs.begin() + sample.weight_spans[1].begin, sample.logprobs.end()), Run(*reference, rest).logprobs)
       << "the old cache makes a difference, or this test proves nothing";
@@ -252,7 +252,7 @@ TEST_F(EngineWeightsTest, ResumedSamplesEndAsUndisturbedOnes) {
     for (const float temperature : {0.0f, 1.0f}) {
       if (mode == SpeculationMode::kOff && temperature == 0.0f) continue;
       std::unique_ptr<Engine> engine = Make(1), other = Make(1);
-      GenerateRequest request = Greedy("a", 100);
+      GenerateRequest request = Greedy("a", 60);
       request.num_samples = 3;
       request.sampling.temperature = temperature;
       request.speculation.mode = mode;
@@ -267,7 +267,7 @@ TEST_F(EngineWeightsTest, ResumedSamplesEndAsUndisturbedOnes) {
       rest.request_id = "rest";
       for (const auto& [index, sample] : cut) {
         EXPECT_EQ(sample.finish, FinishReason::kSuperseded);
-        EXPECT_LT(sample.token_ids.size(), 100u);
+        EXPECT_LT(sample.token_ids.size(), 60u);
         rest.resume.push_back(sample);
       }
       // Elsewhere, under the weights of its beginning; and one of them alone.
@@ -382,7 +382,7 @@ TEST_F(EngineWeightsTest, AHundredCommitsUnderLoadAndEveryTokenNamesItsWeights) 
 
 TEST_F(EngineWeightsTest, PausedAndSleepingTheEngineTakesWorkAndGoesOnWhereItWas) {
   std::unique_ptr<Engine> engine = Make(1), other = Make(1);
-  GenerateRequest request = Greedy("a", 300);
+  GenerateRequest request = Greedy("a", 120);
   request.sampling.temperature = 1.0f;
   const SampleResult expected = Run(*other, request);
   const absl::Status running = engine->FlushCache();
@@ -394,7 +394,7 @@ TEST_F(EngineWeightsTest, PausedAndSleepingTheEngineTakesWorkAndGoesOnWhereItWas
   EXPECT_TRUE(engine->control().paused);
   listener->Open(*engine);
   const size_t at_pause = listener->num_tokens();
-  ASSERT_LT(at_pause, 300u);
+  ASSERT_LT(at_pause, 120u);
   auto newcomer = Submit(*engine, Greedy("b", 10));
   EXPECT_GT(engine->GetLoads().used_pages, 0);
   EXPECT_EQ(engine->FlushCache(), absl::OkStatus());
@@ -425,7 +425,7 @@ TEST_F(EngineWeightsTest, PausedAndSleepingTheEngineTakesWorkAndGoesOnWhereItWas
   EXPECT_EQ(listener->Wait().at(0).token_ids, expected.token_ids);
   newcomer->Wait();
 
-  auto again = Submit(*engine, Greedy("c", 200), 3);
+  auto again = Submit(*engine, Greedy("c", 60), 3);
   again->WaitTokens(3);
   ASSERT_EQ(engine->Sleep({.weights = false, .kv_cache = true}), absl::OkStatus());
   again->Open(*engine);
@@ -440,7 +440,7 @@ TEST_F(EngineWeightsTest, PausedAndSleepingTheEngineTakesWorkAndGoesOnWhereItWas
 
 TEST_F(EngineWeightsTest, PausesEndWhatTheySay) {
   std::unique_ptr<Engine> engine = Make(1);
-  GenerateRequest request = Greedy("a", 300);
+  GenerateRequest request = Greedy("a", 120);
   request.num_samples = 2;
   auto cut = Submit(*engine, request, 4);
   cut->WaitTokens(4);
