@@ -18,7 +18,7 @@ namespace bebop {
 struct ClientOptions {
   std::string server = "127.0.0.1:50051";  // host:port; the admin port answers the Info calls and Health
   absl::Duration timeout = absl::InfiniteDuration();  // of each call
-  std::string token;  // shown with each call, for servers with --token-file; empty: none
+  std::string token = {};  // shown with each call, for servers with --token-file; empty: none
 };
 
 // What a status of a call holds besides code and message.
