@@ -42,7 +42,7 @@ class RetryPolicy:
 
     def delay(self, error: BebopError, attempt: int, elapsed: float) -> float | None:
         """Seconds to wait before attempt + 1 (attempts count from 1), `elapsed` seconds after the first began; None: give up."""
-        if error.reason == "DRAINING":
+        if error.reason == "DRAINING" or error.code == "ABORTED":  # ABORTED: the whole sequence has to be repeated, if it is still wanted
             return None
         backoff = min(self.max_seconds, self.initial_seconds * 2 ** min(attempt - 1, 30)) * random.uniform(0.5, 1.0)
         if error.retry_after is not None:

@@ -210,7 +210,8 @@ def test_what_is_tried_again_and_how_long():
     full = bebop.ResourceExhaustedError("queue full", reason="CAPACITY", retry_after=7.0)
     assert policy.delay(full, 5000, 1e6) == 7.0  # until the call's own timeout
     for error in (bebop.ResourceExhaustedError("too large", reason="CANNOT_FIT"), bebop.InvalidArgumentError("no", reason="INVALID_FIELD"),
-                  bebop.UnavailableError("drain", reason="DRAINING", retry_after=1.0)):
+                  bebop.UnavailableError("drain", reason="DRAINING", retry_after=1.0),
+                  bebop.AbortedError("busy", reason="UPDATE_IN_PROGRESS", retry_after=1.0)):
         assert policy.delay(error, 1, 0.0) is None
 
 

@@ -274,7 +274,7 @@ def uninterrupted(client, prompt, **params):
 
 
 def test_samples_that_a_pause_cut_short_are_resumed(client, prompt):
-    params = dict(n=2, seed=9, max_new_tokens=600, ignore_eos=True, logprobs=True, speculation="coupled")
+    params = dict(n=2, seed=9, max_new_tokens=400, ignore_eos=True, logprobs=True, speculation="coupled")
     expected = uninterrupted(client, prompt, **params)
     cut = []
     thread = threading.Thread(target=lambda: cut.append(client.generate(prompt, **params)))
@@ -292,12 +292,12 @@ def test_samples_that_a_pause_cut_short_are_resumed(client, prompt):
     client.resume()
     whole = client.resume_samples(pickle.loads(pickle.dumps(group)))
     assert [sample.token_ids.tolist() for sample in whole.samples] == expected
-    assert all(len(sample.logprobs) == 600 and sample.finished for sample in whole.samples)
+    assert all(len(sample.logprobs) == 400 and sample.finished for sample in whole.samples)
     del params["n"]
     again = client.resume_samples(group.samples[:1], prompt, **params)
     assert again.samples[0].token_ids.tolist() == expected[0]
     with pytest.raises(bebop.InvalidArgumentError) as info:
-        client.resume_samples(group.samples, prompt, **{**params, "max_new_tokens": 500})
+        client.resume_samples(group.samples, prompt, **{**params, "max_new_tokens": 300})
     assert info.value.reason == "RESUME_MISMATCH"
     assert client.resume_samples(whole) is whole
 
