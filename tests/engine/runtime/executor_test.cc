@@ -10,6 +10,7 @@
 #include <numeric>
 #include <random>
 
+#include "engine/weights/dummy_weights.h"
 #include "gtest/gtest.h"
 #include "kernels/linear/packed_matrix.h"
 #include "tests/engine/runtime/test_engine.h"
@@ -273,6 +274,55 @@ TEST(ExecutorTest, ANonFiniteRowEndsItsSampleAndLeavesOthersBitEqual) {
   for (size_t i = 0; i < count; ++i) {
     EXPECT_EQ(tokens[i], poisoned.second.token_ids[i]) << i;
     EXPECT_EQ(clean.second.logprobs[i], poisoned.second.logprobs[i]) << i;
+  }
+}
+
+// Greedy, with new weights after `num_tokens` tokens, or a few more if a step brings more; caches are kept.
+SampleResult GenerateOverSwap(GenerateRequest request, const ModelWeights* next, size_t num_tokens) {
+  class Streamed final : public GenerateObserver {
+   public:
+    void OnTokens(const SampleResult& partial, int32_t) override { num_tokens = partial.token_ids.size(); }
+    void OnSample(const SampleResult& result) override { sample = result; }
+    void OnDone(const absl::Status&) override {}
+    size_t num_tokens = 0;
+    SampleResult sample;
+  };
+  request.sampling.temperature = 0.0f;
+  request.stream_tokens = true;
+  SteppedEngine engine({});
+  const auto observer = std::make_shared<Streamed>();
+  EXPECT_TRUE(engine.core().Submit(request, observer).ok());
+  while (observer->num_tokens < num_tokens) EXPECT_TRUE(engine.Step().ok());
+  if (next != nullptr) {
+    EXPECT_TRUE(engine.core().Commit(next, {.target_step = 9, .draft_step = 9, .label = "next"}, InFlight::kKeep).ok());
+  }
+  engine.RunToEnd();
+  return observer->sample;
+}
+
+// Drafts that stand when weights change were made by the layer before. The new target judges them: greedy tokens are those of no drafts, to the bit,
+// and each is stamped with the weights whose pass drew it.
+TEST(ExecutorTest, StandingDraftsAreJudgedByTheNewTarget) {
+  ThreadPool pool(1);
+  const auto memory = MakeHostMemory();
+  const auto next = *MakeDummyWeights(SmallConfig(), DType::kFloat32, 2, pool, memory.get());
+  for (const int32_t drafts : {1, kMaxDraftTokens}) {
+    const GenerateRequest request = With(Request("drafted", Prompt(11), 24), SpeculationMode::kRejection, drafts);
+    const SampleResult drafted = GenerateOverSwap(request, next.get(), 9);
+    ASSERT_EQ(drafted.weight_spans.size(), 2u);
+    const int32_t before = drafted.weight_spans[0].end;
+    EXPECT_GE(before, 9);
+    EXPECT_EQ(drafted.weight_spans[0], (WeightSpan{.target_step = 0, .draft_step = 0, .label = "", .begin = 0, .end = before}));
+    EXPECT_EQ(drafted.weight_spans[1], (WeightSpan{.target_step = 9, .draft_step = 9, .label = "next", .begin = before, .end = 24}));
+    EXPECT_TRUE(drafted.kv_mixed);
+    const SampleResult plain = GenerateOverSwap(With(request, SpeculationMode::kOff, 0), next.get(), static_cast<size_t>(before));
+    EXPECT_EQ(plain.weight_spans, drafted.weight_spans);
+    EXPECT_EQ(plain.token_ids, drafted.token_ids) << drafts;
+    EXPECT_EQ(plain.logprobs, drafted.logprobs) << drafts;
+    // The weights do make a difference.
+    const SampleResult undisturbed = GenerateOverSwap(request, nullptr, 0);
+    EXPECT_TRUE(std::equal(drafted.token_ids.begin(), drafted.token_ids.begin() + before, undisturbed.token_ids.begin()));
+    EXPECT_NE(undisturbed.token_ids, drafted.token_ids);
   }
 }
 
