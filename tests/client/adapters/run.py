@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Installs the frameworks that the adapters plug into, at pinned versions, and the client's wheel, and runs the adapters' tests against the built server.
+"""Installs the adapters' frameworks at pinned versions and the client's wheel, and runs the adapters' tests against the built server.
 
   run.py --server build/cpu-release/bin/bebop-server --work build/cpu-release/python-adapters
 

@@ -124,8 +124,8 @@ def score_length(completions, **_):
 
 
 def test_the_parts_of_the_asynchronous_trainer(server):
-    """WeightTransfer and RolloutWorker with trl's own queue reader and collator, as AsyncGRPOTrainer wires them (the trainer itself needs a CUDA
-    device for its packed attention)."""
+    """WeightTransfer and RolloutWorker with trl's own queue reader, batcher and collator, wired as AsyncGRPOTrainer does. The trainer itself refuses
+    models with linear attention layers."""
     from collections import defaultdict
 
     from trl.experimental.async_grpo.async_grpo_trainer import (DataCollatorForRollout, FixedCountBatcher, RolloutQueueDataset,

@@ -151,7 +151,8 @@ def test_generate(replica, server):
 
 
 def test_budgets_and_bad_input(replica):
-    assert len(call(replica.server_handle.generate, prompt_ids=PROMPT, sampling_params={"max_tokens": 3, "ignore_eos": True}, request_id="b1").token_ids) == 3
+    three = call(replica.server_handle.generate, prompt_ids=PROMPT, sampling_params={"max_tokens": 3, "ignore_eos": True}, request_id="b1")
+    assert len(three.token_ids) == 3
     without = call(replica.server_handle.generate, prompt_ids=PROMPT, sampling_params={"max_new_tokens": 2, "ignore_eos": True}, request_id="b2")
     assert len(without.token_ids) == 2 and without.log_probs is None
     with pytest.raises(ValueError, match="image_data: bebop serves text"):

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TRL: GRPOTrainer and AsyncGRPOTrainer generate on a bebop server and keep its weights up to date.
+"""TRL: GRPOTrainer generates on a bebop server and keeps its weights up to date.
 
     from bebop.adapters.trl import Rollout
 
     client = bebop.Client("gpu1:50051", admin="gpu1:50052")
     trainer = GRPOTrainer(model=..., reward_funcs=..., args=GRPOConfig(...), train_dataset=..., rollout_func=Rollout(client))
 
-    from bebop.adapters.trl import RolloutWorker, WeightTransfer
+WeightTransfer and RolloutWorker implement the protocols of TRL's experimental asynchronous trainer:
 
     transfer = WeightTransfer(client)
     worker = RolloutWorker(bebop.AsyncClient("gpu1:50051"), transfer, dataset, reward_funcs, tokenizer, num_generations=8, max_new_tokens=512)
     trainer = AsyncGRPOTrainer(model=..., args=AsyncGRPOConfig(token_budget=4096, ...), rollout_worker=worker, weight_transfer=transfer, ...)
 
-Written against trl 1.16 (`trl.trainer.grpo_trainer`, `trl.experimental.async_grpo`). Only the draft's host model is trained: Transformers does
-not load the MTP layer, so updates bring the target alone and the server goes on drafting with the MTP layer it has. Outputs stay exact; drafts
-are accepted less often the further the policy moves.
+AsyncGRPOTrainer of trl 1.16 itself refuses models with linear attention layers, and so the whole Qwen3.5 family: its packing is for attention alone.
+Until that changes, the two serve a trainer of one's own that speaks these protocols.
+
+Written against trl 1.16 (`trl.trainer.grpo_trainer`, `trl.experimental.async_grpo`). Transformers does not load the MTP layer, so updates bring the
+target alone and the server goes on drafting with the MTP layer it has. Outputs stay exact; the further the policy moves, the fewer drafts are
+accepted.
 """
 
 from __future__ import annotations

@@ -286,7 +286,8 @@ class BebopReplica(RolloutReplica):
         from verl.single_controller.ray import RayResourcePool, RayWorkerGroup
 
         self.rollout_mode = RolloutMode.STANDALONE
-        self.resource_pool = RayResourcePool([1], use_gpu=False, name_prefix=f"bebop_pool_{self.replica_rank}{self.name_suffix}", max_colocate_count=2)
+        self.resource_pool = RayResourcePool([1], use_gpu=False, name_prefix=f"bebop_pool_{self.replica_rank}{self.name_suffix}",
+                                             max_colocate_count=2)
         self.workers = RayWorkerGroup(resource_pool=self.resource_pool, ray_cls_with_init=self.get_ray_class_with_init_args(), bin_pack=False,
                                       name_prefix=f"bebop_standalone_{self.replica_rank}{self.name_suffix}", use_gpu=False, device_name="cpu").workers
         await self.launch_servers()
