@@ -276,8 +276,8 @@ class BebopReplica(RolloutReplica):
             raise ValueError("rollout.name=bebop: a bebop server is a policy, not a reward or teacher model")
         if self.world_size != 1:
             raise ValueError(f"rollout: tensor_model_parallel_size={self.config.tensor_model_parallel_size}, data_parallel_size="
-                             f"{self.config.data_parallel_size}, pipeline_model_parallel_size={self.config.pipeline_model_parallel_size}, but a bebop "
-                             "server runs on one device: set all three to 1 and have more replicas")
+                             f"{self.config.data_parallel_size}, pipeline_model_parallel_size={self.config.pipeline_model_parallel_size}, but a "
+                             "bebop server runs on one device: set all three to 1 and have more replicas")
         self._attached = bool(options_of(self.config).get("servers"))
 
     async def init_standalone(self):
