@@ -89,7 +89,7 @@ class Rollouts:
             await self._finished.put(error)
 
     async def take(self) -> list[episodes.Group]:
-        """The next batch, in order of completion."""
+        """The next groups that are finished, in the order in which they were begun, so that sums do not depend on who was faster."""
         batch: list[episodes.Group] = []
         while len(batch) < self._arguments.groups:
             self.begin()
@@ -101,7 +101,7 @@ class Rollouts:
                 self._thrown_away += 1
                 continue
             batch.append(group)
-        return batch
+        return sorted(batch, key=lambda group: group.index)
 
     def advance(self, version: int) -> None:
         self._version = version
@@ -285,13 +285,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--in-flight", choices=("keep", "recompute", "abort", "wait"), default="keep", help="running samples at an update")
     parser.add_argument("--speculation", choices=("coupled", "rejection", "target_only", "off"), default="rejection")
     parser.add_argument("--num-draft-tokens", type=int, help="default: the server's")
-    parser.add_argument("--lr", type=float, default=5e-4, help="of AdamW; falls to 0 over the run")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of AdamW; falls to 0 over the run")
     parser.add_argument("--warmup", type=at_least(1, int), default=10, help="steps until the learning rate is whole")
     parser.add_argument("--clip-low", type=float, default=0.2)
     parser.add_argument("--clip-high", type=float, default=0.28)
     parser.add_argument("--threads", type=at_least(1, int), default=1, help="of the learner")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--eval", type=at_least(0, int), default=400, help="held-out problems of every task, before and after; 0: none")
+    parser.add_argument("--eval", type=at_least(0, int), default=600, help="held-out problems of every task, before and after; 0: none")
     parser.add_argument("--label", help="name of the pushed versions")
     parser.add_argument("--log", type=Path, help="JSON lines")
     parser.add_argument("--save", type=Path, help="folder for the trained checkpoint")

@@ -251,6 +251,33 @@ def test_groups_are_begun_only_while_they_can_be_used(staleness):
     asyncio.run(check())
 
 
+def test_plots_and_the_numbers_beside_them(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    import plot
+
+    evaluation = {"all": {"n": 100, "reward": 0.5, "low": 0.4, "high": 0.6}}
+    logs = {}
+    for name, rollout in (("drafted", 1.0), ("plain", 2.0)):
+        steps = [{"kind": "step", "step": index, "reward": index / 30, "reward_by_task": {"math": 0.5}, "entropy": 0.3,
+                  "accept_length": 3.0 if name == "drafted" else None, "tokens": 100, "episodes": 8, "mixed_episodes": 0, "groups_thrown_away": 0,
+                  "staleness_mean": 0.5, "staleness_max": 1, "kl": 0.001, "clip_fraction": 0.01, "load": 1.0, "rollout_seconds": rollout,
+                  "train_seconds": 2.0, "sync_seconds": 0.5, "step_seconds": rollout + 2.5} for index in range(30)]
+        ends = [{"kind": "eval", "version": version, "reward": evaluation} for version in (0, 30)]
+        logs[name] = tmp_path / f"{name}.jsonl"
+        # The last line is half a record, as a killed run leaves it.
+        logs[name].write_text("\n".join(map(json.dumps, [*ends, *steps])) + '\n{"kind": "st')
+    plot.draw_run(logs["drafted"], tmp_path)
+    plot.draw_pair([logs["drafted"]], [logs["plain"]], tmp_path)
+    printed = capsys.readouterr().out
+    assert "rollout 28.6 %, train 57.1 %, sync 14.3 %" in printed and "version 30 all: 50.0 % [40.0, 60.0] of 100" in printed
+    assert "rollout_seconds: with / without drafting = 0.500 [0.500, 0.500]" in printed
+    for name in ("grpo_reward.png", "grpo_time.png", "grpo_drafting.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "broken.jsonl").write_text("{]\n{}\n")
+    with pytest.raises(ValueError, match="broken.jsonl:1"):
+        plot.read(tmp_path / "broken.jsonl")
+
+
 # ---- against the server ----
 
 
