@@ -53,7 +53,7 @@ bebop::ListenOptions ToListenOptions(const bebop::ServerOptions& options, bebop:
           .max_request_time = absl::Seconds(options.max_request_s),
           .drain_timeout = absl::Seconds(options.drain_timeout_s),
           .weights_root = options.weights_root,
-          .weight_staging_bytes = options.weight_staging_bytes};
+          .weight_staging_bytes = options.engine.weight_staging_bytes};
 }
 
 }  // namespace

@@ -50,6 +50,7 @@ constexpr auto kEngineOptionFlags = std::to_array<std::pair<absl::string_view, a
      {"max_step_tokens", "--max-step-tokens"},
      {"kv_cache_bytes", "--kv-cache-bytes"},
      {"gpu_memory_utilization", "--gpu-memory-utilization"},
+     {"weight_staging_bytes", "--weight-staging-bytes"},
      {"max_queued_requests", "--max-queued-requests"}});
 
 constexpr char kCheckConfig[] = "--check-config";
@@ -95,8 +96,8 @@ class FlagParser {
     Number("--drain-timeout", &options_.drain_timeout_s, "Seconds after SIGTERM until running work is cut short");
     Number("--max-request-seconds", &options_.max_request_s, "Longest wall time of a request");
     Text("--weights-root", &options_.weights_root, "Folder beneath which weight updates may name files; default: no updates from files");
-    Number("--weight-staging-bytes", &options_.weight_staging_bytes,
-           "Memory an open weight update may hold; 0: as much as the weights themselves need");
+    Number("--weight-staging-bytes", &options_.engine.weight_staging_bytes,
+           "Memory an open weight update may hold; 0: as much as the weights. A device keeps it free, unless it is less than the weights");
     Switch("--allow-synthetic-acceptance", &options_.allow_synthetic_acceptance, "Serve requests with synthetic_acceptance (not lossless)");
     Switch("--allow-unknown-fields", &options_.allow_unknown_fields, "Ignore request fields this server does not know");
     Text("--token-file", &options_.token_file, "Who may call what: lines `ROLE[,ROLE] TOKEN`, roles rollout, weights, admin");
@@ -268,7 +269,7 @@ absl::Status Validate(const ServerOptions& options) {
   BEBOP_RETURN_IF_ERROR(CheckRange("--num-speculative-tokens", options.num_speculative_tokens, 0, kMaxDraftTokens));
   BEBOP_RETURN_IF_ERROR(CheckRange("--drain-timeout", options.drain_timeout_s, 0, 86400));
   BEBOP_RETURN_IF_ERROR(CheckRange("--max-request-seconds", options.max_request_s, 1, 30 * 86400));
-  BEBOP_RETURN_IF_ERROR(CheckRange("--weight-staging-bytes", options.weight_staging_bytes, 0, kMaxKvCacheBytes));
+  BEBOP_RETURN_IF_ERROR(CheckRange("--weight-staging-bytes", engine.weight_staging_bytes, 0, kMaxKvCacheBytes));
   if (options.served_model_name.size() > 256) return absl::InvalidArgumentError("--served-model-name: longer than 256 bytes");
   if (!options.token_file.empty() && options.insecure_no_auth) {
     return absl::InvalidArgumentError(absl::StrCat("--insecure-no-auth: --token-file: ", options.token_file, " is given, too; drop one of the two"));
@@ -328,7 +329,7 @@ std::string ToYaml(const ServerOptions& options) {
   add("drain-timeout", options.drain_timeout_s);
   add("max-request-seconds", options.max_request_s);
   if (!options.weights_root.empty()) add("weights-root", options.weights_root);
-  add("weight-staging-bytes", options.weight_staging_bytes);
+  add("weight-staging-bytes", engine.weight_staging_bytes);
   add("allow-synthetic-acceptance", options.allow_synthetic_acceptance);
   add("allow-unknown-fields", options.allow_unknown_fields);
   if (!options.token_file.empty()) add("token-file", options.token_file);

@@ -26,7 +26,6 @@ struct ServerOptions {
   double drain_timeout_s = 30.0;       // after SIGTERM, until running work is cut short
   double max_request_s = 3600.0;       // longest wall time of a request
   std::string weights_root;            // folder beneath which clients may name weight files; empty: none
-  int64_t weight_staging_bytes = 0;    // most that an open weight update may hold; 0: as much as the weights themselves need
   bool allow_synthetic_acceptance = false;
   bool allow_unknown_fields = false;
   std::string token_file;              // Access::FromFile; empty: no tokens
