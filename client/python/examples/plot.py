@@ -59,7 +59,7 @@ def smooth(values: np.ndarray, window: int = 15) -> np.ndarray:
 def save(figure: Any, out: Path, name: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
-    figure.savefig(out / name, dpi=80)
+    figure.savefig(out / name, dpi=72)
     plt.close(figure)
     print(f"{out / name}: {(out / name).stat().st_size // 1024} kB")
 
@@ -80,7 +80,7 @@ def draw_run(log: Path, out: Path) -> None:
     for task, color in (("code", "tab:orange"), ("math", "tab:green"), ("tools", "tab:red")):
         values = np.array([step["reward_by_task"].get(task, np.nan) for step in steps])
         axis.plot(x, smooth(values), color=color, label=task, linewidth=0.9)
-    axis.set(title="training reward (mean of 15 steps)", xlabel="step", ylim=(0, 1.02))
+    axis.set(title="training reward (mean of 15 steps)", xlabel="step", ylim=(None, 1.01))
     axis.legend(loc="lower right")
     axis = axes[0, 1]
     if len(evaluations) > 1:
@@ -90,11 +90,12 @@ def draw_run(log: Path, out: Path) -> None:
                                                   (after, f"version {evaluations[-1]['version']}"))):
             middle = np.array([result[name]["reward"] for name in names])
             error = np.array([[middle[i] - result[name]["low"], result[name]["high"] - middle[i]] for i, name in enumerate(names)]).T
-            axis.barh(np.arange(len(names)) + 0.4 * offset, middle, 0.38, xerr=error, label=label)
-        axis.set_yticks(np.arange(len(names)) + 0.2, names)
+            axis.errorbar(middle, np.arange(len(names)) + 0.35 * offset, xerr=error, fmt="o", markersize=4, capsize=2, label=label)
+        axis.set_yticks(np.arange(len(names)) + 0.17, names)
         axis.invert_yaxis()
-        axis.legend(loc="lower left")
-    axis.set(title="held-out reward, 95 % interval", xlim=(0, 1))
+        axis.grid(axis="x", alpha=0.3)
+        axis.legend(loc="upper left")
+    axis.set(title="held-out reward, 95 % interval", xlim=(None, 1.01))
     curve(axes[1, 0], x, column(steps, "entropy"))
     axes[1, 0].set(title="entropy of the sampling policy, nats a token", xlabel="step")
     if np.isfinite(column(steps, "accept_length")).any():
