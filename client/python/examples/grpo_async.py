@@ -276,7 +276,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=bundled.MODEL, help="the checkpoint that the server was started with")
     parser.add_argument("--minutes", type=at_least(0.01, float), default=20.0)
     parser.add_argument("--steps", type=at_least(1, int), help="end after this many, or --minutes if that is sooner")
-    parser.add_argument("--groups", type=at_least(1, int), default=16, help="groups of a step")
+    parser.add_argument("--groups", type=at_least(1, int), default=12, help="groups of a step")
     parser.add_argument("--samples", type=at_least(2, int), default=8, help="samples of a group")
     parser.add_argument("--mix", default="math=0.5,math/add3=0.2,code=0.15,tools=0.15",
                         help="share of groups by task or task/kind; default: mostly math, where sampling costs the bundled model most")
