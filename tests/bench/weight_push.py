@@ -6,13 +6,14 @@
 
 Starts a server on a model of random weights and pushes as many bytes as its tensors have: as one plain stream to a program that drops them, then with
 `client.weights.update` from float32 (cast on the way) and from bfloat16 (read where it lies). The package must be importable (pip install ./client/python).
-Prints one line of JSON; rates are MB of the wire's bytes a second. See docs/benchmarks.md for what else runs on the machine.
+Prints one line of JSON; rates are MB of the wire's bytes a second, CPU times those of client and server per update. See docs/benchmarks.md for what else runs on the machine.
 """
 
 import argparse
 import concurrent.futures
 import json
 import multiprocessing
+import os
 import pathlib
 import re
 import subprocess
@@ -43,6 +44,12 @@ def sink(ready):
     ready.send(server.add_insecure_port("127.0.0.1:0"))
     server.start()
     server.wait_for_termination()
+
+
+def cpu_seconds(pid):
+    """User and system time of a process so far: what an update costs, whatever else runs on the machine."""
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def plain_rate(num_bytes, repeats):
@@ -90,18 +97,19 @@ def main():
                 right = {spec.name: single[spec.name] if spec.dtype == "F32" else tensors.round_to_bfloat16(single[spec.name]) for spec in specs}
                 num_bytes = sum(array.nbytes for array in right.values())
                 plain = plain_rate(num_bytes, args.repeats)
-                rates, swaps = {"float32": [], "bfloat16": []}, []
+                rates, cpu, swaps = {"float32": [], "bfloat16": []}, {"float32": [], "bfloat16": []}, []
                 for step in range(1, 2 * args.repeats + 1):
                     kind = ("float32", "bfloat16")[step % 2]
-                    begin = time.monotonic()
+                    begin, spent = time.monotonic(), (cpu_seconds(os.getpid()), cpu_seconds(process.pid))
                     result = client.weights.update(single if kind == "float32" else right, step)
                     rates[kind].append(num_bytes / (time.monotonic() - begin) / 1e6)
+                    cpu[kind].append([round(cpu_seconds(pid) - before, 2) for pid, before in zip((os.getpid(), process.pid), spent)])
                     swaps.append(result.swap_seconds)
         finally:
             process.terminate()
             process.wait(timeout=30)
     rounded = {kind: [round(rate) for rate in values] for kind, values in {"plain_stream": plain, **rates}.items()}
-    print(json.dumps({"mb": round(num_bytes / 1e6, 1), "mb_per_second": rounded, "swap_ms": [round(1e3 * swap, 2) for swap in swaps],
+    print(json.dumps({"mb": round(num_bytes / 1e6, 1), "mb_per_second": rounded, "cpu_seconds_client_server": cpu, "swap_ms": [round(1e3 * swap, 2) for swap in swaps],
                       "of_plain": {kind: round(max(values) / max(plain), 2) for kind, values in rates.items()}}))
 
 

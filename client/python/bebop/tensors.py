@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-# Elements cast at a time, so that casting a large tensor needs little memory and overlaps with sending.
-_BLOCK = 1 << 20
 # Elements whose intermediate values stay in a core's cache.
 _CACHED = 1 << 16
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -101,17 +99,13 @@ class WireTensor:
         return array.reshape(-1)
 
     def chunks(self, max_bytes: int) -> Iterator[tuple[int, memoryview]]:
-        """(offset in bytes, bytes) of whole elements, in order. Views of the tensor itself where its type is already right."""
+        """(offset in bytes, at most max_bytes) of whole elements, in order. Views of the tensor itself where its type is already right; otherwise only
+        one chunk is cast at a time."""
         width = ELEMENT_BYTES[self.dtype]
-        step = max(1, min(max_bytes // width, _BLOCK if not self._is_wire() else max_bytes // width))
+        step = max_bytes // width
         for begin in range(0, self._values.size, step):
             block = self._wire(self._values[begin:begin + step])
             yield begin * width, memoryview(block).cast("B")
-
-    def _is_wire(self) -> bool:
-        if self.dtype == "BF16":
-            return self._bits and self._values.dtype.isnative
-        return self._values.dtype == np.dtype("<f4")
 
     def _wire(self, block: np.ndarray) -> np.ndarray:
         if self.dtype == "BF16":

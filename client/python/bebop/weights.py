@@ -11,6 +11,7 @@ interrupted before that is undone, and the server serves on with what it had.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -39,10 +40,11 @@ if TYPE_CHECKING:
 
 NamedTensors = Union[Mapping[str, Any], Iterable[tuple[str, Any]]]
 
-CHUNK_BYTES = 4 << 20
+# Of the 4 MiB that the server takes: small enough that casting, hashing and copying find it in the cache.
+CHUNK_BYTES = 1 << 20
 # What is sent on one stream, and kept so that it can be sent again if the stream is lost. Its end is acknowledged.
 WINDOW_BYTES = 128 << 20
-_QUEUED_FRAMES = 4
+_QUEUED_FRAMES = 8
 _ABORT_SECONDS = 5.0
 _PUSH_METHOD = "/bebop.v1.Weights/PushWeights"
 
@@ -670,11 +672,17 @@ def path_options(path: str, step: int, options: Mapping[str, Any]) -> UpdateOpti
 _NO_MORE = object()
 
 
+class _Stopped(Exception):
+    """Raised in the thread that pushes when the task that waits for it is cancelled."""
+
+
 class LoopIterator:
     """Lets a worker thread take tensors that the event loop's thread produces: learners' tensors and collectives belong to their thread."""
 
     def __init__(self, named_tensors: Any, loop: asyncio.AbstractEventLoop):
         self._loop = loop
+        self._pending: concurrent.futures.Future | None = None
+        self._stopped = False
         self._async = named_tensors.__aiter__() if hasattr(named_tensors, "__aiter__") else None
         self._sync = iter(named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors) if self._async is None else None
 
@@ -682,10 +690,22 @@ class LoopIterator:
         return self
 
     def __next__(self) -> tuple[str, Any]:
-        item = asyncio.run_coroutine_threadsafe(self._advance(), self._loop).result()
+        self._pending = asyncio.run_coroutine_threadsafe(self._advance(), self._loop)
+        if self._stopped:
+            self._pending.cancel()
+        try:
+            item = self._pending.result()
+        except concurrent.futures.CancelledError:
+            raise _Stopped from None
         if item is _NO_MORE:
             raise StopIteration
         return item
+
+    def stop(self) -> None:
+        """Ends a wait for the next tensor, and all that would come after it. Called in the loop's thread."""
+        self._stopped = True
+        if self._pending is not None:
+            self._pending.cancel()
 
     async def _advance(self):
         if self._async is not None:
@@ -701,10 +721,6 @@ class LoopIterator:
         return name, to_host(tensor)
 
 
-class _Stopped(Exception):
-    """Raised in the thread that pushes when the task that waits for it is cancelled."""
-
-
 async def push_all_async(clients: Sequence[Client], plan: UpdatePlan, named_tensors: Any, deadline: Deadline) -> None:
     """push_all in a thread, where hashing and casting do not hold up the loop; tensors are produced in the loop's own."""
     stop = threading.Event()
@@ -714,11 +730,13 @@ async def push_all_async(clients: Sequence[Client], plan: UpdatePlan, named_tens
             raise _Stopped
 
     loop = asyncio.get_running_loop()
-    work = loop.run_in_executor(None, push_all, clients, plan, LoopIterator(named_tensors, loop), deadline, check)
+    tensors = LoopIterator(named_tensors, loop)
+    work = loop.run_in_executor(None, push_all, clients, plan, tensors, deadline, check)
     try:
         await asyncio.shield(work)
     except asyncio.CancelledError:
         stop.set()
+        tensors.stop()
         await asyncio.wait([work])
         work.exception()  # seen: nobody else asks for it
         raise

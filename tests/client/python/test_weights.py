@@ -149,8 +149,8 @@ def test_an_update_brings_every_byte_and_the_version(fake, client):
     assert len(client.weights.info(tensors=True).tensors) == len(SPECS)
     assert fake.streams == 1
     bits = {name: np.frombuffer(fake.tensors[name], "<u2" if dtype == "BF16" else "<f4").reshape(shape) for name, dtype, shape in SPECS}
-    client.weights.update(bits, 43)  # as it is: nothing to cast, so in the largest chunks
-    assert max(size for _, _, size in fake.chunks) == 4 << 20 and loaded(fake, named)
+    client.weights.update(bits, 43)  # as it is: nothing to cast
+    assert max(size for _, _, size in fake.chunks) == weights.CHUNK_BYTES <= 4 << 20 and loaded(fake, named)
 
 
 def test_an_iterator_is_consumed_lazily_and_once_and_may_reuse_its_memory(fake, client):
@@ -266,7 +266,7 @@ def test_a_lost_stream_goes_on(fake, client, lost):
 def test_what_the_server_has_is_not_sent_again(fake, client):
     fake.lose_stream_after = [5]
     client.weights.update(random_tensors(8), 1)
-    assert len(fake.chunks) == len(set(fake.chunks)) == len(SPECS) + 4  # the tensor of 9 MB has five
+    assert len(fake.chunks) == len(set(fake.chunks)) == len(SPECS) + 8  # the tensor of 9,000,000 bytes has nine
 
 
 def test_windows_are_acknowledged(fake, client, monkeypatch):
@@ -393,16 +393,42 @@ def test_cancelling_a_task_aborts_its_update(fake):
         async def produce():
             yield "mtp.norm.weight", np.zeros(32, np.float32)
             reached.set()
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(60)
             yield "mtp.fc.weight", np.zeros((32, 64), np.float32)
 
         async with bebop.AsyncClient(fake.address, fake.address, timeout=20) as client:
             task = asyncio.create_task(client.weights.update(produce(), 1))
             await reached.wait()
+            begin = time.monotonic()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
+            assert time.monotonic() - begin < 20  # not when the learner has its next tensor
             assert fake.open is None and fake.step == 0 and (await client.weights.info()).update is None
+
+    asyncio.run(run())
+
+
+def test_cancelling_stops_a_learner_that_never_waits(fake):
+    async def run():
+        reached = asyncio.Event()
+        sent = []
+
+        def produce():
+            for name in ("mtp.norm.weight", "model.norm.weight", "model.layers.0.linear_attn.A_log", "model.embed_tokens.weight"):
+                sent.append(name)
+                if len(sent) == 2:
+                    reached.set()
+                time.sleep(0.2)
+                yield name, np.zeros(next(shape for other, _, shape in SPECS if tensors.plain_name(other) == tensors.plain_name(name)), np.float32)
+
+        async with bebop.AsyncClient(fake.address, fake.address, timeout=20) as client:
+            task = asyncio.create_task(client.weights.update(produce(), 1, update_id="c"))
+            await reached.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert len(sent) < 4 and fake.open is None
 
     asyncio.run(run())
 
