@@ -52,7 +52,8 @@ def main():
     if missing:
         print(f"skipped: {sys.executable} has no {', '.join(missing)} (pip install torch -r tests/requirements.txt)")
         sys.exit(77)
-    source, site, frameworks = args.work / "source", args.work / "site", args.work / "frameworks"
+    # dill, with which datasets makes fingerprints, takes a module for installed if its path says so, and else pickles its whole contents.
+    source, site, frameworks = args.work / "source", args.work / "site", args.work / "frameworks/site-packages"
     install_frameworks(frameworks)
     shutil.rmtree(source, ignore_errors=True)
     shutil.rmtree(site, ignore_errors=True)

@@ -78,13 +78,21 @@ def train(specs, tmp_path, rollout, steps, **config):
         return [float(len(completion)) for completion in completions]
 
     args = GRPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=VALUES, num_generations=2, max_completion_length=16, max_steps=steps,
-                      report_to=[], use_cpu=True, bf16=False, save_strategy="no", logging_steps=1, disable_tqdm=True, learning_rate=3e-4,
+                      report_to=[], use_cpu=True, bf16=False, save_strategy="no", logging_steps=1, disable_tqdm=True, learning_rate=1e-3,
                       lr_scheduler_type="constant", gradient_checkpointing=False, temperature=0.9, seed=1, **config)
     trainer = Watching(model=policy(), reward_funcs=reward, args=args, train_dataset=Dataset.from_dict({"prompt": PROMPTS * 4}),
                        processing_class=tokenizer(), rollout_func=rollout)
     trainer.specs = specs
     trainer.train()
     return trainer, seen
+
+
+def test_policy_tensors_are_the_checkpoint(server):
+    """First in this module: the digest of what was loaded is that of the same tensors pushed from float32."""
+    with bebop.Client(server.rollout, admin=server.admin) as client:
+        loaded = client.weights.info()
+        pushed = client.weights.update(policy_tensors(policy()), loaded.target_step + 1, components=["target"]).info
+        assert (pushed.target_digest, pushed.draft_digest) == (loaded.target_digest, loaded.draft_digest)
 
 
 def test_every_step_samples_from_the_policy_as_it_is(server, tmp_path):
@@ -94,21 +102,13 @@ def test_every_step_samples_from_the_policy_as_it_is(server, tmp_path):
         trainer, seen = train(before.tensors, tmp_path, Rollout(client), steps=3)
         assert len(trainer.differences) == 3
         for differences in trainer.differences:
-            assert np.mean(differences) < 0.003, differences  # the server keeps its KV cache in bfloat16
+            # What is left is the server's bfloat16 KV cache. Without a push it is 0.007 after one step of a third of this learning rate.
+            assert np.mean(differences) < 0.003, differences
         assert [steps for steps, _ in seen] == [[loaded + i] * VALUES for i in (1, 2, 3)]
         assert all(reason in ("STOP", "LENGTH") for _, reasons in seen for reason in reasons)
         info = client.weights.info()
         assert (info.target_step, info.label, info.draft_step) == (loaded + 3, "global_step=2", 0)
-
-
-def test_without_a_push_the_policy_moves_away(server, tmp_path):
-    """What the test above would miss if weights were not sent: the same run with push_weights=False."""
-    with bebop.Client(server.rollout, admin=server.admin) as client:
-        client.weights.update(policy_tensors(policy()), client.weights.info().target_step + 1, components=["target"])
-        specs = client.weights.info(tensors=True).tensors
-        trainer, _ = train(specs, tmp_path, Rollout(client, push_weights=False), steps=2)
-        assert np.mean(trainer.differences[0]) < 0.003
-        assert np.mean(trainer.differences[1]) > 0.01
+        assert info.target_digest != before.target_digest
 
 
 def test_what_bebop_cannot_sample_is_refused(server, tmp_path):
