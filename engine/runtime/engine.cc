@@ -111,7 +111,7 @@ struct Engine::Impl {
   // What a caller has the engine thread do between two steps: called until it returns true.
   struct Task {
     std::function<bool(EngineCore&, ControlState&)> attempt;
-    bool started = false, done = false;
+    bool started = false, tried = false, done = false;  // an attempt is under way; one has ended; the last one has
   };
 
   mutable Mutex mutex;
@@ -166,6 +166,7 @@ struct Engine::Impl {
       task->started = true;
       task->done = task->attempt(*core, state);
       task->started = false;
+      task->tried = true;
       const auto it = std::find(tasks.begin(), tasks.end(), task);
       i = static_cast<size_t>(it - tasks.begin());
       if (task->done) {
@@ -177,15 +178,15 @@ struct Engine::Impl {
     }
   }
 
-  // Has the engine thread, whose the device is, call `attempt` between two steps until it returns true. DEADLINE_EXCEEDED: it did not until
-  // `deadline`, and is not called any more; UNAVAILABLE: the engine ends.
+  // Has the engine thread, whose the device is, call `attempt` between two steps, once at least, until it returns true. DEADLINE_EXCEEDED: it
+  // did not until `deadline`, and is not called any more; UNAVAILABLE: the engine ends.
   absl::Status OnEngineThread(std::function<bool(EngineCore&, ControlState&)> attempt, absl::Time deadline = absl::InfiniteFuture()) {
     Task task{.attempt = std::move(attempt)};
     MutexLock lock(&mutex);
     tasks.push_back(&task);
     WakeLocked();
     while (!task.done) {
-      const bool late = clock.Now() >= deadline;
+      const bool late = task.tried && clock.Now() >= deadline;
       if ((stopping || late) && !task.started) {
         std::erase(tasks, &task);
         if (stopping) return absl::UnavailableError("the engine is shutting down");
@@ -443,7 +444,8 @@ absl::StatusOr<CommitResult> Engine::CommitWeights(std::unique_ptr<ModelWeights>
     undone.IgnoreError();  // the engine ends
   }
   if (!absl::IsDeadlineExceeded(status)) return status;
-  return absl::DeadlineExceededError(absl::StrCat("running samples did not end within ", absl::FormatDuration(deadline), ": the weights are as they were"));
+  return absl::DeadlineExceededError(
+      absl::StrCat("running samples did not end within ", absl::FormatDuration(deadline), ": the weights are as they were"));
 }
 
 absl::StatusOr<WeightVersion> Engine::RehashWeights() const {
@@ -499,7 +501,8 @@ absl::StatusOr<int32_t> Engine::Pause(PauseMode mode, bool clear_cache, absl::Du
   const absl::Status paused = impl_->OnEngineThread(pause);
   if (!paused.ok()) return paused;
   if (!ended.ok()) return ended;
-  return absl::DeadlineExceededError(absl::StrCat("running requests did not end within ", absl::FormatDuration(deadline), ": paused, they stand still"));
+  return absl::DeadlineExceededError(
+      absl::StrCat("running requests did not end within ", absl::FormatDuration(deadline), ": paused, they stand still"));
 }
 
 absl::Status Engine::Resume() {

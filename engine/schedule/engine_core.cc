@@ -42,7 +42,8 @@ int64_t HostBytes(const ScoreRequest& request) {
 // Largest target step less the smallest.
 uint64_t StepSpread(const std::vector<WeightSpan>& spans) {
   if (spans.empty()) return 0;
-  const auto [low, high] = std::minmax_element(spans.begin(), spans.end(), [](const WeightSpan& a, const WeightSpan& b) { return a.target_step < b.target_step; });
+  const auto before = [](const WeightSpan& a, const WeightSpan& b) { return a.target_step < b.target_step; };
+  const auto [low, high] = std::minmax_element(spans.begin(), spans.end(), before);
   return static_cast<uint64_t>(high->target_step) - static_cast<uint64_t>(low->target_step);
 }
 

@@ -89,9 +89,9 @@ class Sequence {
   int32_t NumPositions(int32_t lookahead) const;
 
   // Applies the outcome of `pass`: trims once, at the first stop or length end, and only then appends per-token values; adds this step's
-  // counts (taken before trimming) to the result and to *counts, which is replaced. Returns why the sample ended, or kNone. The tokens' span is that of
-  // the weights that the pass ran with, whatever is current meanwhile; `epochs` has their name.
-  FinishReason Apply(const Pass& pass, const SequenceOutcome& outcome, const WeightEpochs& epochs, SpecCounts* counts);
+  // counts (taken before trimming) to the result, and replaces *step_counts by them. Returns why the sample ended, or kNone. The tokens' span is
+  // that of the weights that the pass ran with, whatever is current meanwhile; `epochs` has their name.
+  FinishReason Apply(const Pass& pass, const SequenceOutcome& outcome, const WeightEpochs& epochs, SpecCounts* step_counts);
 
   // Starts to run from the pages and state of its shared prefix.
   void StartFrom(const Sequence& prefix);

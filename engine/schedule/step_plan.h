@@ -108,8 +108,9 @@ class Executor {
   // A plan without sequences and scores may still carry page copies or dropped handles.
   virtual absl::Status Execute(const StepPlan& plan, StepResult* result) = 0;
 
-  // Weights of the passes that are enqueued from now on; their outcomes carry `epoch`, which starts at 0 and grows. Called between two steps, while
-  // no score is under way (the scheduler restarts them). When it returns nothing reads the previous weights any more. An iteration that
+  // Weights of the passes that are enqueued from now on; their outcomes carry `epoch`, which starts at 0 and grows. With the present epoch
+  // they are the same weights at another address. Called between two steps, while no score is under way (the scheduler restarts them). When
+  // it returns nothing reads the previous weights any more. An iteration that
   // ran ahead keeps the weights and the epoch it was enqueued with; its outcome is returned by the step that plans it, or dropped with its
   // residency. Drafts that are pending stay what they are.
   virtual absl::Status SetWeights(const ModelWeights* weights, int64_t epoch) = 0;

@@ -471,6 +471,11 @@ TEST_F(EngineWeightsTest, PausesEndWhatTheySay) {
   ASSERT_EQ(engine->Resume(), absl::OkStatus());
   second->Wait();
 
+  // Deadlines are of waits only.
+  ASSERT_EQ(*engine->Pause(PauseMode::kAbort, true, absl::ZeroDuration()), 0);
+  ASSERT_TRUE(engine->CommitWeights(Weights(1, 1), InFlight::kKeep, absl::ZeroDuration()).ok());
+  ASSERT_EQ(engine->Resume(), absl::OkStatus());
+
   auto endless = Submit(*engine, Greedy("d", 450), 2);
   endless->WaitTokens(2);
   const absl::Status late = engine->Pause(PauseMode::kWait, false, absl::Milliseconds(20)).status();
