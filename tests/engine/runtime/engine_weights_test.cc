@@ -300,15 +300,16 @@ TEST_F(EngineWeightsTest, ACommitWaitsForWhatRunsAndGivesUpAtItsDeadline) {
   auto longer = Submit(*engine, Greedy("b", 100), 2);
   longer->WaitTokens(2);
   std::shared_ptr<Listener> next;
+  std::unique_ptr<ModelWeights> weights = Weights(2, 6);
   std::thread newcomer([&] {
-    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    std::this_thread::sleep_for(std::chrono::milliseconds(300));  // by then the commit waits
     next = Submit(*engine, Greedy("c", 20));
-    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
     EXPECT_EQ(next->num_tokens(), 0u) << "nothing begins that the swap would wait for";
     running->Open(*engine);
     longer->Open(*engine);
   });
-  const absl::StatusOr<CommitResult> commit = engine->CommitWeights(Weights(2, 6), InFlight::kWait, absl::Seconds(60));
+  const absl::StatusOr<CommitResult> commit = engine->CommitWeights(std::move(weights), InFlight::kWait, absl::Seconds(60));
   ASSERT_TRUE(commit.ok()) << commit.status();
   EXPECT_EQ(commit->kept + commit->recomputed + commit->ended, 0);
   newcomer.join();
@@ -458,7 +459,7 @@ TEST_F(EngineWeightsTest, PausesEndWhatTheySay) {
   first->WaitTokens(2);
   std::shared_ptr<Listener> second;
   std::thread newcomer([&] {
-    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    std::this_thread::sleep_for(std::chrono::milliseconds(300));  // by then the pause waits
     second = Submit(*engine, Greedy("c", 10));
     first->Open(*engine);
   });
