@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-torch = pytest.importorskip("torch")
-pytest.importorskip("trl")
 
 import bebop  # noqa: E402
+import torch  # noqa: E402
 from bebop.adapters.trl import Rollout, RolloutWorker, WeightTransfer, policy_tensors  # noqa: E402
 from bebop.tensors import plain_name  # noqa: E402
 from datasets import Dataset  # noqa: E402

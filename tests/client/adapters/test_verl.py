@@ -12,11 +12,9 @@ import pytest
 for name, value in {"RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1", "VERL_LOGGING_LEVEL": "WARN",
                     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}.items():
     os.environ.setdefault(name, value)
-torch = pytest.importorskip("torch")
-pytest.importorskip("verl")
-pytest.importorskip("ray")
 
 import ray  # noqa: E402
+import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from verl.checkpoint_engine.base import CheckpointEngineManager, CheckpointEngineRegistry  # noqa: E402
 from verl.single_controller.base import Worker  # noqa: E402
