@@ -5,6 +5,7 @@
 
 #include <fstream>
 #include <string>
+#include <tuple>
 #include <vector>
 
 namespace bebop {
@@ -38,6 +39,16 @@ TEST(ServerOptions, Defaults) {
   EXPECT_EQ(options.engine.gpu_memory_utilization, 0.9);
   EXPECT_TRUE(options.engine.cuda_graphs);
   EXPECT_FALSE(options.engine.batch_invariant);
+}
+
+TEST(ServerOptions, MetricsUnderOtherNames) {
+  for (const auto& [text, vllm, sglang] : {std::tuple("vllm", true, false), std::tuple("sglang", false, true), std::tuple("sglang,vllm", true, true)}) {
+    const auto command = ParseServerCommand({"--model", "m", "--http-port", "0"}, {{"BEBOP_METRICS_COMPAT", text}});
+    ASSERT_TRUE(command.ok()) << command.status();
+    EXPECT_EQ(command->options.vllm_metrics, vllm) << text;
+    EXPECT_EQ(command->options.sglang_metrics, sglang) << text;
+    EXPECT_EQ(command->options.http_port, 0);
+  }
 }
 
 TEST(ServerOptions, BothSpellings) {
@@ -177,6 +188,9 @@ TEST(ServerOptions, ErrorsNameFlagValueAndLimit) {
       {{"--model", "m", "--host", "0.0.0.0"}, {}, {"--host", "0.0.0.0", "--token-file", "--insecure-no-auth"}},
       {{"--model", "m", "--token-file", "t", "--insecure-no-auth"}, {}, {"--token-file", "t", "--insecure-no-auth"}},
       {{"--model", "m", "--host", "10.0.0.1"}, {}, {"10.0.0.1"}},
+      {{"--model", "m", "--http-port", "-2"}, {}, {"--http-port", "-2", "65535"}},
+      {{"--model", "m", "--http-port", "50052"}, {}, {"--http-port", "50052", "--admin-port"}},
+      {{"--model", "m", "--metrics-compat", "vllm,tgi"}, {}, {"--metrics-compat", "tgi", "sglang"}},
       {{"--model", "m", "--host", "127.evil.example"}, {}, {"127.evil.example"}},
       {{"--model", "m", "--host", "::"}, {}, {"--host"}},
       {{"--model", "m"}, {{"BEBOP_PORT", "many"}}, {"BEBOP_PORT", "many"}},
