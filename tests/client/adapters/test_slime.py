@@ -77,10 +77,12 @@ def test_a_sample_goes_on_where_it_was_cut(arguments, server):
     assert sample.response_length == args.rollout_max_response_len and sample.status == Sample.Status.TRUNCATED
 
 
-def test_cancelling_the_coroutine_cancels_the_request(arguments, server):
+@pytest.mark.parametrize("partial_rollout", [False, True])
+def test_cancelling_the_coroutine_cancels_the_request(arguments, server, partial_rollout):
     async def scenario():
         sample = Sample(prompt=PROMPT)
-        running = asyncio.create_task(slime_double.generate_group(arguments(rollout_max_response_len=1900), [sample], ignore_eos=True))
+        running = asyncio.create_task(slime_double.generate_group(
+            arguments(rollout_max_response_len=1900, partial_rollout=partial_rollout), [sample], ignore_eos=True))
         async with bebop.AsyncClient(server.rollout, admin=server.admin) as client:
             while (await client.loads()).running_sequences == 0:
                 await asyncio.sleep(0.02)
