@@ -255,6 +255,121 @@ class WithServer(unittest.TestCase):
             self.assertGreater(test["samples"], 0)
 
 
+class Weights(unittest.TestCase):
+    """`bebop weights` on the bundled model; checkpoints are copies of it with other values."""
+
+    MODEL = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "models", "bebop-tiny")
+
+    @classmethod
+    def setUpClass(cls):
+        cls.root = tempfile.TemporaryDirectory()
+        cls.server = Server("--model", cls.MODEL, "--load-format", "auto", "--weights-root", cls.root.name)
+        cls.checkpoint = os.path.join(cls.root.name, "new")
+        os.mkdir(cls.checkpoint)
+        cls.write(os.path.join(cls.checkpoint, "model.safetensors"), lambda name: name.endswith("norm.weight"))
+
+    @classmethod
+    def tearDownClass(cls):
+        status, _ = cls.server.stop()
+        cls.root.cleanup()
+        assert status == 0, f"SIGTERM: exit status {status}"
+
+    @classmethod
+    def write(cls, path, changes, byte=0, drop=None):
+        """The bundled checkpoint with one byte of every value of some tensors changed, and without `drop`."""
+        with open(os.path.join(cls.MODEL, "model.safetensors"), "rb") as file:
+            data = bytearray(file.read())
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:8 + size])
+        body = data[8 + size:]
+        for name, entry in header.items():
+            if name != "__metadata__" and changes(name):
+                begin, end = entry["data_offsets"]
+                for at in range(begin + byte, end, 4 if entry["dtype"] == "F32" else 2):
+                    body[at] ^= 0x10
+        if drop:
+            begin, end = header.pop(drop)["data_offsets"]
+            body = body[:begin] + body[end:]
+            for name, entry in header.items():
+                if name != "__metadata__" and entry["data_offsets"][0] >= end:
+                    entry["data_offsets"] = [at - (end - begin) for at in entry["data_offsets"]]
+        text = json.dumps(header).encode()
+        with open(path, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text + body)
+
+    def weights(self, *arguments, **options):
+        return bebop("weights", *arguments, admin=self.server.admin, **options)
+
+    def json(self, *arguments):
+        status, out, err = self.weights(*arguments, "--json")
+        self.assertEqual(status, 0, err)
+        self.assertEqual(err, "", "progress is for terminals")
+        return json.loads(out)
+
+    def score(self):
+        status, out, err = bebop("score", "--token-ids", "5 6 7 8 9 10", "--json", server=self.server.rollout)
+        self.assertEqual(status, 0, err)
+        return json.loads(out)["scores"][0]["logprobs"]
+
+    def test_push_update_info_check(self):
+        old = self.json("info")
+        old_score = self.score()
+        step = int(old["target_step"])
+        pushed = self.json("push", self.checkpoint, "--step", str(step + 1), "--label", "first", "--in-flight", "wait")
+        self.assertEqual(pushed["info"]["target_step"], str(step + 1))
+        self.assertEqual(pushed["info"]["label"], "first")
+        info = self.json("info")
+        self.assertNotEqual(info["target_digest"], old["target_digest"])
+        self.assertEqual(info["target_digest"], pushed["info"]["target_digest"])
+        self.assertNotEqual(self.score(), old_score)
+        check = self.json("check")
+        self.assertTrue(check["target_matches"] and check["draft_matches"])
+        # Back to the bundled weights, from a file of ours; then the others again, from the server's disk.
+        back = self.json("push", os.path.join(self.MODEL, "model.safetensors"), "--step", str(step), "--rewind", "--base-step", str(step + 1))
+        self.assertEqual(back["info"]["target_digest"], old["target_digest"])
+        self.assertEqual(self.score(), old_score)
+        again = self.json("update", "new", "--step", str(step + 2), "--in-flight", "abort")
+        self.assertEqual(again["info"]["target_digest"], info["target_digest"])
+        draft = self.json("push", self.MODEL, "--step", str(step + 3), "--components", "draft")
+        self.assertEqual((draft["info"]["target_step"], draft["info"]["draft_step"]), (str(step + 2), str(step + 3)))
+        status, out, _ = self.weights("info")
+        self.assertEqual(status, 0)
+        self.assertIn(again["info"]["target_digest"], out)
+        self.assertEqual(self.json("abort"), {"update_id": ""})
+
+    def refused(self, code, reason, part, *arguments):
+        before = self.json("info")
+        status, out, err = self.weights(*arguments)
+        self.assertEqual((status, out), (1, ""), err)
+        self.assertRegex(err, f"^error: {code} {reason}: ")
+        self.assertIn(part, err)
+        self.assertEqual(err.count("\n"), 1)
+        self.assertEqual(self.json("info"), before)
+
+    def test_refusals(self):
+        file = os.path.join(self.root.name, "bad.safetensors")
+        with open(os.path.join(self.MODEL, "model.safetensors"), "rb") as source:
+            size = int.from_bytes(source.read(8), "little")
+            norm = next(name for name in json.loads(source.read(size)) if name.endswith("layers.0.input_layernorm.weight"))
+        self.refused("FAILED_PRECONDITION", "STEP_NOT_NEWER", "target_step", "push", self.checkpoint, "--step", "0")
+        self.refused("FAILED_PRECONDITION", "WRONG_BASE_STEP", "99", "push", self.checkpoint, "--step", "100", "--base-step", "99")
+        self.write(file, lambda name: False, drop=norm)
+        self.refused("INVALID_ARGUMENT", "MISSING_TENSOR", norm, "push", file, "--step", "100")
+        self.refused("FAILED_PRECONDITION", "INCOMPLETE", norm, "update", "bad.safetensors", "--step", "100")
+        self.refused("PERMISSION_DENIED", "OUTSIDE_ROOT", "../x", "update", "../x", "--step", "100")
+        self.refused("NOT_FOUND", "NOT_FOUND", "nothing", "update", "nothing", "--step", "100")
+
+    def test_usage(self):
+        for arguments in (["push", self.checkpoint], ["push", "--step", "1"], ["push", self.checkpoint, "--step", "-1"], ["push", "/nowhere", "--step", "1"],
+                          ["push", self.checkpoint, "--step", "1", "--components", "head"], ["push", self.checkpoint, "--step", "1", "--in-flight", "now"],
+                          ["update", "--step", "1"], []):
+            status, out, err = self.weights(*arguments)
+            self.assertEqual((status, out), (2, ""), arguments)
+            self.assertRegex(err, "^error: ")
+        self.assertEqual(bebop("weights", "info", admin="127.0.0.1:1")[0], 3)
+        self.assertEqual(self.weights("--help")[0], 0)
+
+
 class ServerProcess(unittest.TestCase):
     def start_fails(self, *flags):
         started = time.time()
@@ -316,6 +431,79 @@ class ServerProcess(unittest.TestCase):
         samples = json.loads(out)["samples"]
         self.assertEqual(len(samples), 64)  # none is lost
         self.assertTrue(any(s["finish"]["reason"] == "DRAINED" for s in samples))
+
+    def test_pause_and_resume_on_another_server(self):
+        """What a pause cuts short goes on elsewhere, from the command line alone, and is what it would have been undisturbed."""
+        first, second = Server("--max-model-len", "700"), Server("--max-model-len", "900", "--speculation", "off")
+        body = {"prompt_token_ids": [1, 2, 3], "num_samples": 2, "sampling": {"seed": "7"}, "stopping": {"ignore_eos": True}}
+
+        def generate(server, request):
+            return subprocess.Popen([os.path.join(BIN, "bebop"), "--json", "generate", "--requests", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                    text=True, env={**clean_environment(), "BEBOP_SERVER": server.rollout}), json.dumps(request) + "\n"
+
+        def admin(server, *arguments):
+            status, out, err = bebop("--json", *arguments, admin=server.admin)
+            self.assertEqual(status, 0, err)
+            return json.loads(out)
+
+        client, line = generate(first, body)
+        undisturbed = json.loads(client.communicate(line, timeout=120)[0])["samples"]
+        before = int(self.loads(first)["generated_tokens"])
+        client, line = generate(first, {**body, "request_id": "again"})
+        client.stdin.write(line)
+        client.stdin.close()
+        client.stdin = None
+        deadline = time.time() + 60
+        while int(self.loads(first)["generated_tokens"]) < before + 50 and time.time() < deadline:
+            time.sleep(0.01)
+        state = admin(first, "pause", "--mode", "abort")
+        self.assertTrue(state["paused"])
+        self.assertEqual(state["abort_epoch"], "1")
+        cut = [s for s in json.loads(client.communicate(timeout=60)[0])["samples"] if s["finish"]["reason"] == "ABORTED"]
+        self.assertEqual(len(cut), state["aborted_samples"])
+        self.assertTrue(cut)
+        status, out, _ = bebop("pause", admin=first.admin)  # for people
+        self.assertEqual(status, 0)
+        self.assertIn("paused", out)
+        self.assertFalse(admin(first, "resume")["paused"])
+        client, line = generate(second, {"prompt_token_ids": [1, 2, 3], "resume": [s["resume_handle"] for s in cut]})
+        resumed = json.loads(client.communicate(line, timeout=120)[0])["samples"]
+        self.assertEqual([s["token_ids"] for s in resumed], [undisturbed[s["sample_index"]]["token_ids"] for s in resumed])
+        self.assertEqual([s["sample_index"] for s in resumed], [s["sample_index"] for s in cut])
+        for server in (first, second):
+            self.assertEqual(server.stop()[0], 0)
+
+    def loads(self, server):
+        status, out, err = bebop("loads", "--json", server=server.rollout)
+        self.assertEqual(status, 0, err)
+        return json.loads(out)
+
+    def test_steering(self):
+        server = Server()
+        spec = ("--admin", server.admin, "--json", "spec")
+        state = json.loads(bebop(*spec, "--mode", "coupled", "--num-draft-tokens", "2")[1])
+        self.assertEqual(state["speculation"], {"mode": "COUPLED", "num_draft_tokens": 2})
+        self.assertEqual(json.loads(bebop(*spec)[1])["speculation"], {"mode": "COUPLED", "num_draft_tokens": 2})
+        status, _, err = bebop(*spec, "--num-draft-tokens", "9")
+        self.assertEqual(status, 1)
+        self.assertIn("speculation.num_draft_tokens", err)
+        status, _, err = bebop("flush-cache", admin=server.admin)
+        self.assertEqual(status, 1)
+        self.assertIn("NOT_PAUSED", err)
+        asleep = json.loads(bebop("--json", "sleep", "--tags", "kv_cache", admin=server.admin)[1])
+        self.assertEqual(asleep["sleeping"], ["kv_cache"])
+        self.assertEqual(bebop("health", "--admin", server.admin)[0], 0)  # asleep is not ill
+        self.assertEqual(json.loads(bebop("--json", "wake-up", admin=server.admin)[1])["sleeping"], [])
+        for wrong in (("pause", "--mode", "stop"), ("sleep", "--tags", "disk"), ("drain", "--deadline", "soon")):
+            self.assertEqual(bebop(*wrong, admin=server.admin)[0], 2, wrong)
+        self.assertEqual(bebop("resume", "--timeout", "20", admin="127.0.0.1:1")[0], 3)
+        drained = json.loads(bebop("--json", "drain", "--deadline", "1", admin=server.admin)[1])
+        self.assertTrue(drained["draining"])
+        self.assertEqual(bebop("health", "--server", server.rollout)[0], 1)
+        status, _, err = bebop("generate", "--token-ids", "1", server=server.rollout)
+        self.assertEqual(status, 1)
+        self.assertIn("DRAINING", err)
+        self.assertEqual(server.stop()[0], 0)  # the process had waited for its end
 
     def test_second_signal_stops_at_once(self):
         server = Server("--drain-timeout", "60")
