@@ -2,10 +2,13 @@
 // bebop: the command line client.
 #include <CLI/CLI.hpp>
 #include <cstdlib>
+#include <fstream>
 #include <limits>
 #include <map>
+#include <string>
 #include <utility>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
@@ -200,6 +203,16 @@ std::string FromEnvironment(const char* name, const std::string& fallback) {
   return value != nullptr && *value != '\0' ? value : fallback;
 }
 
+// The token alone, not a line of the server's file. Empty: the file has none, or cannot be read.
+std::string ReadToken(const std::string& path) {
+  std::ifstream file(path);
+  std::string line, rest;
+  std::getline(file, line);
+  std::getline(file, rest);
+  const std::string token(absl::StripAsciiWhitespace(line));
+  return token.find(' ') == std::string::npos && absl::StripAsciiWhitespace(rest).empty() ? token : "";
+}
+
 // What is wrong with a command line without a known verb. `rest`: what was not understood.
 std::string NoVerb(const std::vector<std::string>& rest) {
   for (const std::string& word : rest) {
@@ -242,6 +255,8 @@ int main(int argc, char** argv) {
   app.add_option("--admin", admin, "Admin port, HOST:PORT (or BEBOP_ADMIN); named without --server, info, health and loads ask there")
       ->capture_default_str();
   app.add_option("--timeout", global.timeout_s, "Seconds a call may take; default: no limit")->check(CLI::Range(0.001, 1e9));
+  std::string token_file;
+  app.add_option("--token-file", token_file, "File with the token to show to the server, and nothing else (or the token in BEBOP_TOKEN)");
   app.add_flag("--json", global.json, "JSON, one object a line");
   CLI::App* generate_verb = AddGenerate(&app, &generate);
   CLI::App* score_verb = AddScore(&app, &score);
@@ -298,6 +313,10 @@ int main(int argc, char** argv) {
   options.server = is_info && IsAdminNamed(app) ? admin : global.server;
   if (global.timeout_s > 0.0) options.timeout = absl::Seconds(global.timeout_s);
   options.token = FromEnvironment("BEBOP_TOKEN", "");  // not a flag: anybody on the machine can read those
+  if (!token_file.empty()) {
+    options.token = ReadToken(token_file);
+    if (options.token.empty()) return bebop::ReportUsage(absl::StrCat("--token-file: ", token_file, ": cannot be read, or is not one line with a token"));
+  }
   bebop::Client client(options);
   if (generate_verb->parsed()) return bebop::RunGenerate(&client, global, generate);
   if (score_verb->parsed()) return bebop::RunScore(&client, global, score);
