@@ -219,22 +219,26 @@ def test_a_full_queue_is_retried_until_it_has_room(prompt):
     running = Server("--max-num-seqs", "1", "--max-queued-requests", "1")
     try:
         with bebop.Client(running.rollout, retry=None) as hasty, bebop.Client(running.rollout, timeout=120) as patient:
-            hold = threading.Thread(target=lambda: patient.generate(prompt, n=1, max_new_tokens=400, ignore_eos=True))
-            hold.start()
-            refused = 0
             results = []
-            waiting = [threading.Thread(target=lambda: results.append(patient.generate(prompt, max_new_tokens=200, ignore_eos=True))) for _ in range(4)]
-            for thread in waiting:
+
+            def generate(tokens):
+                results.append(patient.generate(prompt, max_new_tokens=tokens, ignore_eos=True))
+
+            threads = [threading.Thread(target=generate, args=(500,)) for _ in range(2)]  # one runs, one waits
+            for thread in threads:
                 thread.start()
-            for _ in range(50):
-                try:
-                    hasty.generate(prompt, max_new_tokens=1)
-                except bebop.ResourceExhaustedError as error:
-                    assert error.retry_after is not None
-                    refused += 1
-            hold.join()
-            for thread in waiting:
+            end = time.monotonic() + 30
+            while hasty.loads().running_requests + hasty.loads().waiting_requests < 2:
+                assert time.monotonic() < end
+                time.sleep(0.005)
+            with pytest.raises(bebop.ResourceExhaustedError) as info:
+                hasty.generate(prompt, max_new_tokens=1)
+            assert info.value.retry_after is not None
+            threads += [threading.Thread(target=generate, args=(20,)) for _ in range(2)]
+            for thread in threads[2:]:
+                thread.start()
+            for thread in threads:
                 thread.join()
-            assert len(results) == 4 and refused > 0
+            assert len(results) == 4
     finally:
         running.stop()
