@@ -4,8 +4,6 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
-#include <filesystem>
-#include <limits>
 #include <thread>
 
 #include "tests/engine/weights/weight_test_util.h"
@@ -262,7 +260,9 @@ TEST_F(WeightSessionTest, WrongTensorsAreRefused) {
 
 TEST_F(WeightSessionTest, StagingIsBudgeted) {
   EXPECT_EQ(session_->GetInfo(false).staging_limit_bytes, one_copy_ + (16 << 20));
-  MakeSession({.staging_limit_bytes = one_copy_ - 1, .root = {}});
+  WeightSessionOptions options;
+  options.staging_limit_bytes = one_copy_ - 1;
+  MakeSession(std::move(options));
   EXPECT_EQ(session_->GetInfo(false).staging_limit_bytes, one_copy_ - 1);
   ExpectError(session_->Start(Request("one", 5)).status(), absl::StatusCode::kResourceExhausted, "STAGING_BUDGET");
   ExpectUntouched();
@@ -396,7 +396,9 @@ class WeightSessionFilesTest : public WeightSessionTest {
  protected:
   WeightSessionFilesTest() {
     WriteFile(folder_.path() + "/model.safetensors", SafetensorsBytes(checkpoint_));
-    MakeSession({.staging_limit_bytes = 0, .root = WeightRoot::Open(folder_.path()).value()});
+    WeightSessionOptions options;
+    options.root = WeightRoot::Open(folder_.path()).value();
+    MakeSession(std::move(options));
   }
   const TempDir folder_;
   const std::atomic<bool> not_cancelled_ = false;
