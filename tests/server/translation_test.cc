@@ -175,6 +175,88 @@ TEST(BodyHash, DependsOnEverythingButTheId) {
   b = ValidRequest();
   b.set_num_samples(1);
   expect_new(b);
+  b = ValidRequest();
+  b.mutable_weights()->set_min_step(0);
+  expect_new(b);
+  b.mutable_weights()->set_wait_for_step(true);
+  expect_new(b);
+  b = ValidRequest();
+  b.mutable_weights()->set_on_update(v1::WeightParams::STOP);
+  expect_new(b);
+  b = ValidRequest();
+  b.set_detach(true);
+  expect_new(b);
+  b = ValidRequest();
+  b.add_resume("x");
+  expect_new(b);
+}
+
+TEST(ToEngine, WeightPolicy) {
+  RequestContext context = FixedContext();
+  context.target_step = 7;
+  v1::GenerateRequest message = ValidRequest();
+  const auto parse = [&] { return ToEngine(message, SmallRules(), context); };
+  ASSERT_TRUE(parse().ok());
+  EXPECT_EQ(parse()->weights.min_step, INT64_MIN);
+  EXPECT_EQ(parse()->weights.max_step_spread, INT64_MAX);
+  EXPECT_EQ(parse()->weights.on_update, OnUpdate::kAsTheUpdateSays);
+  EXPECT_FALSE(parse()->detach);
+  message.set_detach(true);
+  message.mutable_weights()->set_min_step(7);
+  message.mutable_weights()->set_max_step_spread(0);
+  ASSERT_TRUE(parse().ok()) << parse().status();
+  EXPECT_TRUE(parse()->detach);
+  EXPECT_EQ(parse()->weights.min_step, 7);
+  EXPECT_EQ(parse()->weights.max_step_spread, 0);
+  const std::pair<v1::WeightParams::OnUpdate, OnUpdate> choices[] = {{v1::WeightParams::CONTINUE, OnUpdate::kContinue},
+                                                                     {v1::WeightParams::RECOMPUTE, OnUpdate::kRecompute},
+                                                                     {v1::WeightParams::STOP, OnUpdate::kStop}};
+  for (const auto& [sent, parsed] : choices) {
+    message.mutable_weights()->set_on_update(sent);
+    EXPECT_EQ(parse()->weights.on_update, parsed);
+  }
+  message.mutable_weights()->set_min_step(8);
+  const absl::Status early = parse().status();
+  EXPECT_EQ(early.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(ErrorReason(early), "STEP_NOT_REACHED");
+  EXPECT_EQ(ErrorMetadata(early, "field"), "weights.min_step");
+  EXPECT_EQ(ErrorMetadata(early, "value"), "8");
+  EXPECT_EQ(ErrorMetadata(early, "limit"), "7");
+  message.mutable_weights()->set_wait_for_step(true);
+  ASSERT_TRUE(parse().ok());
+  EXPECT_EQ(parse()->weights.min_step, 8);
+  message.mutable_weights()->set_max_step_spread(-1);
+  EXPECT_EQ(ErrorMetadata(parse().status(), "field"), "weights.max_step_spread");
+  message.mutable_weights()->set_max_step_spread(1);
+  message.mutable_weights()->set_on_update(static_cast<v1::WeightParams::OnUpdate>(9));
+  EXPECT_EQ(ErrorMetadata(parse().status(), "field"), "weights.on_update");
+}
+
+TEST(ToProto, LoadsTellWeightsAndControl) {
+  EngineLoads loads;
+  loads.target_step = 5;
+  loads.draft_step = 4;
+  loads.weight_commits = 3;
+  loads.last_swap_time = absl::Milliseconds(250);
+  loads.total_swap_time = absl::Seconds(2);
+  loads.recomputed_tokens = 9;
+  loads.version_spec.num_spec_steps = 11;
+  loads.previous_version_spec.num_spec_steps = 12;
+  EngineControl control;
+  control.paused = true;
+  control.sleeping.kv_cache = true;
+  const v1::Loads message = MakeLoads(loads, control);
+  EXPECT_EQ(message.target_step(), 5);
+  EXPECT_EQ(message.draft_step(), 4);
+  EXPECT_EQ(message.weight_commits(), 3);
+  EXPECT_EQ(message.last_swap_seconds(), 0.25);
+  EXPECT_EQ(message.total_swap_seconds(), 2.0);
+  EXPECT_EQ(message.recomputed_tokens(), 9);
+  EXPECT_EQ(message.version_spec().num_spec_steps(), 11);
+  EXPECT_EQ(message.previous_version_spec().num_spec_steps(), 12);
+  EXPECT_TRUE(message.paused());
+  ASSERT_EQ(message.sleeping_size(), 1);
+  EXPECT_EQ(message.sleeping(0), "kv_cache");
 }
 
 SampleResult FullSample() {
