@@ -337,6 +337,31 @@ class Weights(unittest.TestCase):
         self.assertIn(again["info"]["target_digest"], out)
         self.assertEqual(self.json("abort"), {"update_id": ""})
 
+    def test_a_killed_server_comes_back_with_a_true_version(self):
+        """SIGKILL at moments spread over whole updates, from both sources (reliability.md, I14): weights live in memory alone, so what a restart says is
+        what the checkpoint holds; files that were read are as they were."""
+        original = self.json("info")["target_digest"] if self.json("info")["target_step"] == "0" else None
+        with open(os.path.join(self.checkpoint, "model.safetensors"), "rb") as file:
+            before = file.read()
+        committed = 0
+        for i in range(10):
+            server = Server("--model", self.MODEL, "--load-format", "auto", "--weights-root", self.root.name)
+            info = json.loads(bebop("weights", "info", "--json", admin=server.admin)[1])
+            original = original or info["target_digest"]
+            self.assertEqual((info["target_step"], info["draft_step"], info["target_digest"]), ("0", "0", original))
+            check = json.loads(bebop("weights", "check", "--json", admin=server.admin)[1])
+            self.assertTrue(check["target_matches"] and check["draft_matches"])
+            command = [os.path.join(BIN, "bebop"), "weights", *(["push", self.checkpoint] if i % 2 else ["update", "new"]), "--step", "1"]
+            update = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment() | {"BEBOP_ADMIN": server.admin})
+            time.sleep(0.025 * i)
+            server.stop(signal.SIGKILL)
+            out, err = update.communicate(timeout=60)
+            self.assertIn(update.returncode, (0, 1, 3), err)
+            committed += update.returncode == 0
+        self.assertLess(committed, 10, "no update was cut")
+        with open(os.path.join(self.checkpoint, "model.safetensors"), "rb") as file:
+            self.assertEqual(file.read(), before)
+
     def refused(self, code, reason, part, *arguments):
         before = self.json("info")
         status, out, err = self.weights(*arguments)
