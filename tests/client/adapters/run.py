@@ -30,7 +30,7 @@ def install_frameworks(folder):
         return
     shutil.rmtree(folder, ignore_errors=True)
     # torch and transformers are the interpreter's: --no-deps keeps pip from bringing others.
-    done = subprocess.run([*PIP, "--only-binary", ":all:", "--no-compile", "--target", str(folder), "-r", str(REQUIREMENTS)], stderr=subprocess.PIPE,
+    done = subprocess.run([*PIP, "--only-binary", ":all:", "--target", str(folder), "-r", str(REQUIREMENTS)], stderr=subprocess.PIPE,
                           text=True, check=False)
     if done.returncode != 0:
         missing = [line for line in done.stderr.splitlines() if "No matching distribution" in line]
@@ -62,8 +62,8 @@ def main():
     subprocess.run([*PIP, "--no-build-isolation", "--target", str(site), str(source)], check=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site.resolve()), str(frameworks.resolve())]),
                    "BEBOP_SERVER": str(pathlib.Path(args.server).resolve()),
-                   # Shared by Ray's processes, and out of the tree.
-                   "PYTHONPYCACHEPREFIX": str((args.work / "pycache").resolve())}
+                   # pip compiled the frameworks: Ray's processes give each other 15 seconds to start.
+                   "PYTHONDONTWRITEBYTECODE": "1"}
     sys.exit(subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", *(args.tests or [str(HERE)])],
                             env=environment, check=False).returncode)
 
