@@ -397,6 +397,19 @@ TEST(HttpStartTest, APortInUseIsNamed) {
   EXPECT_TRUE(absl::StrContains(second.status().message(), absl::StrCat("--http-port: cannot listen on 127.0.0.1:", (*first)->port())));
 }
 
+TEST(HttpStartTest, AServerThatLetsEverybodyInSaysSo) {
+  FakeEngine engine;
+  ListenOptions options;
+  options.http_port = 0;
+  options.is_loopback = false;
+  options.served_model_name = "m";
+  const auto server = Server::Start(&engine, options);
+  ASSERT_TRUE(server.ok()) << server.status();
+  int32_t port = 0;
+  ASSERT_TRUE(absl::SimpleAtoi((*server)->http_address().substr((*server)->http_address().rfind(':') + 1), &port));
+  EXPECT_TRUE(absl::StrContains(Get(port, "/metrics"), "bebop:insecure_no_auth{model_name=\"m\"} 1\n"));
+}
+
 TEST(HttpStartTest, NoneIsTheDefault) {
   FakeEngine engine;
   const auto server = Server::Start(&engine, ListenOptions());

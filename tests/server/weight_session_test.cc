@@ -227,6 +227,56 @@ TEST_F(WeightSessionTest, AWrongDigestEndsTheUpdate) {
   ExpectError(Finish("one").status(), kPrecondition, "NO_UPDATE", {"expected digest"});
 }
 
+TEST_F(WeightSessionTest, EveryEndIsToldOnceWithItsTimes) {
+  std::vector<std::pair<UpdateEnd, UpdateTimes>> ends;
+  WeightSessionOptions options;
+  options.on_end = [&ends](UpdateEnd end, const UpdateTimes& times) { ends.emplace_back(end, times); };
+  MakeSession(std::move(options));
+  // An early Finish leaves the update open, so it is no end; aborting it is one.
+  ASSERT_TRUE(session_->Start(Request("aborted", 5)).ok());
+  EXPECT_FALSE(Finish("aborted").ok());
+  EXPECT_EQ(ends.size(), 0u);
+  clock_.Advance(absl::Seconds(3));
+  ASSERT_TRUE(session_->Abort("aborted").ok());
+  ASSERT_EQ(ends.size(), 1u);
+  EXPECT_EQ(ends[0].first, UpdateEnd::kAborted);
+  EXPECT_EQ(ends[0].second.stage, absl::Seconds(3));
+  EXPECT_EQ(ends[0].second.commit, absl::ZeroDuration());
+  ASSERT_TRUE(session_->Abort("aborted").ok());
+  EXPECT_EQ(ends.size(), 1u);
+
+  WeightSession::StartRequest request = Request("expired", 5);
+  request.deadline = absl::Seconds(60);
+  ASSERT_TRUE(session_->Start(request).ok());
+  clock_.Advance(absl::Seconds(61));
+  session_->GetInfo(false);
+  ASSERT_EQ(ends.size(), 2u);
+  EXPECT_EQ(ends[1].first, UpdateEnd::kExpired);
+
+  ExpectedDigests wrong;
+  wrong.target = Sha256Digest();
+  ASSERT_TRUE(session_->Start(Request("failed", 5)).ok());
+  WriteAll("failed");
+  EXPECT_FALSE(Finish("failed", wrong).ok());
+  ASSERT_EQ(ends.size(), 3u);
+  EXPECT_EQ(ends[2].first, UpdateEnd::kFailed);
+
+  engine_.OnCommit([this](InFlight, absl::Duration) -> absl::StatusOr<CommitResult> {
+    clock_.Advance(absl::Seconds(4));
+    return CommitResult();
+  });
+  ASSERT_TRUE(session_->Start(Request("committed", 5)).ok());
+  clock_.Advance(absl::Seconds(2));
+  WriteAll("committed");
+  ASSERT_TRUE(Finish("committed").ok());
+  ASSERT_EQ(ends.size(), 4u);
+  EXPECT_EQ(ends[3].first, UpdateEnd::kCommitted);
+  EXPECT_EQ(ends[3].second.stage, absl::Seconds(2));
+  EXPECT_EQ(ends[3].second.commit, absl::Seconds(4));
+  ASSERT_TRUE(Finish("committed").ok());  // a repeat is no further end
+  EXPECT_EQ(ends.size(), 4u);
+}
+
 TEST_F(WeightSessionTest, WrongTensorsAreRefused) {
   const auto start = [&](const std::function<void(WeightSession::StartRequest&)>& change) {
     WeightSession::StartRequest request = Request("one", 5);
