@@ -84,16 +84,18 @@ def test_cancelling_the_coroutine_cancels_the_request(arguments, server, partial
         running = asyncio.create_task(slime_double.generate_group(
             arguments(rollout_max_response_len=1900, partial_rollout=partial_rollout), [sample], ignore_eos=True))
         async with bebop.AsyncClient(server.rollout, admin=server.admin) as client:
+            before = (await client.loads()).cancelled
             while (await client.loads()).running_sequences == 0:
                 await asyncio.sleep(0.02)
             running.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await running
             for _ in range(100):
-                if (await client.loads()).running_sequences == 0:
-                    return
+                loads = await client.loads()
+                if loads.running_sequences == 0:
+                    break
                 await asyncio.sleep(0.05)
-        raise AssertionError("still running")
+            assert (loads.running_sequences, loads.cancelled) == (0, before + 1)  # not simply finished
 
     asyncio.run(scenario())
 

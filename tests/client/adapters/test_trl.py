@@ -72,7 +72,8 @@ class Watching(GRPOTrainer):
 def train(specs, tmp_path, rollout, steps, **config):
     seen = []
 
-    def reward(completions, weight_step, finish_reason, **_):
+    def reward(completions, completion_ids, weight_step, finish_reason, **_):
+        assert all(len(ids) == 16 if reason == "LENGTH" else len(ids) <= 16 for ids, reason in zip(completion_ids, finish_reason))
         seen.append((list(weight_step), list(finish_reason)))
         return [float(len(completion)) for completion in completions]
 
@@ -146,6 +147,8 @@ def test_the_parts_of_the_asynchronous_trainer(server):
             transfer.resume()
             worker.update_model_version(version)
 
+        # A server that other learners have used: versions are counted from where it is.
+        client.weights.update(policy_tensors(policy()), client.weights.info().target_step + 3, components=["target"])
         transfer.init_weight_transfer()
         sync(1)
         worker.start()
@@ -162,13 +165,13 @@ def test_the_parts_of_the_asynchronous_trainer(server):
             while 2 not in versions:
                 sample = worker.rollout_buffer.get(timeout=60)
                 versions.add(sample.model_version)
+                assert versions <= {1, 2}
                 assert len(sample.input_ids) == len(sample.completion_mask) == len(sample.old_log_probs)
                 ids = sample.input_ids.tolist()
                 begin = len(ids) - int(sample.completion_mask.sum())
                 assert sample.completion_mask.tolist() == [0] * begin + [1] * (len(ids) - begin)
                 scored = client.score([ids], score_start=begin, temperature=0.9)[0]
                 assert np.allclose(sample.old_log_probs[begin:], scored.logprobs, atol=0.05)
-            assert versions <= {1, 2}
             assert worker.metrics_queue.get_nowait()["rollout/generated_tok_s"][0] > 0
         finally:
             worker.stop()
