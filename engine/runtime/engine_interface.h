@@ -44,6 +44,7 @@ class EngineInterface {
   // to the new observer, too). `request` is complete: defaults resolved, fields in range (the server validates against info()).
   // ALREADY_EXISTS: id in use with another hash. RESOURCE_EXHAUSTED: queue full, or it can never fit (message says which).
   // INVALID_ARGUMENT: prompt + max_new_tokens > max_model_len, token id >= vocab_size. UNAVAILABLE: draining. INTERNAL: engine failed.
+  // FAILED_PRECONDITION [STEP_NOT_REACHED]: WeightPolicy::refuse_if_behind; no repeat is refused for it.
   // On an error no observer method is called.
   virtual absl::Status Submit(GenerateRequest request, std::shared_ptr<GenerateObserver> observer) = 0;
   virtual absl::Status SubmitScore(ScoreRequest request, std::shared_ptr<ScoreObserver> observer, uint64_t* handle) = 0;

@@ -12,6 +12,7 @@
 #include "absl/strings/cord.h"
 #include "absl/strings/str_cat.h"
 #include "engine/base/status_macros.h"
+#include "engine/base/status_reason.h"
 #include "engine/schedule/delivery_ledger.h"
 #include "engine/schedule/scheduler.h"
 #include "engine/schedule/sequence.h"
@@ -278,6 +279,12 @@ absl::Status EngineCore::Submit(GenerateRequest request, std::shared_ptr<Generat
     return absl::OkStatus();
   }
   if (absl::Status status = impl.CheckOpen(); !status.ok()) return refuse(std::move(status));
+  const int64_t target_step = impl.epochs.current_name().target_step;
+  if (request.weights.refuse_if_behind && target_step < request.weights.min_step) {
+    return refuse(StatusWithReason(absl::StatusCode::kFailedPrecondition, "STEP_NOT_REACHED",
+                                   absl::StrCat("weights.min_step: ", request.weights.min_step, " is not reached; the target is at step ",
+                                                target_step, " (weights.wait_for_step would wait)")));
+  }
 
   const int64_t bytes = HostBytes(request);
   const bool resumes = !request.resume.empty();

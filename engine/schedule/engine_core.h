@@ -75,7 +75,8 @@ class EngineCore {
   //   ALREADY_EXISTS      id in use with another body hash;
   //   RESOURCE_EXHAUSTED  queue full by count or bytes (the server adds the retry hint), or the request can never fit the pool; the
   //                       message says which, with the numbers. CanNeverFit tells the two apart;
-  //   FAILED_PRECONDITION stop strings without a tokenizer;   UNAVAILABLE draining (attaching still works);   INTERNAL engine failed.
+  //   FAILED_PRECONDITION stop strings without a tokenizer; [STEP_NOT_REACHED] WeightPolicy::refuse_if_behind, and not of a repeat;
+  //   UNAVAILABLE draining (attaching still works);   INTERNAL engine failed.
   absl::Status Submit(GenerateRequest request, std::shared_ptr<GenerateObserver> observer);
   // Queues a score; *handle names it for CancelScore. Same errors. OnScore: OK, DEADLINE_EXCEEDED, UNAVAILABLE (drained) or the
   // engine's failure.

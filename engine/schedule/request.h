@@ -62,6 +62,7 @@ struct SpecCounts {
 struct SampleResult {
   int32_t sample_index = 0;
   uint64_t seed_used = 0;
+  SpeculationParams speculation;  // of the group that ran: a repeat of the request may have been given other defaults
   std::vector<uint32_t> token_ids;
   std::vector<float> logprobs, raw_logprobs, entropy, draft_logprobs;
   std::vector<int32_t> token_source;

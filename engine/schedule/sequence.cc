@@ -14,6 +14,7 @@ Sequence::Sequence(Group* group, const StopRules* rules, int32_t sample_index)
   if (is_prefix()) state = State::kIdle;
   result.sample_index = is_prefix() ? 0 : sample_index;
   result.seed_used = group->request.sampling.seed;
+  result.speculation = group->request.speculation;
   result.prompt_tokens = static_cast<int32_t>(group->request.prompt.size());
 }
 

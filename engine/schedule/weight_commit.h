@@ -21,7 +21,8 @@ enum class OnUpdate : uint8_t { kAsTheUpdateSays, kContinue, kRecompute, kStop }
 
 // Which weight versions may sample a request's tokens (rollout.proto, WeightParams).
 struct WeightPolicy {
-  int64_t min_step = INT64_MIN;         // it waits until the target's step has reached this; the server refuses where waiting was not asked for
+  int64_t min_step = INT64_MIN;         // it waits until the target's step has reached this
+  bool refuse_if_behind = false;        // a new request below min_step is refused; it waits all the same if the step is set back afterwards
   int64_t max_step_spread = INT64_MAX;  // a sample ends (kWeightPolicy) rather than span target steps further apart
   OnUpdate on_update = OnUpdate::kAsTheUpdateSays;
 };

@@ -52,6 +52,11 @@ class FakeEngine final : public EngineInterface {
     MutexLock lock(&mutex_);
     if (!submit_status_.ok()) return submit_status_;
     const std::string id = request.request_id;
+    const int64_t step = weights_ != nullptr ? weights_->version.target_step : version_.target_step;
+    if (request.weights.refuse_if_behind && step < request.weights.min_step && !requests_.contains(id)) {
+      return StatusWithReason(absl::StatusCode::kFailedPrecondition, "STEP_NOT_REACHED",
+                              absl::StrCat("weights.min_step: ", request.weights.min_step, " is not reached; the target is at step ", step));
+    }
     auto [found, is_new] = requests_.try_emplace(id);
     if (is_new) {
       found->second.request = std::move(request);
@@ -241,10 +246,11 @@ class FakeEngine final : public EngineInterface {
     });
     return observers;
   }
-  void Sample(const std::string& id, const SampleResult& sample) {
+  void Sample(const std::string& id, SampleResult sample) {
     std::vector<std::shared_ptr<GenerateObserver>> observers;
     {
       MutexLock lock(&mutex_);
+      sample.speculation = requests_[id].request.speculation;
       requests_[id].samples.push_back(sample);
       observers = requests_[id].observers;
     }
