@@ -94,7 +94,7 @@ def draw_run(log: Path, out: Path) -> None:
         axis.set_yticks(np.arange(len(names)) + 0.17, names)
         axis.invert_yaxis()
         axis.grid(axis="x", alpha=0.3)
-        axis.legend(loc="upper left")
+        axis.legend(loc="lower left")
     axis.set(title="held-out reward, 95 % interval", xlim=(None, 1.01))
     curve(axes[1, 0], x, column(steps, "entropy"))
     axes[1, 0].set(title="entropy of the sampling policy, nats a token", xlabel="step")
