@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -19,11 +19,24 @@ from bebop.transport import CHANNEL_OPTIONS, UNSET, Deadline, Endpoint, RetryPol
 from bebop.v1 import control_pb2, control_pb2_grpc, info_pb2, info_pb2_grpc, rollout_pb2, rollout_pb2_grpc
 from bebop.weights import AsyncWeights
 
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
 
 def connect(endpoint: Endpoint) -> grpc.aio.Channel:
     if endpoint.tls is not None:
         return grpc.aio.secure_channel(endpoint.address, endpoint.tls.credentials(), CHANNEL_OPTIONS)
     return grpc.aio.insecure_channel(endpoint.address, CHANNEL_OPTIONS)
+
+
+async def side_by_side(call: Callable[[Any], Awaitable[Any]], arguments: Sequence[Any]) -> list[Any]:
+    """One call for each argument, at the same time. The first failure cancels the others."""
+    tasks = [asyncio.ensure_future(call(argument)) for argument in arguments]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 class AsyncClient:
@@ -90,7 +103,8 @@ class AsyncClient:
                 await self._admin_channel.close()
             self._channel = self._admin_channel = None
 
-    async def _call(self, method, request, timeout: float | None, endpoint: Endpoint | None = None, retry: RetryPolicy | None = UNSET):
+    async def _call(self, method: Callable[..., Any], request: Message, timeout: float | None, endpoint: Endpoint | None = None,
+                    retry: RetryPolicy | None = UNSET) -> Any:
         policy = self._retry if retry is UNSET else retry
         deadline = Deadline(self._timeout if timeout is None else timeout)
         metadata = (endpoint or self._server).metadata()
@@ -123,7 +137,7 @@ class AsyncClient:
         twin._setup(*self._state)
         return twin
 
-    async def _steer(self, method: str, request, timeout: float | None) -> ControlState:
+    async def _steer(self, method: str, request: Message, timeout: float | None) -> ControlState:
         endpoint = require_admin(self._admin)
         self._connect()
         stub = control_pb2_grpc.ControlStub(self._admin_channel)
@@ -139,10 +153,12 @@ class AsyncClient:
     async def resume_samples(self, partial: GroupResult | Iterable[SampleResult], prompt_token_ids: requests.TokenIds | None = None, *,
                              timeout: float | None = None, **params: Any) -> GroupResult:
         """As Client.resume_samples."""
-        request, ended = requests.resumed_request(partial, prompt_token_ids, params)
-        if not request.resume:
-            return partial if isinstance(partial, GroupResult) else GroupResult("", tuple(ended))
-        return GroupResult.from_proto(await self._call(self._rollout.Generate, request, timeout), request, ended)
+        resumed, ended = requests.resumed_requests(partial, prompt_token_ids, params)
+
+        async def one(request: rollout_pb2.GenerateRequest) -> GroupResult:
+            return GroupResult.from_proto(await self._call(self._rollout.Generate, request, timeout), request)
+
+        return GroupResult.merged(partial, await side_by_side(one, resumed), ended)
 
     async def generate_stream(self, prompt_token_ids: requests.TokenIds, *, n: int = 1, timeout: float | None = None, events: bool = False,
                               **params: Any) -> AsyncIterator[Event]:
@@ -214,9 +230,11 @@ class AsyncClient:
         return (await self._call(self._info.Detokenize, request, timeout, self._admin)).text
 
     async def server_info(self, *, timeout: float | None = None) -> info_pb2.ServerInfo:
+        """As Client.server_info."""
         return await self._call(self._info.GetServerInfo, info_pb2.GetServerInfoRequest(), timeout, self._admin)
 
     async def model_info(self, *, timeout: float | None = None) -> info_pb2.ModelInfo:
+        """As Client.model_info."""
         return await self._call(self._info.GetModelInfo, info_pb2.GetModelInfoRequest(), timeout, self._admin)
 
     async def loads(self, *, timeout: float | None = None) -> info_pb2.Loads:

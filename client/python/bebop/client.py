@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Union
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Union
 
 import grpc
 
@@ -18,6 +19,9 @@ from bebop.transport import CHANNEL_OPTIONS, UNSET, Deadline, Endpoint, RetryPol
 from bebop.v1 import control_pb2, control_pb2_grpc, info_pb2, info_pb2_grpc, rollout_pb2, rollout_pb2_grpc
 from bebop.weights import Weights
 
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
 Event = Union[Admitted, TokenChunk, SampleResult]
 HEALTH_METHOD = "/grpc.health.v1.Health/Check"
 
@@ -26,6 +30,14 @@ def connect(endpoint: Endpoint) -> grpc.Channel:
     if endpoint.tls is not None:
         return grpc.secure_channel(endpoint.address, endpoint.tls.credentials(), CHANNEL_OPTIONS)
     return grpc.insecure_channel(endpoint.address, CHANNEL_OPTIONS)
+
+
+def side_by_side(call: Callable[[Any], Any], arguments: Sequence[Any]) -> list[Any]:
+    """One call for each argument, at the same time. A failure is raised when all have ended."""
+    if len(arguments) < 2:
+        return [call(argument) for argument in arguments]
+    with concurrent.futures.ThreadPoolExecutor(len(arguments), thread_name_prefix="bebop-calls") as pool:
+        return list(pool.map(call, arguments))
 
 
 class Client:
@@ -81,7 +93,8 @@ class Client:
         if self._admin_channel is not self._channel:
             self._admin_channel.close()
 
-    def _call(self, method, request, timeout: float | None, endpoint: Endpoint | None = None, retry: RetryPolicy | None = UNSET):
+    def _call(self, method: Callable[..., Any], request: Message, timeout: float | None, endpoint: Endpoint | None = None,
+              retry: RetryPolicy | None = UNSET) -> Any:
         policy = self._retry if retry is UNSET else retry
         deadline = Deadline(self._timeout if timeout is None else timeout)
         metadata = (endpoint or self._server).metadata()
@@ -108,7 +121,7 @@ class Client:
         """New weights while generation runs (admin port)."""
         return Weights(self)
 
-    def _steer(self, method: str, request, timeout: float | None) -> ControlState:
+    def _steer(self, method: str, request: Message, timeout: float | None) -> ControlState:
         endpoint = require_admin(self._admin)
         return ControlState.from_proto(self._call(getattr(self._control, method), request, timeout, endpoint))
 
@@ -138,14 +151,16 @@ class Client:
         The tokens are those that the samples would have got undisturbed: the random stream goes on. Samples that had ended are returned as they
         are; without unfinished ones nothing is sent.
 
+        Handles that are too large for one request (requests.MAX_RESUME_BYTES) go in several at the same time. If one of them fails, so does the
+        call, once all have ended; what it was given can be given again.
+
         Args:
           partial: a GroupResult, which knows its request; or samples, e.g. of generate_stream: then prompt_token_ids and params are needed, and
             must be as they were (InvalidArgumentError, RESUME_MISMATCH).
         """
-        request, ended = requests.resumed_request(partial, prompt_token_ids, params)
-        if not request.resume:
-            return partial if isinstance(partial, GroupResult) else GroupResult("", tuple(ended))
-        return GroupResult.from_proto(self._call(self._rollout.Generate, request, timeout), request, ended)
+        resumed, ended = requests.resumed_requests(partial, prompt_token_ids, params)
+        groups = side_by_side(lambda request: GroupResult.from_proto(self._call(self._rollout.Generate, request, timeout), request), resumed)
+        return GroupResult.merged(partial, groups, ended)
 
     def generate_stream(self, prompt_token_ids: requests.TokenIds, *, n: int = 1, timeout: float | None = None,
                         events: bool = False, **params: Any) -> Iterator[Event]:
@@ -224,13 +239,16 @@ class Client:
         return list(self._call(self._info.Tokenize, request, timeout, self._admin).token_ids)
 
     def detokenize(self, token_ids: requests.TokenIds, *, skip_special: bool = False, timeout: float | None = None) -> str:
+        """The text of `token_ids`; with skip_special without special tokens."""
         request = info_pb2.DetokenizeRequest(token_ids=[int(token) for token in token_ids], skip_special=skip_special)
         return self._call(self._info.Detokenize, request, timeout, self._admin).text
 
     def server_info(self, *, timeout: float | None = None) -> info_pb2.ServerInfo:
+        """Version, device, limits and defaults of the server."""
         return self._call(self._info.GetServerInfo, info_pb2.GetServerInfoRequest(), timeout, self._admin)
 
     def model_info(self, *, timeout: float | None = None) -> info_pb2.ModelInfo:
+        """What the checkpoint is: its sizes, and whether it has an MTP layer."""
         return self._call(self._info.GetModelInfo, info_pb2.GetModelInfoRequest(), timeout, self._admin)
 
     def loads(self, *, timeout: float | None = None) -> info_pb2.Loads:

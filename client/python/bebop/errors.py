@@ -45,6 +45,11 @@ class BebopError(Exception):
         """False when the connection failed, as opposed to a server that refused."""
         return bool(self.reason) or self.code != "UNAVAILABLE"
 
+    @property
+    def is_refusal(self) -> bool:
+        """Whether a server has said that it did nothing. Otherwise nobody knows: a call that was lost or cut off may have been carried out."""
+        return self.code in _REFUSALS or (self.code == "UNAVAILABLE" and self.reached_server)
+
 
 def _rebuild(cls, message, code, reason, metadata, retry_after):
     return cls(message, code=code, reason=reason, metadata=metadata, retry_after=retry_after)
@@ -69,6 +74,9 @@ UnimplementedError = _subclass("UNIMPLEMENTED", "This server does not have the c
 DeadlineExceededError = _subclass("DEADLINE_EXCEEDED", "The timeout passed.")
 CancelledError = _subclass("CANCELLED", "The call was cancelled.")
 InternalError = _subclass("INTERNAL", "The server has failed.")
+
+_REFUSALS = frozenset({"INVALID_ARGUMENT", "FAILED_PRECONDITION", "ABORTED", "ALREADY_EXISTS", "NOT_FOUND", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED",
+                       "PERMISSION_DENIED", "UNIMPLEMENTED"})
 
 _BY_CODE = {cls.code: cls for cls in (
     InvalidArgumentError, FailedPreconditionError, AbortedError, AlreadyExistsError, NotFoundError, ResourceExhaustedError, UnavailableError,

@@ -24,14 +24,15 @@ from typing import Any, Union
 
 from bebop import requests
 from bebop.aio import AsyncClient
-from bebop.client import Client, Event
+from bebop.aio import side_by_side as side_by_side_async
+from bebop.client import Client, Event, side_by_side
 from bebop.control import ControlState
 from bebop.errors import BebopError, UnavailableError
 from bebop.results import GroupResult, SampleResult, SequenceScore
 from bebop.transport import Deadline
 from bebop.v1 import rollout_pb2, weights_pb2
-from bebop.weights import (NamedTensors, PushFailed, UpdateOptions, UpdatePlan, UpdateResult, WeightCheck, WeightInfo, path_options, push_all,
-                           push_all_async, result_of)
+from bebop.weights import (NamedTensors, PushFailed, UpdateOptions, UpdatePlan, UpdateResult, WeightCheck, WeightInfo, may_have_begun, path_options,
+                           push_all, push_all_async, result_of)
 
 _PROBE_SECONDS = 2.0
 _SETTLE_SECONDS = 5.0
@@ -118,6 +119,7 @@ class _Rotation:
 
     @contextlib.contextmanager
     def using(self, replica: _Replica, samples: int) -> Iterator[None]:
+        """Counts samples as running there, for those who look for the least loaded."""
         with self._lock:
             replica.in_flight += samples
         try:
@@ -281,8 +283,9 @@ class _FleetBase:
 class Fleet(_FleetBase):
     """Several servers as one: the methods of Client. Thread safe; a context manager; can be pickled.
 
-    generate, generate_stream, score: one replica each. With affinity="..." the same replica as long as it is in rotation, so that it finds what
-    it has cached. A replica that is unreachable, drains or has a full queue is passed over, unless something was delivered already.
+    generate, generate_stream, score: one replica each. A replica that is unreachable, drains or has a full queue is passed over, unless something
+    was delivered already. With affinity="..." the same replica as long as it is in rotation, however full it is. That saves no computation: servers
+    keep no cache from one request to the next.
     pause, resume, sleep, ...: every replica; results by address. FleetError when some failed, after all were asked.
     weights.update: every replica; all or, if one fails before the last step, none.
     """
@@ -302,6 +305,7 @@ class Fleet(_FleetBase):
 
     @property
     def weights(self) -> FleetWeights:
+        """New weights for every replica."""
         return FleetWeights(self)
 
     # ---- one replica ----
@@ -334,7 +338,7 @@ class Fleet(_FleetBase):
                 if not self._rotation.failed(replica, failure):
                     raise
                 error = failure
-                # A full queue is no reason to leave one's cache: wait for that replica instead.
+                # The same replica was asked for: a full queue is waited for.
                 tried = self._rotation.replicas if affinity is not None and failure.code == "RESOURCE_EXHAUSTED" else [*tried, replica]
 
     def generate(self, prompt_token_ids: requests.TokenIds, *, n: int = 1, affinity: str | None = None, timeout: float | None = None,
@@ -346,17 +350,14 @@ class Fleet(_FleetBase):
     def resume_samples(self, partial: GroupResult | Iterable[SampleResult], prompt_token_ids: requests.TokenIds | None = None, *,
                        affinity: str | None = None, timeout: float | None = None, **params: Any) -> GroupResult:
         """As Client.resume_samples, on any replica."""
-        request, ended = requests.resumed_request(partial, prompt_token_ids, params)
-        if not request.resume:
-            return partial if isinstance(partial, GroupResult) else GroupResult("", tuple(ended))
-        return self._generate(request, affinity, timeout, ended)
+        resumed, ended = requests.resumed_requests(partial, prompt_token_ids, params)
+        return GroupResult.merged(partial, side_by_side(lambda request: self._generate(request, affinity, timeout), resumed), ended)
 
-    def _generate(self, request: rollout_pb2.GenerateRequest, affinity: str | None, timeout: float | None,
-                  ended: Iterable[SampleResult] = ()) -> GroupResult:
+    def _generate(self, request: rollout_pb2.GenerateRequest, affinity: str | None, timeout: float | None) -> GroupResult:
         def send(client: Client, remaining: float | None):
             return client._call(client._rollout.Generate, request, remaining, retry=None)
 
-        return GroupResult.from_proto(self._route(send, request.num_samples, affinity, timeout), request, ended)
+        return GroupResult.from_proto(self._route(send, request.num_samples, affinity, timeout), request)
 
     def generate_stream(self, prompt_token_ids: requests.TokenIds, *, n: int = 1, affinity: str | None = None, timeout: float | None = None,
                         **params: Any) -> Iterator[Event]:
@@ -407,33 +408,42 @@ class Fleet(_FleetBase):
         return sorted({request_id for ids in answers.values() for request_id in ids})
 
     def pause(self, mode: str = "keep", *, clear_cache: bool = False, timeout: float | None = None) -> dict[str, ControlState]:
+        """As Client.pause, on every replica; by address."""
         return self._all("pause", lambda client: client.pause(mode, clear_cache=clear_cache, timeout=timeout))
 
     def resume(self, *, timeout: float | None = None) -> dict[str, ControlState]:
+        """As Client.resume, on every replica; by address."""
         return self._all("resume", lambda client: client.resume(timeout=timeout))
 
     def sleep(self, tags: str | Iterable[str] = (), *, timeout: float | None = None) -> dict[str, ControlState]:
+        """As Client.sleep, on every replica; by address."""
         tags = [tags] if isinstance(tags, str) else list(tags)
         return self._all("sleep", lambda client: client.sleep(tags, timeout=timeout))
 
     def wake_up(self, tags: str | Iterable[str] = (), *, timeout: float | None = None) -> dict[str, ControlState]:
+        """As Client.wake_up, on every replica; by address."""
         tags = [tags] if isinstance(tags, str) else list(tags)
         return self._all("wake_up", lambda client: client.wake_up(tags, timeout=timeout))
 
     def flush_cache(self, *, timeout: float | None = None) -> dict[str, ControlState]:
+        """As Client.flush_cache, on every replica; by address."""
         return self._all("flush_cache", lambda client: client.flush_cache(timeout=timeout))
 
     def drain(self, deadline: float | None = None, *, timeout: float | None = None) -> dict[str, ControlState]:
+        """As Client.drain, on every replica; by address."""
         return self._all("drain", lambda client: client.drain(deadline, timeout=timeout))
 
     def set_speculation(self, speculation: Mapping[str, Any] | str | None = None, *, num_draft_tokens: int | None = None,
                         timeout: float | None = None) -> dict[str, ControlState]:
+        """As Client.set_speculation, on every replica; by address."""
         return self._all("set_speculation", lambda client: client.set_speculation(speculation, num_draft_tokens=num_draft_tokens, timeout=timeout))
 
     def server_info(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """As Client.server_info, on every replica; by address."""
         return self._all("server_info", lambda client: client.server_info(timeout=timeout))
 
     def loads(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """As Client.loads, on every replica; by address."""
         return self._all("loads", lambda client: client.loads(timeout=timeout))
 
     def health(self, service: str = "", *, timeout: float | None = 5.0) -> dict[str, str]:
@@ -461,8 +471,8 @@ def _each(replicas: Sequence[_Replica], call: Callable[[Client], Any]) -> dict[s
         except BebopError as error:
             return error
 
-    if len(replicas) == 1:
-        return {replicas[0].address: one(replicas[0])}
+    if len(replicas) < 2:
+        return {replica.address: one(replica) for replica in replicas}
     pool = concurrent.futures.ThreadPoolExecutor(len(replicas), thread_name_prefix="bebop-fleet")
     try:
         return dict(zip([replica.address for replica in replicas], pool.map(one, replicas)))
@@ -478,6 +488,17 @@ class _UpdateStages:
         self.rotation, self.infos = rotation, infos
         self.plan = UpdatePlan(options, next(iter(infos.values())), named_tensors)
         self.stage = "start"
+        self._refused: set[str] = set()  # addresses; what is open there under our id is somebody else's
+
+    def note_start(self, client: Any, failure: BaseException) -> None:
+        """A start that failed."""
+        if not may_have_begun(failure):
+            self._refused.add(client._server.address)
+
+    @property
+    def begun(self) -> list[_Replica]:
+        """Replicas where the update is, or may be, open."""
+        return [replica for replica in self.rotation.replicas if replica.address not in self._refused]
 
     def failed_before_finish(self, failure: BaseException) -> BaseException:
         """What to raise for it."""
@@ -511,8 +532,20 @@ class _UpdateStages:
         return results
 
 
-def _start(plan: UpdatePlan, client: Any, timeout: float | None) -> Any:
-    return client.weights._call("StartWeightUpdate", plan.start_request(), timeout)
+def _start(stages: _UpdateStages, client: Client, timeout: float | None) -> None:
+    try:
+        client.weights._call("StartWeightUpdate", stages.plan.start_request(), timeout)
+    except BaseException as failure:
+        stages.note_start(client, failure)
+        raise
+
+
+async def _start_async(stages: _UpdateStages, client: AsyncClient, timeout: float | None) -> None:
+    try:
+        await client.weights._call("StartWeightUpdate", stages.plan.start_request(), timeout)
+    except BaseException as failure:
+        stages.note_start(client, failure)
+        raise
 
 
 def _read(plan: UpdatePlan, path: str, client: Any, timeout: float | None) -> Any:
@@ -530,12 +563,15 @@ class FleetWeights:
         self._fleet = fleet
 
     def info(self, *, tensors: bool = False, timeout: float | None = None) -> dict[str, WeightInfo]:
+        """As Weights.info, on every replica; by address."""
         return self._fleet._all("weights.info", lambda client: client.weights.info(tensors=tensors, timeout=timeout))
 
     def check(self, *, timeout: float | None = None) -> dict[str, WeightCheck]:
+        """As Weights.check, on every replica; by address."""
         return self._fleet._all("weights.check", lambda client: client.weights.check(timeout=timeout))
 
     def abort(self, update_id: str = "", *, timeout: float | None = None) -> dict[str, str]:
+        """As Weights.abort, on every replica; by address."""
         return self._fleet._all("weights.abort", lambda client: client.weights.abort(update_id, timeout=timeout))
 
     def update(self, named_tensors: NamedTensors, step: int, **options: Any) -> dict[str, UpdateResult]:
@@ -555,7 +591,7 @@ class FleetWeights:
         stages = _UpdateStages(fleet._rotation, options, self.info(tensors=True, timeout=deadline.remaining()), named_tensors)
         plan = stages.plan
         try:
-            fleet._all("start", lambda client: _start(plan, client, deadline.remaining()))
+            fleet._all("start", lambda client: _start(stages, client, deadline.remaining()))
             stages.stage = "push"
             if named_tensors is not None:
                 push_all(fleet.clients, plan, named_tensors, deadline)
@@ -563,7 +599,7 @@ class FleetWeights:
             if source is not None:
                 fleet._all("push", lambda client: _read(plan, source, client, deadline.no_limit()))
         except BaseException as failure:
-            self._abort_quietly(plan.update_id)
+            self._abort_quietly(plan.update_id, stages.begun)
             reason = stages.failed_before_finish(failure)
             if reason is failure:
                 raise
@@ -573,17 +609,17 @@ class FleetWeights:
             outcomes = _each(replicas, lambda client: _finish(plan, client, deadline.no_limit()))
             settled: dict[str, Any] = {}
             if any(isinstance(outcome, BebopError) for outcome in outcomes.values()):
-                self._abort_quietly(plan.update_id)
+                self._abort_quietly(plan.update_id, replicas)
                 settled = _each(replicas, lambda client: client.weights.info(timeout=_SETTLE_SECONDS))
         except BaseException:
-            self._abort_quietly(plan.update_id)
+            self._abort_quietly(plan.update_id, replicas)
             for replica in replicas:
                 fleet._rotation.suspend(replica)  # nobody waited for what they answer
             raise
         return stages.after_finish(outcomes, settled, deadline)
 
-    def _abort_quietly(self, update_id: str) -> None:
-        _each(self._fleet._rotation.replicas, lambda client: client.weights._abort_quietly(update_id))
+    def _abort_quietly(self, update_id: str, replicas: Sequence[_Replica]) -> None:
+        _each(replicas, lambda client: client.weights._abort_quietly(update_id))
 
 
 class AsyncFleet(_FleetBase):
@@ -604,6 +640,7 @@ class AsyncFleet(_FleetBase):
 
     @property
     def weights(self) -> AsyncFleetWeights:
+        """New weights for every replica."""
         return AsyncFleetWeights(self)
 
     # ---- one replica ----
@@ -647,17 +684,14 @@ class AsyncFleet(_FleetBase):
     async def resume_samples(self, partial: GroupResult | Iterable[SampleResult], prompt_token_ids: requests.TokenIds | None = None, *,
                              affinity: str | None = None, timeout: float | None = None, **params: Any) -> GroupResult:
         """As Fleet.resume_samples."""
-        request, ended = requests.resumed_request(partial, prompt_token_ids, params)
-        if not request.resume:
-            return partial if isinstance(partial, GroupResult) else GroupResult("", tuple(ended))
-        return await self._generate(request, affinity, timeout, ended)
+        resumed, ended = requests.resumed_requests(partial, prompt_token_ids, params)
+        return GroupResult.merged(partial, await side_by_side_async(lambda request: self._generate(request, affinity, timeout), resumed), ended)
 
-    async def _generate(self, request: rollout_pb2.GenerateRequest, affinity: str | None, timeout: float | None,
-                        ended: Iterable[SampleResult] = ()) -> GroupResult:
+    async def _generate(self, request: rollout_pb2.GenerateRequest, affinity: str | None, timeout: float | None) -> GroupResult:
         async def send(client: AsyncClient, remaining: float | None):
             return await client._call(client._rollout.Generate, request, remaining, retry=None)
 
-        return GroupResult.from_proto(await self._route(send, request.num_samples, affinity, timeout), request, ended)
+        return GroupResult.from_proto(await self._route(send, request.num_samples, affinity, timeout), request)
 
     async def generate_stream(self, prompt_token_ids: requests.TokenIds, *, n: int = 1, affinity: str | None = None,
                               timeout: float | None = None, **params: Any) -> AsyncIterator[Event]:
@@ -693,13 +727,16 @@ class AsyncFleet(_FleetBase):
         return [SequenceScore.from_proto(score) for score in (await self._route(send, len(request.sequences), affinity, timeout)).scores]
 
     async def tokenize(self, text: str, *, parse_special: bool = False, timeout: float | None = None) -> list[int]:
+        """As Fleet.tokenize."""
         return await self._route(lambda client, remaining: client._once().tokenize(text, parse_special=parse_special, timeout=remaining), 0, None, timeout)
 
     async def detokenize(self, token_ids: requests.TokenIds, *, skip_special: bool = False, timeout: float | None = None) -> str:
+        """As Fleet.detokenize."""
         return await self._route(lambda client, remaining: client._once().detokenize(token_ids, skip_special=skip_special, timeout=remaining), 0, None,
                                  timeout)
 
     async def model_info(self, *, timeout: float | None = None):
+        """As Fleet.model_info."""
         return await self._route(lambda client, remaining: client._once().model_info(timeout=remaining), 0, None, timeout)
 
     # ---- every replica ----
@@ -713,34 +750,43 @@ class AsyncFleet(_FleetBase):
         return sorted({request_id for ids in answers.values() for request_id in ids})
 
     async def pause(self, mode: str = "keep", *, clear_cache: bool = False, timeout: float | None = None) -> dict[str, ControlState]:
+        """As Fleet.pause."""
         return await self._all("pause", lambda client: client.pause(mode, clear_cache=clear_cache, timeout=timeout))
 
     async def resume(self, *, timeout: float | None = None) -> dict[str, ControlState]:
+        """As Fleet.resume."""
         return await self._all("resume", lambda client: client.resume(timeout=timeout))
 
     async def sleep(self, tags: str | Iterable[str] = (), *, timeout: float | None = None) -> dict[str, ControlState]:
+        """As Fleet.sleep."""
         tags = [tags] if isinstance(tags, str) else list(tags)
         return await self._all("sleep", lambda client: client.sleep(tags, timeout=timeout))
 
     async def wake_up(self, tags: str | Iterable[str] = (), *, timeout: float | None = None) -> dict[str, ControlState]:
+        """As Fleet.wake_up."""
         tags = [tags] if isinstance(tags, str) else list(tags)
         return await self._all("wake_up", lambda client: client.wake_up(tags, timeout=timeout))
 
     async def flush_cache(self, *, timeout: float | None = None) -> dict[str, ControlState]:
+        """As Fleet.flush_cache."""
         return await self._all("flush_cache", lambda client: client.flush_cache(timeout=timeout))
 
     async def drain(self, deadline: float | None = None, *, timeout: float | None = None) -> dict[str, ControlState]:
+        """As Fleet.drain."""
         return await self._all("drain", lambda client: client.drain(deadline, timeout=timeout))
 
     async def set_speculation(self, speculation: Mapping[str, Any] | str | None = None, *, num_draft_tokens: int | None = None,
                               timeout: float | None = None) -> dict[str, ControlState]:
+        """As Fleet.set_speculation."""
         return await self._all("set_speculation",
                                lambda client: client.set_speculation(speculation, num_draft_tokens=num_draft_tokens, timeout=timeout))
 
     async def server_info(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """As Fleet.server_info."""
         return await self._all("server_info", lambda client: client.server_info(timeout=timeout))
 
     async def loads(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """As Fleet.loads."""
         return await self._all("loads", lambda client: client.loads(timeout=timeout))
 
     async def health(self, service: str = "", *, timeout: float | None = 5.0) -> dict[str, str]:
@@ -776,12 +822,15 @@ class AsyncFleetWeights:
         self._fleet = fleet
 
     async def info(self, *, tensors: bool = False, timeout: float | None = None) -> dict[str, WeightInfo]:
+        """As FleetWeights.info."""
         return await self._fleet._all("weights.info", lambda client: client.weights.info(tensors=tensors, timeout=timeout))
 
     async def check(self, *, timeout: float | None = None) -> dict[str, WeightCheck]:
+        """As FleetWeights.check."""
         return await self._fleet._all("weights.check", lambda client: client.weights.check(timeout=timeout))
 
     async def abort(self, update_id: str = "", *, timeout: float | None = None) -> dict[str, str]:
+        """As FleetWeights.abort."""
         return await self._fleet._all("weights.abort", lambda client: client.weights.abort(update_id, timeout=timeout))
 
     async def update(self, named_tensors: Any, step: int, **options: Any) -> dict[str, UpdateResult]:
@@ -797,7 +846,7 @@ class AsyncFleetWeights:
         stages = _UpdateStages(fleet._rotation, options, await self.info(tensors=True, timeout=deadline.remaining()), named_tensors)
         plan = stages.plan
         try:
-            await fleet._all("start", lambda client: _start(plan, client, deadline.remaining()))
+            await fleet._all("start", lambda client: _start_async(stages, client, deadline.remaining()))
             stages.stage = "push"
             if named_tensors is not None:
                 with contextlib.ExitStack() as twins:
@@ -807,7 +856,7 @@ class AsyncFleetWeights:
             if source is not None:
                 await fleet._all("push", lambda client: _read(plan, source, client, deadline.no_limit()))
         except BaseException as failure:
-            await asyncio.shield(self._abort_quietly(plan.update_id))
+            await asyncio.shield(self._abort_quietly(plan.update_id, stages.begun))
             reason = stages.failed_before_finish(failure)
             if reason is failure:
                 raise
@@ -817,14 +866,14 @@ class AsyncFleetWeights:
             outcomes = await _each_async(replicas, lambda client: _finish(plan, client, deadline.no_limit()))
             settled: dict[str, Any] = {}
             if any(isinstance(outcome, BebopError) for outcome in outcomes.values()):
-                await self._abort_quietly(plan.update_id)
+                await self._abort_quietly(plan.update_id, replicas)
                 settled = await _each_async(replicas, lambda client: client.weights.info(timeout=_SETTLE_SECONDS))
         except BaseException:
-            await asyncio.shield(self._abort_quietly(plan.update_id))
+            await asyncio.shield(self._abort_quietly(plan.update_id, replicas))
             for replica in replicas:
                 fleet._rotation.suspend(replica)  # nobody waited for what they answer
             raise
         return stages.after_finish(outcomes, settled, deadline)
 
-    async def _abort_quietly(self, update_id: str) -> None:
-        await _each_async(self._fleet._rotation.replicas, lambda client: client.weights._abort_quietly(update_id))
+    async def _abort_quietly(self, update_id: str, replicas: Sequence[_Replica]) -> None:
+        await _each_async(replicas, lambda client: client.weights._abort_quietly(update_id))

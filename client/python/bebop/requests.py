@@ -17,6 +17,9 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed")
 _STOPPING = ("max_new_tokens", "min_new_tokens", "stop_token_ids", "stop", "ignore_eos")
 _OUTPUT = ("prompt", "logprobs", "raw_logprobs", "entropy", "token_source", "draft_logprobs", "spec_detail", "stream_tokens")
 _SPECULATION = ("mode", "num_draft_tokens", "synthetic_acceptance")
+# Of all handles of one request together: what the server takes.
+MAX_RESUME_BYTES = 32 << 20
+
 _WEIGHTS = ("min_step", "wait_for_step", "max_step_spread", "on_update")
 
 
@@ -66,8 +69,23 @@ def resume_handles(resume: Iterable[Any]) -> list[bytes]:
     return handles
 
 
-def resumed_request(partial: Any, prompt_token_ids: TokenIds | None, params: Mapping[str, Any]) -> tuple[rollout_pb2.GenerateRequest, list[Any]]:
-    """The request that goes on with the unfinished samples of `partial`, and the samples that need none.
+def _batches(samples: Sequence[Any]) -> list[list[Any]]:
+    """The samples, in order, in as few runs as MAX_RESUME_BYTES lets their handles be sent in."""
+    batches: list[list[Any]] = []
+    room = 0
+    for sample, handle in zip(samples, resume_handles(samples)):
+        if not batches or len(handle) > room:
+            batches.append([])
+            room = MAX_RESUME_BYTES
+        batches[-1].append(sample)
+        room -= len(handle)
+    return batches
+
+
+def resumed_requests(partial: Any, prompt_token_ids: TokenIds | None,
+                     params: Mapping[str, Any]) -> tuple[list[rollout_pb2.GenerateRequest], list[Any]]:
+    """The requests that go on with the unfinished samples of `partial`, and the samples that need none. One request, unless their handles are more
+    than one may bring.
 
     A GroupResult brings its request along; of samples, prompt and parameters are the caller's to repeat.
     """
@@ -80,15 +98,22 @@ def resumed_request(partial: Any, prompt_token_ids: TokenIds | None, params: Map
             raise TypeError("resume_samples: single samples do not know their request; give prompt_token_ids and the parameters that it had")
         if params:
             raise TypeError(f"resume_samples: {sorted(params)[0]!r} is the group's own; the parameters must be as they were")
-        request = rollout_pb2.GenerateRequest()
-        request.CopyFrom(before)
-        request.request_id = uuid.uuid4().hex
-        request.num_samples = max(1, len(unfinished))
-        del request.resume[:]
-        request.resume.extend(resume_handles(unfinished))
+        common = rollout_pb2.GenerateRequest()
+        common.CopyFrom(before)
+        common.request_id = uuid.uuid4().hex
     else:
-        request = generate_request(prompt_token_ids, n=max(1, len(unfinished)), resume=unfinished, **params)
-    return request, ended
+        common = generate_request(prompt_token_ids, **params)
+    del common.resume[:]
+    requests = []
+    for i, batch in enumerate(_batches(unfinished)):
+        request = rollout_pb2.GenerateRequest()
+        request.CopyFrom(common)
+        if i > 0:  # the same for the same, so that repeats of a caller's own id find theirs
+            request.request_id = uuid.uuid5(uuid.NAMESPACE_OID, f"{common.request_id}/{i}").hex
+        request.num_samples = len(batch)
+        request.resume.extend(resume_handles(batch))
+        requests.append(request)
+    return requests, ended
 
 
 def generate_request(prompt_token_ids: TokenIds, *, n: int = 1, request_id: str | None = None, sampling: Mapping[str, Any] | None = None,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,8 +88,8 @@ class Timing:
 class SampleResult:
     """One finished sample of a group.
 
-    token_ids: int64 [T], what torch and numpy index with. logprobs, raw_logprobs, entropy, draft_logprobs: float32 [T] or None. token_source: int32 [T] or None: 0 plain,
-    d >= 1 accepted draft at depth d, -1 corrected, -2 bonus.
+    token_ids: int64 [T], what torch and numpy index with. logprobs, raw_logprobs, entropy, draft_logprobs: float32 [T] or None.
+    token_source: int32 [T] or None: 0 plain, d >= 1 accepted draft at depth d, -1 corrected, -2 bonus.
     """
 
     sample_index: int
@@ -205,13 +205,19 @@ class GroupResult:
         return tuple(sample for sample in self.samples if not sample.finished)
 
     @staticmethod
-    def from_proto(message: rollout_pb2.GenerateResult, request: rollout_pb2.GenerateRequest | None = None,
-                   ended: Iterable[SampleResult] = ()) -> GroupResult:
-        """`ended`: samples of the group that `request` did not go on with."""
+    def from_proto(message: rollout_pb2.GenerateResult, request: rollout_pb2.GenerateRequest | None = None) -> GroupResult:
         output = request.output if request is not None else None
-        samples = [*ended, *(SampleResult.from_proto(sample, output) for sample in message.samples)]
+        samples = (SampleResult.from_proto(sample, output) for sample in message.samples)
         return GroupResult(message.request_id, tuple(sorted(samples, key=lambda sample: sample.sample_index)),
                            _array(message.prompt_token_ids, np.int64, len(message.prompt_token_ids) > 0), request)
+
+    @staticmethod
+    def merged(partial: GroupResult | Iterable[SampleResult], groups: Sequence[GroupResult], ended: Iterable[SampleResult]) -> GroupResult:
+        """The whole group: what requests have gone on with (`groups`), and the samples of `partial` that had ended."""
+        if not groups:
+            return partial if isinstance(partial, GroupResult) else GroupResult("", tuple(ended))
+        samples = [*ended, *(sample for group in groups for sample in group.samples)]
+        return dataclasses.replace(groups[0], samples=tuple(sorted(samples, key=lambda sample: sample.sample_index)))
 
 
 @dataclasses.dataclass(frozen=True)

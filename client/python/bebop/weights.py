@@ -15,6 +15,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import queue
@@ -30,11 +31,13 @@ import grpc
 from bebop.errors import BebopError, FailedPreconditionError, from_rpc_error
 from bebop.progress import Progress, open_progress
 from bebop.requests import enum_value
-from bebop.tensors import ComponentDigest, WireTensor, is_draft, is_vision, plain_name, to_host
+from bebop.tensors import ELEMENT_BYTES, ComponentDigest, WireTensor, is_draft, is_vision, plain_name, to_host
 from bebop.transport import Deadline, require_admin
 from bebop.v1 import weights_pb2, weights_pb2_grpc
 
 if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
     from bebop.aio import AsyncClient
     from bebop.client import Client
 
@@ -56,6 +59,10 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return ELEMENT_BYTES[self.dtype] * math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,19 +260,11 @@ class UpdatePlan:
 
     @property
     def total_bytes(self) -> int:
-        total = 0
-        for spec in self._manifest:
-            size = 2 if spec.dtype == "BF16" else 4
-            for extent in spec.shape:
-                size *= extent
-            total += size
-        return total
-
-    @property
-    def manifest(self) -> list[TensorSpec]:
-        return self._manifest
+        """Of all tensors that will come."""
+        return sum(spec.num_bytes for spec in self._manifest)
 
     def start_request(self) -> weights_pb2.StartWeightUpdateRequest:
+        """Announces the update and its tensors."""
         options = self.options
         request = weights_pb2.StartWeightUpdateRequest(
             update_id=self.update_id, base_step=options.base_step, target_step=options.step, label=options.label, components=options.components,
@@ -310,12 +309,9 @@ class UpdatePlan:
         file.parent.mkdir(parents=True, exist_ok=True)
         header, begins, end = {}, {}, 0
         for spec in self._manifest:
-            size = 2 if spec.dtype == "BF16" else 4
-            for extent in spec.shape:
-                size *= extent
-            header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [end, end + size]}
+            header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [end, end + spec.num_bytes]}
             begins[spec.name] = end
-            end += size
+            end += spec.num_bytes
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         partial = file.with_name(f".{file.name}.{self.update_id}.partial")
@@ -340,6 +336,7 @@ class UpdatePlan:
             partial.unlink(missing_ok=True)
 
     def tensors(self, named_tensors: NamedTensors) -> Iterator[tuple[TensorSpec, WireTensor]]:
+        """Those that are sent, each with the server's tensor of its name. A tied lm_head is only hashed, to be compared at the end."""
         came: set[str] = set()
         for name, tensor in named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors:
             plain = plain_name(name)
@@ -573,13 +570,18 @@ def result_of(message: weights_pb2.FinishWeightUpdateResult, plan: UpdatePlan, d
                         message.recomputed_samples, message.ended_samples, plan.sent_bytes, deadline.elapsed())
 
 
+def may_have_begun(failure: BaseException) -> bool:
+    """Whether a start that failed may have opened the update. One that was refused must not be aborted: under its id, another learner's may be open."""
+    return not (isinstance(failure, BebopError) and failure.is_refusal)
+
+
 class Weights:
     """The weights of one server: `client.weights`. Needs the client's admin address."""
 
     def __init__(self, client: Client):
         self._client = client
 
-    def _call(self, method: str, request, timeout: float | None, **more: Any):
+    def _call(self, method: str, request: Message, timeout: float | None, **more: Any) -> Any:
         endpoint = require_admin(self._client._admin)
         stub = weights_pb2_grpc.WeightsStub(self._client._admin_channel)
         return self._client._call(getattr(stub, method), request, timeout, endpoint, **more)
@@ -621,11 +623,12 @@ class Weights:
           update_id: a name never used before; None: one is made.
           timeout: seconds for the whole update; None: no limit.
 
-        A lost stream goes on where it broke. Any other failure, KeyboardInterrupt included, aborts the update: the server keeps the weights it had.
-        After DeadlineExceededError or UnavailableError of the last step only info() tells which weights are in use.
+        A lost stream goes on where it broke. Any other failure before the last step, KeyboardInterrupt included, aborts the update: the server keeps
+        the weights it had. In the last step it is too late for that: after DeadlineExceededError, UnavailableError or an interrupt of it, only
+        info() tells which weights are in use. A server that refuses to begin is left alone, with whatever update it has open.
 
         Raises ValueError or TypeError naming the tensor that does not fit (for a mapping before anything is sent), and BebopError:
-        AbortedError (UPDATE_IN_PROGRESS), FailedPreconditionError (WRONG_BASE_STEP, STEP_NOT_NEWER), InvalidArgumentError (NON_FINITE, ...),
+        AbortedError (UPDATE_IN_PROGRESS), AlreadyExistsError (UPDATE_ID_REUSED), FailedPreconditionError (WRONG_BASE_STEP, STEP_NOT_NEWER), InvalidArgumentError (NON_FINITE, ...),
         ResourceExhaustedError (STAGING_BUDGET), DataLossError (DIGEST_MISMATCH).
         """
         return self._run(UpdateOptions(step, **options), named_tensors)
@@ -638,8 +641,10 @@ class Weights:
     def _run(self, options: UpdateOptions, named_tensors: NamedTensors | None, path: str | None = None) -> UpdateResult:
         deadline = Deadline(options.timeout)
         plan = UpdatePlan(options, self.info(tensors=True, timeout=deadline.remaining()), named_tensors)
+        begun = False
         try:
             self._call("StartWeightUpdate", plan.start_request(), deadline.remaining())
+            begun = True
             if named_tensors is not None:
                 push_all([self._client], plan, named_tensors, deadline)
             source = path if named_tensors is None else options.path
@@ -647,7 +652,8 @@ class Weights:
                 self._call("UpdateWeights", weights_pb2.UpdateWeightsRequest(update_id=plan.update_id, path=source), deadline.no_limit())
             finished = self._call("FinishWeightUpdate", plan.finish_request(), deadline.no_limit())
         except BaseException as failure:
-            self._abort_quietly(plan.update_id)
+            if begun or may_have_begun(failure):
+                self._abort_quietly(plan.update_id)
             if isinstance(failure, PushFailed):
                 raise failure.error from None
             raise
@@ -748,7 +754,7 @@ class AsyncWeights:
     def __init__(self, client: AsyncClient):
         self._client = client
 
-    async def _call(self, method: str, request, timeout: float | None, **more: Any):
+    async def _call(self, method: str, request: Message, timeout: float | None, **more: Any) -> Any:
         endpoint = require_admin(self._client._admin)
         self._client._connect()
         stub = weights_pb2_grpc.WeightsStub(self._client._admin_channel)
@@ -778,8 +784,10 @@ class AsyncWeights:
     async def _run(self, options: UpdateOptions, named_tensors: Any, path: str | None = None) -> UpdateResult:
         deadline = Deadline(options.timeout)
         plan = UpdatePlan(options, await self.info(tensors=True, timeout=deadline.remaining()), named_tensors)
+        begun = False
         try:
             await self._call("StartWeightUpdate", plan.start_request(), deadline.remaining())
+            begun = True
             if named_tensors is not None:
                 with self._client._blocking_twin() as twin:
                     await push_all_async([twin], plan, named_tensors, deadline)
@@ -788,7 +796,8 @@ class AsyncWeights:
                 await self._call("UpdateWeights", weights_pb2.UpdateWeightsRequest(update_id=plan.update_id, path=source), deadline.no_limit())
             finished = await self._call("FinishWeightUpdate", plan.finish_request(), deadline.no_limit())
         except BaseException as failure:
-            await asyncio.shield(self._abort_quietly(plan.update_id))
+            if begun or may_have_begun(failure):
+                await asyncio.shield(self._abort_quietly(plan.update_id))
             if isinstance(failure, PushFailed):
                 raise failure.error from None
             raise

@@ -40,8 +40,8 @@ def component_digest(tensors, specs, draft):
 
 
 class FakeServer(weights_pb2_grpc.WeightsServicer, control_pb2_grpc.ControlServicer, rollout_pb2_grpc.RolloutServicer, info_pb2_grpc.InfoServicer):
-    """Attributes that order faults: lose_stream_after (list of chunk counts: each stream ends so, once), finish_errors (list of codes, each once),
-    finish_gate (an Event that a finish waits for), weights_root (a folder), generate_error (code of every generate)."""
+    """Attributes that order faults: lose_stream_after (list of chunk counts: each stream ends so, once), start_errors (list of codes, each once: the
+    reply is lost), finish_errors (list of codes, each once), finish_gate (an Event that a finish waits for), weights_root (a folder), generate_error (code of every generate)."""
 
     def __init__(self, specs=SPECS, token=None):
         self.specs = list(specs)
@@ -51,11 +51,12 @@ class FakeServer(weights_pb2_grpc.WeightsServicer, control_pb2_grpc.ControlServi
         self.staged = {}  # name -> (bytearray, list of received flags by byte range)
         self.finished = {}
         self.calls, self.streams, self.chunks, self.digests = [], 0, [], {}
-        self.lose_stream_after, self.finish_errors, self.generate_error = [], [], None
+        self.lose_stream_after, self.start_errors, self.finish_errors, self.generate_error = [], [], [], None
         self.finish_gate = self.weights_root = None
         self.metadata = {}
         self.state = control_pb2.ControlState()
         self.requests = []
+        self.max_resume_bytes = 32 << 20
         self.lock = threading.Lock()
         self.server = grpc.server(concurrent.futures.ThreadPoolExecutor(16), options=[("grpc.max_receive_message_length", 16 << 20)])
         for add in (weights_pb2_grpc.add_WeightsServicer_to_server, control_pb2_grpc.add_ControlServicer_to_server,
@@ -106,6 +107,8 @@ class FakeServer(weights_pb2_grpc.WeightsServicer, control_pb2_grpc.ControlServi
     def StartWeightUpdate(self, request, context):
         with self.lock:
             self.calls.append("start")
+            if self.open is not None and request != self.open and request.update_id == self.open.update_id:
+                fail(context, grpc.StatusCode.ALREADY_EXISTS, "UPDATE_ID_REUSED", f"update {request.update_id} is open with another body")
             if self.open is not None and request != self.open:
                 fail(context, grpc.StatusCode.ABORTED, "UPDATE_IN_PROGRESS", f"update {self.open.update_id} is open")
             if request.HasField("base_step") and request.base_step != self.step:
@@ -122,6 +125,8 @@ class FakeServer(weights_pb2_grpc.WeightsServicer, control_pb2_grpc.ControlServi
                 if not delta:
                     targets = [name for name, _, _ in self.specs if not request.components or (2 if name.startswith("mtp.") else 1) in request.components]
                     assert sorted(self.staged) == sorted(targets)
+            if self.start_errors:
+                context.abort(self.start_errors.pop(0), "ordered, after it was opened")
             return self._progress()
 
     def PushWeights(self, request_iterator, context):
@@ -255,7 +260,10 @@ class FakeServer(weights_pb2_grpc.WeightsServicer, control_pb2_grpc.ControlServi
         if self.generate_error is not None:
             context.abort(self.generate_error, "ordered")
         result = rollout_pb2.GenerateResult(request_id=request.request_id)
-        for i in range(request.num_samples):
+        if request.resume and (len(request.resume) != request.num_samples or sum(map(len, request.resume)) > self.max_resume_bytes):
+            fail(context, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", f"resume: {len(request.resume)} handles")
+        # A handle begins with its sample's index.
+        for i in [handle[0] for handle in request.resume] or range(request.num_samples):
             sample = result.samples.add(sample_index=i, token_ids=[self.port % 1000, i], finish=rollout_pb2.Finish(reason="LENGTH"))
             sample.weight_spans.add(step=self.step, end=2)
         return result

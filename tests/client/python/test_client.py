@@ -224,13 +224,13 @@ def test_a_full_queue_is_retried_until_it_has_room(prompt):
             def generate(tokens):
                 results.append(patient.generate(prompt, max_new_tokens=tokens, ignore_eos=True))
 
-            threads = [threading.Thread(target=generate, args=(500,)) for _ in range(2)]  # one runs, one waits
-            for thread in threads:
-                thread.start()
+            threads = [threading.Thread(target=generate, args=(tokens,)) for tokens in (1500, 20)]  # one runs, one waits
             end = time.monotonic() + 30
-            while hasty.loads().running_requests + hasty.loads().waiting_requests < 2:
-                assert time.monotonic() < end
-                time.sleep(0.005)
+            for thread, state in zip(threads, ((1, 0), (1, 1))):  # one after the other: together, the second might find the queue full, too
+                thread.start()
+                while ((loads := hasty.loads()).running_requests, loads.waiting_requests) != state:
+                    assert time.monotonic() < end
+                    time.sleep(0.005)
             with pytest.raises(bebop.ResourceExhaustedError) as info:
                 hasty.generate(prompt, max_new_tokens=1)
             assert info.value.retry_after is not None

@@ -3,6 +3,7 @@
 
 import asyncio
 import collections
+import concurrent.futures
 import pickle
 import threading
 import time
@@ -12,7 +13,10 @@ import numpy as np
 import pytest
 
 import bebop
+from bebop import requests
 from bebop.transport import RetryPolicy
+from bebop.v1 import rollout_pb2
+from conftest import ROOT
 from fake_server import FakeServer
 from test_weights import loaded, random_tensors
 
@@ -256,6 +260,95 @@ def test_a_replica_of_unknown_version_is_out_until_it_agrees(fakes):
                 time.sleep(0.05)
     finally:
         odd.stop()
+
+
+KINDS = ["Client", "AsyncClient", "Fleet", "AsyncFleet"]
+
+
+def through(kind, fakes, call):
+    """What `call` returns for a client of that kind, blocking or not; fleets have all fakes, clients the first."""
+    where = [([(fake.address, fake.address) for fake in fakes],), (fakes[0].address, fakes[0].address)][kind in KINDS[:2]]
+    if not kind.startswith("Async"):
+        with getattr(bebop, kind)(*where, timeout=20, retry=None) as client:
+            return call(client)
+
+    async def run():
+        async with getattr(bebop, kind)(*where, timeout=20, retry=None) as client:
+            return await call(client)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_refused_start_leaves_another_learners_update_alone(fakes, kind):
+    """Two learners, one id, different steps: the second is refused, and its clean-up must not end the first's."""
+    named = random_tensors(8)
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow():
+        for i, item in enumerate(named.items()):
+            if i == 2:
+                began.set()
+                assert go_on.wait(30)
+            yield item
+
+    with bebop.Client(fakes[0].address, fakes[0].address, timeout=20) as first, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        update = pool.submit(first.weights.update, slow(), 5, update_id="ours")
+        try:
+            assert began.wait(30)
+            with pytest.raises(bebop.BebopError) as info:
+                through(kind, fakes, lambda client: client.weights.update(named, 6, update_id="ours"))
+            assert info.value.reason == "UPDATE_ID_REUSED" and "abort" not in fakes[0].calls
+        finally:
+            go_on.set()
+        assert update.result(30).info.target_step == 5
+    assert loaded(fakes[0], named) and fakes[0].step == 5
+    for fake in fakes[1:]:  # began there, so that it has to be ended there
+        assert fake.open is None and fake.step == 0 and fake.calls == ([] if kind in KINDS[:2] else ["start", "abort"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_start_whose_reply_is_lost_is_aborted(fakes, kind):
+    fakes[0].start_errors = [grpc.StatusCode.INTERNAL]
+    with pytest.raises(bebop.BebopError) as info:
+        through(kind, fakes, lambda client: client.weights.update(random_tensors(9), 1))
+    assert info.value.code == "INTERNAL" and fakes[0].calls == ["start", "abort"]
+    assert all(fake.open is None and fake.step == 0 for fake in fakes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_handles_too_large_for_one_request_go_in_several(fakes, kind, monkeypatch):
+    assert f"kResumeBytes = {requests.MAX_RESUME_BYTES >> 20} << 20;" in (ROOT / "server/limits.h").read_text()
+    monkeypatch.setattr(requests, "MAX_RESUME_BYTES", 100)
+    for fake in fakes:
+        fake.max_resume_bytes = 100
+    sizes = {0: 40, 1: 60, 2: 30, 4: 71, 5: 99}  # 3 has ended
+
+    def partial_sample(i):
+        return bebop.SampleResult.from_proto(rollout_pb2.SampleResult(sample_index=i, token_ids=[i], resume_handle=bytes([i]) * sizes.get(i, 0)))
+
+    group = bebop.GroupResult("g", tuple(partial_sample(i) for i in range(6)), request=requests.generate_request([1, 2], n=6, seed=3))
+    whole = through(kind, fakes, lambda client: client.resume_samples(group))
+    assert [sample.sample_index for sample in whole.samples] == list(range(6)) and whole.samples[3] is group.samples[3]
+    assert not whole.unfinished and all(len(whole.samples[i].token_ids) == 2 for i in sizes)
+    sent = [request for fake in fakes for request in fake.requests]
+    assert sorted([handle[0] for handle in request.resume] for request in sent) == [[0, 1], [2], [4], [5]]
+    assert all(request.num_samples == len(request.resume) and request.sampling.seed == 3 and list(request.prompt_token_ids) == [1, 2] for request in sent)
+    assert len({request.request_id for request in sent}) == 4
+    for _ in range(2):  # a caller's own id: repeats find their requests
+        through(kind, fakes, lambda client: client.resume_samples(group.samples, [1, 2], request_id="mine", seed=3))
+    again = collections.Counter((request.request_id, request.resume[0]) for fake in fakes for request in fake.requests if request not in sent)
+    assert sorted(again.values()) == [2] * 4 and "mine" in {request_id for request_id, _ in again}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_of_several_requests_that_fails_fails_the_call(fakes, kind, monkeypatch):
+    monkeypatch.setattr(requests, "MAX_RESUME_BYTES", 1)
+    for fake in fakes:
+        fake.max_resume_bytes = 2
+    samples = [bebop.SampleResult.from_proto(rollout_pb2.SampleResult(sample_index=i, resume_handle=bytes([i]) * size)) for i, size in ((0, 1), (1, 3))]
+    with pytest.raises(bebop.InvalidArgumentError, match="resume: 1 handles"):
+        through(kind, fakes, lambda client: client.resume_samples(samples, [1]))
 
 
 def test_replicas_of_different_models_are_refused(fakes):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import bebop
-from bebop import tensors
+from bebop import requests, tensors
 from conftest import MODEL, Server
 
 
@@ -209,6 +209,9 @@ def test_a_second_learner_is_told_to_come_back(client, learner, checkpoint):
         with pytest.raises(bebop.AbortedError) as info:
             second.weights.update(checkpoint, step + 1)
         assert info.value.reason == "UPDATE_IN_PROGRESS"
+        with pytest.raises(bebop.AlreadyExistsError) as info:
+            second.weights.update(checkpoint, step + 1, update_id="first")
+        assert info.value.reason == "UPDATE_ID_REUSED"
         assert second.weights.info().update.update_id == "first"  # the second's clean-up has left it alone
     go_on.set()
     first.join()
@@ -273,17 +276,22 @@ def uninterrupted(client, prompt, **params):
     return [sample.token_ids.tolist() for sample in client.generate(prompt, **params).samples]
 
 
-def test_samples_that_a_pause_cut_short_are_resumed(client, prompt):
-    params = dict(n=2, seed=9, max_new_tokens=400, ignore_eos=True, logprobs=True, speculation="coupled")
+def wait_for_tokens(client, before, count):
+    """Until the server has generated `count` tokens since `before`."""
+    end = time.monotonic() + 20
+    while client.loads().generated_tokens < before + count:
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def test_samples_that_a_pause_cut_short_are_resumed(client, prompt, monkeypatch):
+    params = dict(n=2, seed=9, max_new_tokens=1000, ignore_eos=True, logprobs=True, speculation="coupled")
     expected = uninterrupted(client, prompt, **params)
     cut = []
+    before = client.loads().generated_tokens
     thread = threading.Thread(target=lambda: cut.append(client.generate(prompt, **params)))
     thread.start()
-    end = time.monotonic() + 20
-    while client.loads().running_requests == 0:
-        assert time.monotonic() < end
-        time.sleep(0.005)
-    time.sleep(0.05)
+    wait_for_tokens(client, before, 20)
     state = client.pause("abort")
     thread.join()
     assert state.paused and state.aborted_samples == 2
@@ -292,7 +300,10 @@ def test_samples_that_a_pause_cut_short_are_resumed(client, prompt):
     client.resume()
     whole = client.resume_samples(pickle.loads(pickle.dumps(group)))
     assert [sample.token_ids.tolist() for sample in whole.samples] == expected
-    assert all(len(sample.logprobs) == 400 and sample.finished for sample in whole.samples)
+    with monkeypatch.context() as context:  # one handle a request: what a group of long samples comes to
+        context.setattr(requests, "MAX_RESUME_BYTES", max(len(sample.resume_handle) for sample in group.samples))
+        assert [sample.token_ids.tolist() for sample in client.resume_samples(group).samples] == expected
+    assert all(len(sample.logprobs) == 1000 and sample.finished for sample in whole.samples)
     del params["n"]
     again = client.resume_samples(group.samples[:1], prompt, **params)
     assert again.samples[0].token_ids.tolist() == expected[0]
@@ -303,17 +314,34 @@ def test_samples_that_a_pause_cut_short_are_resumed(client, prompt):
 
 
 def test_pause_keep_stands_still_and_goes_on(client, prompt):
-    params = dict(n=2, seed=4, max_new_tokens=200, ignore_eos=True, speculation="coupled")
+    params = dict(n=2, seed=4, max_new_tokens=1000, ignore_eos=True, speculation="coupled")
     expected = uninterrupted(client, prompt, **params)
-    assert client.pause("keep").paused
-    results = []
-    thread = threading.Thread(target=lambda: results.append(client.generate(prompt, **params)))
+    tokens, results = {0: [], 1: []}, {}
+
+    def stream():
+        for event in client.generate_stream(prompt, events=True, stream_tokens=True, **params):
+            if isinstance(event, bebop.TokenChunk):
+                assert event.start == len(tokens[event.sample_index])
+                tokens[event.sample_index].extend(event.token_ids.tolist())
+            elif isinstance(event, bebop.SampleResult):
+                results[event.sample_index] = event.token_ids.tolist()
+
+    before = client.loads().generated_tokens
+    thread = threading.Thread(target=stream)
     thread.start()
+    wait_for_tokens(client, before, 20)
+    assert client.pause("keep").paused
+    made = client.loads().generated_tokens - before
+    end = time.monotonic() + 20
+    while sum(map(len, tokens.values())) < made:  # what was made before the pause comes
+        assert time.monotonic() < end
+        time.sleep(0.01)
     time.sleep(0.3)
-    assert not results and client.flush_cache().paused
+    assert 20 <= made < 2000 and client.loads().generated_tokens - before == made == sum(map(len, tokens.values())) and not results
+    assert client.loads().running_sequences == 2 and client.flush_cache().paused
     assert not client.resume().paused
     thread.join()
-    assert [sample.token_ids.tolist() for sample in results[0].samples] == expected
+    assert [results[0], results[1]] == [tokens[0], tokens[1]] == expected
     with pytest.raises(bebop.FailedPreconditionError) as info:
         client.flush_cache()
     assert info.value.reason == "NOT_PAUSED"

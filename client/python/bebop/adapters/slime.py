@@ -27,6 +27,8 @@ import bebop
 from bebop.adapters.common import refuse_non_finite
 
 _ABORT_POLL_SECONDS = 0.1
+# For servers to answer an abort. One that is gone must not hold up the samples of the others.
+_ABORT_SECONDS = 2.0
 # What slime sends to SGLang and what has the same effect here without being said: stop tokens and strings are always kept.
 _IMPLIED = {"no_stop_trim": True, "spaces_between_special_tokens": False}
 _SAME_NAME = ("temperature", "top_p", "min_p", "stop", "stop_token_ids", "min_new_tokens", "ignore_eos")
@@ -36,6 +38,7 @@ _fleets: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[Any, bebop.A
 
 
 def fleet_of(args: Any) -> bebop.AsyncFleet:
+    """The servers of bebop.yaml, connected once in each event loop."""
     servers = getattr(args, "bebop_servers", None)
     if not servers:
         raise ValueError("bebop_servers: not given; add it to the file of --custom-config-path")
@@ -85,6 +88,15 @@ async def _until_aborted(call: Awaitable[Any], aborted: Callable[[], bool], abor
         task.cancel()
 
 
+async def _abort(fleet: bebop.AsyncFleet, request_id: str) -> None:
+    """Ends a request, which is on one of the servers: it is enough that some answer."""
+    try:
+        await fleet.abort(request_id, timeout=_ABORT_SECONDS)
+    except bebop.FleetError as error:
+        if not error.results:
+            raise
+
+
 async def generate(args: Any, sample: Any, sampling_params: dict[str, Any], evaluation: bool = False) -> Any:
     """slime's custom generate function: extends `sample` by one response, or goes on with one that was aborted (--partial-rollout)."""
     if any(value is not None for value in (sample.multimodal_inputs or {}).values()):
@@ -105,7 +117,7 @@ async def generate(args: Any, sample: Any, sampling_params: dict[str, Any], eval
         # Without it slime cancels this coroutine, and with it the request.
         from slime.rollout.sglang_rollout import GenerateState
 
-        group = await _until_aborted(call, lambda: GenerateState(args).aborted, lambda: fleet.abort(request_id))
+        group = await _until_aborted(call, lambda: GenerateState(args).aborted, lambda: _abort(fleet, request_id))
     else:
         group = await call
     result = group.samples[0]

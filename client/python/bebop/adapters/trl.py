@@ -152,7 +152,7 @@ class Rollout:
         def generate(index: int) -> GroupResult:
             return _check_ended(self._client.generate(ids[index], n=groups[index][1], logprobs=True, **{**sampling, **self._params}))
 
-        with ThreadPoolExecutor(max_workers=min(_MAX_CALLS, len(groups))) as pool:
+        with ThreadPoolExecutor(max_workers=max(1, min(_MAX_CALLS, len(groups)))) as pool:
             results = list(pool.map(generate, range(len(groups))))
         samples = [(index, sample) for index, result in enumerate(results) for sample in result.samples]
         return {
@@ -165,15 +165,28 @@ class Rollout:
         }
 
     def _push(self, trainer: Any) -> None:
+        """On every process at once. A failure on one is raised on all: the others would wait for it in the next collective."""
+        from accelerate.utils import gather_object
+
         accelerator, global_step = trainer.accelerator, trainer.state.global_step
         tensors = policy_tensors(accelerator.unwrap_model(trainer.model))
-        if accelerator.is_main_process:
-            step = self._steps.step(self._client, self._pushes + 1)
-            self._client.weights.update(tensors, step, **{"label": f"global_step={global_step}", **self._update})
-        else:
+        failure: Exception | None = None
+        try:
+            if accelerator.is_main_process:
+                step = self._steps.step(self._client, self._pushes + 1)
+                self._client.weights.update(tensors, step, **{"label": f"global_step={global_step}", **self._update})
+        except Exception as error:  # noqa: BLE001 - raised below, when the others know
+            failure = error
+        try:
             for _ in tensors:
-                pass
-        accelerator.wait_for_everyone()
+                pass  # what is left: putting parameters together takes every process
+        except Exception as error:  # noqa: BLE001
+            failure = failure or error
+        failures = [text for text in gather_object([failure and f"{type(failure).__name__}: {failure}"]) if text]  # waits for everyone, too
+        if failure is not None:
+            raise failure
+        if failures:
+            raise RuntimeError(f"the weights were not pushed: another process failed with {failures[0]}")
         self._pushes += 1
         self._pushed = global_step
 
@@ -205,12 +218,14 @@ class WeightTransfer:
         self._count = 0
 
     def init_weight_transfer(self) -> None:
+        """Waits for the server."""
         self._client.wait_until_serving()
 
     def pause(self) -> None:
         """Nothing: see the class."""
 
     def send_weights(self, iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Brings (name, tensor) pairs to the server as its next step."""
         step = self._steps.step(self._client, self._count + 1)
         self._client.weights.update(iterator, step, **{"label": f"model_version={self._count + 1}", **self._update})
         self._count += 1
@@ -267,21 +282,25 @@ class RolloutWorker:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
+        """Begins to generate, in a thread of its own."""
         self._alive_at = time.monotonic()
         self._stopping.clear()
         self._thread = threading.Thread(target=self._run, name="bebop-rollouts", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
+        """Cancels what runs, and waits up to a minute for it."""
         self._stopping.set()
         if self._thread is not None:
             self._thread.join(timeout=60)
             self._thread = None
 
     def update_model_version(self, model_version: int) -> None:
+        """The trainer's version, for samples that know none of their own."""
         self.model_version = model_version
 
     def check_health(self, stale_after_s: float) -> None:
+        """RuntimeError: the thread failed, or finished no group for so long."""
         if self._failure is not None:
             raise RuntimeError(f"the rollout worker failed: {self._failure}") from self._failure
         idle = time.monotonic() - self._alive_at

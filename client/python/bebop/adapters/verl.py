@@ -47,6 +47,10 @@ NAME = "bebop"
 # How receive_weights of our engine says that there is nothing to load: the trainer has sent everything to the server itself.
 SENT_ALREADY = "bebop"
 
+# Until everything that ran has been returned by an abort. Longer than a call tries to reach a server.
+_ABORT_SECONDS = 60.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
+
 Endpoint = tuple[str, str]  # rollout port, admin port
 
 _SAMPLING = ("temperature", "top_p", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos")
@@ -67,6 +71,7 @@ def options_of(config: RolloutConfig) -> dict[str, Any]:
 
 
 def actor_name(replica_rank: int, name_suffix: str = "") -> str:
+    """Under which Ray knows the server's actor of a replica."""
     return f"bebop_server_{replica_rank}{name_suffix}"
 
 
@@ -85,10 +90,9 @@ def generate_params(sampling_params: dict[str, Any], max_new_tokens: int) -> dic
         value = given.pop(name, None)
         if value is not None:
             params[name] = list(value) if name == "stop" and not isinstance(value, str) else value
-    for ours, theirs in (("min_new_tokens", "min_tokens"),):
-        value = given.pop(theirs, None)
-        if value is not None:
-            params[ours] = value
+    min_tokens = given.pop("min_tokens", None)
+    if min_tokens is not None:
+        params["min_new_tokens"] = min_tokens
     left = sorted(name for name, value in given.items() if value is not None)
     if left:
         raise ValueError(f"sampling_params: bebop has no {left[0]!r}")
@@ -108,6 +112,7 @@ class RolloutServer:
         self._options = options_of(self.config)
         self._visible_devices = visible_devices
         self._process: asyncio.subprocess.Process | None = None
+        self._drain_task: asyncio.Task | None = None
         self._endpoint: Endpoint | None = None
         self._client: bebop.AsyncClient | None = None
         self._max_model_len = 0
@@ -119,6 +124,7 @@ class RolloutServer:
     # ---- life ----
 
     async def launch_server(self) -> Endpoint:
+        """Starts the server, or finds the one that is given, and waits until it serves."""
         servers = self._options.get("servers")
         if servers:
             if self.replica_rank >= len(servers):
@@ -163,14 +169,18 @@ class RolloutServer:
             await self._process.wait()
 
     def get_endpoint(self) -> Endpoint:
-        assert self._endpoint is not None, "launch_server comes first"
+        """Its rollout and admin port."""
+        if self._endpoint is None:
+            raise RuntimeError(f"replica {self.replica_rank}: has no server yet; launch_server comes first")
         return self._endpoint
 
     def get_server_address(self) -> tuple[str, str]:
+        """Host and rollout port."""
         host, port = self.get_endpoint()[0].rsplit(":", 1)
         return host.strip("[]"), port
 
     async def set_global_steps(self, global_steps: int) -> None:
+        """verl's version of the weights that the server has."""
         self.global_steps = global_steps
 
     # ---- rollouts ----
@@ -222,17 +232,24 @@ class RolloutServer:
 
     async def abort_all_requests(self, reject_request: bool = False) -> dict[str, Any]:
         """Ends what runs or waits, and holds what comes (or ends it at once: reject_request) until resume_generation. All that ended has been
-        returned when this returns."""
+        returned when this returns. TimeoutError: some request has not come back, though the server was told to end it."""
         self._rejecting = reject_request
         self._open.clear()
         aborted = (await self._client.pause("abort")).aborted_samples
+        deadline, pause = time.monotonic() + _ABORT_SECONDS, _FIRST_PAUSE
         while self._in_flight > 0:
-            await asyncio.sleep(0.02)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"abort_all_requests: {self._in_flight} requests have not come back from {self._endpoint} within "
+                                   f"{_ABORT_SECONDS:g} s; generation is paused")
+            await asyncio.sleep(pause)
+            pause = min(_LONGEST_PAUSE, 2 * pause)
             # A request that had left here, but came to the server after the pause, waits there.
-            aborted += (await self._client.pause("abort")).aborted_samples
+            if self._in_flight > 0:
+                aborted += (await self._client.pause("abort")).aborted_samples
         return {"aborted_count": aborted, "request_ids": []}
 
     async def resume_generation(self) -> None:
+        """After abort_all_requests: what was held goes on, what comes is served."""
         await self._client.resume()
         self._rejecting = False
         self._open.set()
@@ -240,26 +257,31 @@ class RolloutServer:
     # ---- memory ----
 
     async def sleep(self) -> None:
+        """Gives the device's memory back."""
         # A standalone replica shares its device with nobody.
         if self.config.free_cache_engine and self.rollout_mode != RolloutMode.STANDALONE:
             await self._client.sleep()
 
     async def wake_up(self, tags: list[str] | None = None) -> None:
+        """Takes it again: "weights", "kv_cache", or both."""
         if self.config.free_cache_engine and self.rollout_mode != RolloutMode.STANDALONE:
             await self._client.wake_up(tags or ())
 
     async def release_kv_cache(self) -> None:
+        """As sleep, of the caches alone."""
         if self.config.free_cache_engine and self.rollout_mode != RolloutMode.STANDALONE:
             await self._client.sleep("kv_cache")
 
     async def resume_kv_cache(self) -> None:
+        """As wake_up, of the caches alone."""
         if self.config.free_cache_engine and self.rollout_mode != RolloutMode.STANDALONE:
             await self._client.wake_up("kv_cache")
 
     async def clear_kv_cache(self) -> None:
-        """Nothing: what the server caches belongs to a weight version and is not used under another."""
+        """Nothing: the server keeps no cache from one request to the next, and has ended what runs."""
 
     async def start_profile(self, **kwargs: Any) -> None:
+        """Warns that there is none."""
         logger.warning("bebop: start_profile: the server has no profiler; nsys or perf see its process")
 
     async def stop_profile(self) -> None:
