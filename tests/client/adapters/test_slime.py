@@ -2,6 +2,7 @@
 """bebop.adapters.slime with a double of slime (slime_double.py), against a running server."""
 
 import asyncio
+import socket
 
 import numpy as np
 import pytest
@@ -75,6 +76,35 @@ def test_a_sample_goes_on_where_it_was_cut(arguments, server):
     assert len(sample.rollout_log_probs) == sample.response_length == args.rollout_max_response_len
     asyncio.run(slime_double.generate_group(args, [sample]))  # nothing left of its budget
     assert sample.response_length == args.rollout_max_response_len and sample.status == Sample.Status.TRUNCATED
+
+
+def test_a_server_that_is_gone_does_not_keep_samples_from_ending(arguments, server, monkeypatch):
+    """An abort asks every server, since nobody knows which one has the request."""
+    import bebop.adapters.slime
+
+    monkeypatch.setattr(bebop.adapters.slime, "_ABORT_SECONDS", 0.5)
+    with socket.socket() as probe:  # bound, but nobody listens
+        probe.bind(("127.0.0.1", 0))
+        gone = f"127.0.0.1:{probe.getsockname()[1]}"
+        args = arguments(partial_rollout=True, rollout_max_response_len=1900)
+        args.bebop_servers = [f"{gone},{gone}", *args.bebop_servers]
+        samples = [Sample(prompt=PROMPT) for _ in range(3)]
+
+        async def scenario():
+            async with bebop.AsyncClient(server.rollout, admin=server.admin) as client:
+                before = (await client.loads()).generated_tokens
+                running = asyncio.create_task(slime_double.generate_group(args, samples, ignore_eos=True))
+                while (loads := await client.loads()).running_sequences < 3 or loads.generated_tokens < before + 10:
+                    assert not running.done()
+                    await asyncio.sleep(0.01)
+            slime_double.GenerateState(args).aborted = True
+            await asyncio.wait_for(running, 30)
+            args.bebop_servers = [f"{gone},{gone}"]
+            with pytest.raises(bebop.FleetError):  # none has answered
+                await bebop.adapters.slime._abort(bebop.adapters.slime.fleet_of(args), "nobody's")
+
+        asyncio.run(scenario())
+    assert all(sample.status == Sample.Status.ABORTED and sample.response_length < 1900 for sample in samples)
 
 
 @pytest.mark.parametrize("partial_rollout", [False, True])

@@ -5,6 +5,10 @@ import contextlib
 import json
 import os
 import pathlib
+import socket
+import subprocess
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -117,6 +121,72 @@ def test_what_bebop_cannot_sample_is_refused(server, tmp_path):
             train((), tmp_path, Rollout(client, push_weights=False), steps=1, repetition_penalty=1.1)
         with pytest.raises(ValueError, match="generation_kwargs: {'num_beams': 2}"):
             train((), tmp_path, Rollout(client, push_weights=False), steps=1, generation_kwargs={"num_beams": 2})
+
+
+# One process of a trainer of two, whose push to the server fails.
+PUSHER = """
+import sys, types
+import torch
+from accelerate import Accelerator
+from bebop.adapters.trl import Rollout
+
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+collectives = []
+
+
+class Sharded(torch.nn.Parameter):
+    def full_tensor(self):  # as of FSDP2: takes every process
+        collectives.append(accelerator.reduce(torch.ones(1)))
+        return self.detach()
+
+
+model = torch.nn.Module()
+model.parts = torch.nn.ParameterList([Sharded(torch.ones(2)) for _ in range(5)])
+
+
+class Weights:
+    def info(self):
+        return types.SimpleNamespace(target_step=0)
+
+    def update(self, tensors, step, **_):
+        next(tensors)
+        raise ConnectionError("the server is gone")
+
+
+rollout = Rollout(types.SimpleNamespace(weights=Weights()))
+trainer = types.SimpleNamespace(accelerator=accelerator, state=types.SimpleNamespace(global_step=1), model=model)
+try:
+    rollout._push(trainer)
+    print("pushed")
+except Exception as error:
+    print(type(error).__name__, error, len(collectives), rollout._pushed)
+"""
+
+
+def test_a_push_that_fails_on_one_process_fails_on_all():
+    """Two processes whose parameters are put together by both: the second must not wait in a collective that the first has left."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [subprocess.Popen([sys.executable, "-c", PUSHER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              env={**os.environ, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                                   "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}) for rank in range(2)]
+    try:
+        (first, log), (second, other_log) = [rank.communicate(timeout=120) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert first.strip() == "ConnectionError the server is gone 5 None", log
+    assert second.strip() == ("RuntimeError the weights were not pushed: another process failed with ConnectionError: the server is gone "
+                              "5 None"), other_log
+
+
+def test_no_prompts_are_no_samples(server):
+    args = GRPOConfig(output_dir="unused", max_completion_length=4, report_to=[], use_cpu=True, bf16=False)
+    with bebop.Client(server.rollout) as client:
+        result = Rollout(client, push_weights=False)([], types.SimpleNamespace(args=args, processing_class=tokenizer()))
+    assert set(map(len, result.values())) == {0} and {"prompt_ids", "completion_ids", "logprobs"} <= set(result)
 
 
 def score_length(completions, **_):

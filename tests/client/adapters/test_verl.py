@@ -204,6 +204,39 @@ def test_abort_returns_partial_samples_and_holds_what_comes(replica, server):
     asyncio.run(scenario())
 
 
+def test_an_abort_does_not_wait_for_ever(monkeypatch):
+    """A call that does not come back, whatever the server says: an error, after few pauses."""
+    import types
+
+    from bebop.adapters import verl
+
+    monkeypatch.setattr(verl, "_ABORT_SECONDS", 0.5)
+    stuck, pauses = verl.RolloutServer(rollout_config(servers=["a:1,a:2"]), model_config(), RolloutMode.STANDALONE, 0), []
+
+    class Client:
+        async def pause(self, mode):
+            pauses.append(mode)
+            return types.SimpleNamespace(aborted_samples=len(pauses) == 1)
+
+        async def generate(self, *args, **params):
+            await asyncio.sleep(60)
+
+    async def scenario():
+        with pytest.raises(RuntimeError, match="launch_server comes first"):
+            stuck.get_endpoint()
+        stuck._client, stuck._max_model_len = Client(), 2048
+        task = asyncio.create_task(stuck.generate(PROMPT, GREEDY, "stuck"))
+        await asyncio.sleep(0)
+        with pytest.raises(TimeoutError, match="1 requests have not come back"):
+            await asyncio.wait_for(stuck.abort_all_requests(), 20)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert 3 <= len(pauses) <= 8 and set(pauses) == {"abort"}
+        assert await stuck.abort_all_requests() == {"aborted_count": 0, "request_ids": []}
+
+    asyncio.run(scenario())
+
+
 def test_sleep_and_wake(cluster, server, replica):
     """A replica that shares its device: in verl's hybrid mode. (Standalone replicas stay awake.)"""
     from bebop.adapters.verl import RolloutServer

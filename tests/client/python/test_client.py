@@ -224,7 +224,7 @@ def test_a_full_queue_is_retried_until_it_has_room(prompt):
             def generate(tokens):
                 results.append(patient.generate(prompt, max_new_tokens=tokens, ignore_eos=True))
 
-            threads = [threading.Thread(target=generate, args=(tokens,)) for tokens in (1500, 20)]  # one runs, one waits
+            threads = [threading.Thread(target=generate, args=(tokens,)) for tokens in (800, 20)]  # one runs, one waits
             end = time.monotonic() + 30
             for thread, state in zip(threads, ((1, 0), (1, 1))):  # one after the other: together, the second might find the queue full, too
                 thread.start()
