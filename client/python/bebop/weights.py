@@ -571,7 +571,7 @@ def result_of(message: weights_pb2.FinishWeightUpdateResult, plan: UpdatePlan, d
 
 
 def may_have_begun(failure: BaseException) -> bool:
-    """Whether a start that failed may have opened the update. One that was refused must not be aborted: under its id, another learner's may be open."""
+    """Whether a start that failed may have opened the update. One that was refused must not be aborted: another learner's may be open under its id."""
     return not (isinstance(failure, BebopError) and failure.is_refusal)
 
 
@@ -628,8 +628,8 @@ class Weights:
         info() tells which weights are in use. A server that refuses to begin is left alone, with whatever update it has open.
 
         Raises ValueError or TypeError naming the tensor that does not fit (for a mapping before anything is sent), and BebopError:
-        AbortedError (UPDATE_IN_PROGRESS), AlreadyExistsError (UPDATE_ID_REUSED), FailedPreconditionError (WRONG_BASE_STEP, STEP_NOT_NEWER), InvalidArgumentError (NON_FINITE, ...),
-        ResourceExhaustedError (STAGING_BUDGET), DataLossError (DIGEST_MISMATCH).
+        AbortedError (UPDATE_IN_PROGRESS), AlreadyExistsError (UPDATE_ID_REUSED), FailedPreconditionError (WRONG_BASE_STEP, STEP_NOT_NEWER),
+        InvalidArgumentError (NON_FINITE, ...), ResourceExhaustedError (STAGING_BUDGET), DataLossError (DIGEST_MISMATCH).
         """
         return self._run(UpdateOptions(step, **options), named_tensors)
 

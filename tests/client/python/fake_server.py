@@ -41,7 +41,8 @@ def component_digest(tensors, specs, draft):
 
 class FakeServer(weights_pb2_grpc.WeightsServicer, control_pb2_grpc.ControlServicer, rollout_pb2_grpc.RolloutServicer, info_pb2_grpc.InfoServicer):
     """Attributes that order faults: lose_stream_after (list of chunk counts: each stream ends so, once), start_errors (list of codes, each once: the
-    reply is lost), finish_errors (list of codes, each once), finish_gate (an Event that a finish waits for), weights_root (a folder), generate_error (code of every generate)."""
+    reply is lost), finish_errors (list of codes, each once), finish_gate (an Event that a finish waits for), weights_root (a folder), generate_error
+    (code of every generate), max_resume_bytes (more handles are refused)."""
 
     def __init__(self, specs=SPECS, token=None):
         self.specs = list(specs)
