@@ -37,6 +37,8 @@ constexpr absl::Duration kIdleWait = absl::Milliseconds(500);
 constexpr absl::Duration kPausedWait = absl::Milliseconds(20);
 // Waits for the end of a step are notified; this only bounds what a lost notification could cost.
 constexpr std::chrono::milliseconds kSettleWait(50);
+// How long a commit waits at most for scores that have started over once.
+constexpr absl::Duration kLongestScoreWait = absl::Seconds(10);
 
 // "tiny" of "models/tiny", "models/tiny/" and, seen from inside it, ".".
 std::string LastComponent(const std::string& path) {
@@ -45,6 +47,8 @@ std::string LastComponent(const std::string& path) {
   if (!absolute.has_filename()) absolute = absolute.parent_path();
   return absolute.filename();
 }
+
+absl::Status Overtaken() { return absl::AbortedError("another call has paused or resumed generation meanwhile"); }
 
 absl::Status Asleep() {
   return StatusWithReason(absl::StatusCode::kFailedPrecondition, "ASLEEP", "the engine sleeps: wake it up first");
@@ -186,14 +190,16 @@ struct Engine::Impl {
     tasks.push_back(&task);
     WakeLocked();
     while (!task.done) {
-      const bool late = task.tried && clock.Now() >= deadline;
+      const absl::Duration left = task.tried ? deadline - clock.Now() : absl::InfiniteDuration();
+      const bool late = left <= absl::ZeroDuration();
       if ((stopping || late) && !task.started) {
         std::erase(tasks, &task);
         if (stopping) return absl::UnavailableError("the engine is shutting down");
         return absl::DeadlineExceededError("the deadline passed");
       }
+      // Never no time at all, which would be to spin until the step ends.
       settled.WaitFor(&mutex, late ? std::chrono::nanoseconds(kSettleWait)
-                                   : std::min<std::chrono::nanoseconds>(kSettleWait, absl::ToChronoNanoseconds(deadline - clock.Now())));
+                                   : std::min<std::chrono::nanoseconds>(kSettleWait, absl::ToChronoNanoseconds(left)));
     }
     return absl::OkStatus();
   }
@@ -407,7 +413,10 @@ absl::StatusOr<std::unique_ptr<WeightUpdate>> Engine::StartWeightUpdate(WeightUp
 
 absl::StatusOr<CommitResult> Engine::CommitWeights(std::unique_ptr<ModelWeights> weights, InFlight in_flight, absl::Duration deadline) {
   using ControlState = Impl::ControlState;
-  const absl::Time until = impl_->clock.Now() + deadline;
+  const absl::Time start = impl_->clock.Now();
+  // Only waits for samples may end without a swap.
+  const absl::Time until = in_flight == InFlight::kWait ? start + deadline : absl::InfiniteFuture();
+  const absl::Time scores_until = start + std::min(deadline / 2, kLongestScoreWait);
   const WeightName name{.target_step = weights->version.target_step, .draft_step = weights->version.draft_step, .label = weights->version.label};
   // New weights until the swap, then the old ones: whose bytes go with this thread's last reference, far from the step loop.
   std::shared_ptr<const ModelWeights> swapped = std::move(weights);
@@ -420,10 +429,15 @@ absl::StatusOr<CommitResult> Engine::CommitWeights(std::unique_ptr<ModelWeights>
       result = Asleep();
     } else if (state.committing && !began) {
       return false;  // after the one that waits
+    } else if (!began && in_flight == InFlight::kWait && core.paused() && core.CommitMustWait()) {
+      result = StatusWithReason(absl::StatusCode::kFailedPrecondition, "PAUSED",
+                                "the swap is to wait for running samples, which stand still while generation is paused: resume it first");
     } else {
       if (!began && in_flight == InFlight::kWait) core.HoldForCommit(true);
       began = state.committing = true;
-      if (in_flight == InFlight::kWait && core.CommitMustWait()) return false;
+      const bool spares_scores = core.RestartedScoreRuns() && !core.paused() && impl_->clock.Now() < scores_until;
+      if (spares_scores) core.HoldScores();
+      if (spares_scores || (in_flight == InFlight::kWait && core.CommitMustWait())) return false;
       result = core.Commit(swapped.get(), name, in_flight);
       if (result.ok()) state.weights.swap(swapped);
     }
@@ -492,13 +506,17 @@ absl::StatusOr<int32_t> Engine::Pause(PauseMode mode, bool clear_cache, absl::Du
     } else if (change == state.num_changes) {
       return false;
     }
-    ended = absl::AbortedError("another call has paused or resumed generation meanwhile");
+    ended = Overtaken();
     return true;
   };
   const absl::Status status = impl_->OnEngineThread(attempt, impl_->clock.Now() + deadline);
   if (!absl::IsDeadlineExceeded(status)) return status.ok() ? ended : status;
   mode = PauseMode::kKeep;
-  const absl::Status paused = impl_->OnEngineThread(pause);
+  const absl::Status paused = impl_->OnEngineThread([&](EngineCore& core, ControlState& state) {
+    if (change < 0 || change == state.num_changes) return pause(core, state);
+    ended = Overtaken();
+    return true;
+  });
   if (!paused.ok()) return paused;
   if (!ended.ok()) return ended;
   return absl::DeadlineExceededError(
@@ -577,18 +595,21 @@ absl::Status Engine::Sleep(SleepTags tags) {
       status = copy.status();
     }
   }
-  MutexLock lock(&impl_->mutex);
-  ControlState& state = impl_->state;
-  if (offloaded != nullptr) {
-    state.offloaded = std::move(offloaded);
-    state.weights.reset();  // `weights` is the last reference, and goes with this call
-  } else if (!status.ok()) {
-    state.sleeping.weights = false;
-    if (!state.asleep() && std::exchange(state.sleep_paused, false)) impl_->core->Resume();
-  }
-  state.moving = false;
-  impl_->WakeLocked();
-  return status;
+  ran = impl_->OnEngineThread([&](EngineCore& core, ControlState& state) {
+    state.moving = false;
+    if (offloaded != nullptr) {
+      state.offloaded = std::move(offloaded);
+      state.weights.reset();  // `weights` is the last reference, and goes with this call
+    } else if (!status.ok()) {
+      state.sleeping.weights = false;
+      if (!state.asleep() && std::exchange(state.sleep_paused, false)) {
+        core.Resume();
+        ++state.num_changes;
+      }
+    }
+    return true;
+  });
+  return ran.ok() ? status : ran;
 }
 
 absl::Status Engine::WakeUp(SleepTags tags) {
@@ -645,7 +666,8 @@ absl::Status Engine::WakeUp(SleepTags tags) {
 EngineControl Engine::control() const {
   MutexLock lock(&impl_->mutex);
   const EngineCore& core = *impl_->core;
-  return {.paused = core.paused(), .draining = core.draining(), .sleeping = impl_->state.sleeping, .abort_epoch = core.abort_epoch()};
+  return {.paused = core.paused(), .draining = core.draining(), .pausing = core.holds_for_pause(), .committing = impl_->state.committing,
+          .sleeping = impl_->state.sleeping, .abort_epoch = core.abort_epoch()};
 }
 
 const EngineInfo& Engine::info() const { return impl_->info; }

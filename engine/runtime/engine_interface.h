@@ -58,7 +58,8 @@ class EngineInterface {
   // An observer's HasRoom() has become true again: look at once, also when the engine would otherwise sleep.
   virtual void Wake() = 0;
 
-  // Refuses new work and lets running work finish until `deadline`, then ends the rest as kDrained with partial tokens. Blocks.
+  // Refuses new work and lets running work finish until `deadline`, then ends the rest as kDrained with partial tokens; what stands still
+  // because generation is paused, at once. Blocks.
   virtual void Drain(absl::Duration deadline) = 0;
 
   // ---- Weights ----
@@ -70,9 +71,10 @@ class EngineInterface {
   // Opens an update of the present weights, in memory (and on a stream) of its own; see WeightUpdate::Start. At most one may exist, which is the caller's
   // to see to; it must end before the engine does. FAILED_PRECONDITION [ASLEEP].
   virtual absl::StatusOr<std::unique_ptr<WeightUpdate>> StartWeightUpdate(WeightUpdateSpec spec, int64_t limit_bytes) = 0;
-  // Swaps in what WeightUpdate::Finish made, target and draft together, between two steps, and tells what it did. Blocks: for a step, or, with kWait,
-  // until the samples that it waits for have ended, at most until `deadline` passes (DEADLINE_EXCEEDED: nothing has changed; `weights` is gone). Works
-  // while paused. FAILED_PRECONDITION [ASLEEP]; UNAVAILABLE: the engine ends; INTERNAL: it failed.
+  // Swaps in what WeightUpdate::Finish made, target and draft together, between two steps, and tells what it did. Blocks: for a step; for a
+  // score that already had to start over, at most half of `deadline` and 10 s; and with kWait until the samples that it waits for have ended, at most until
+  // `deadline` passes (DEADLINE_EXCEEDED: nothing has changed; `weights` is gone). Works while paused. FAILED_PRECONDITION [ASLEEP], or [PAUSED]: kWait,
+  // and what it would wait for stands still; UNAVAILABLE: the engine ends; INTERNAL: it failed.
   virtual absl::StatusOr<CommitResult> CommitWeights(std::unique_ptr<ModelWeights> weights, InFlight in_flight, absl::Duration deadline) = 0;
   // Hashes the resident bytes again; generation goes on. FAILED_PRECONDITION [ASLEEP].
   virtual absl::StatusOr<WeightVersion> RehashWeights() const = 0;

@@ -22,6 +22,8 @@ namespace bebop {
 namespace {
 
 constexpr char kCanNeverFit[] = "bebop/can-never-fit";
+// Of a count that a resumed sample brings: room to count on.
+constexpr int32_t kMaxCarried = 1 << 30;
 
 absl::Status MarkIf(bool never, absl::Status status) {
   if (never) status.SetPayload(kCanNeverFit, absl::Cord());
@@ -229,6 +231,12 @@ absl::Status EngineCore::Impl::CheckResume(const GenerateRequest& request) const
               spec.accepted_per_pos[place] <= most && spec.overlap_per_pos[place] >= 0 && spec.overlap_per_pos[place] <= static_cast<double>(most);
     }
     if (!sound) return refuse(".spec has counts that ", length, " tokens cannot have");
+    for (const auto& [name, count] : {std::pair("preemptions", sample.preemptions), std::pair("recomputed_tokens", sample.recomputed_tokens)}) {
+      if (count < 0 || count > kMaxCarried) return refuse(".", name, " is ", count, ", must be 0..", kMaxCarried);
+    }
+    if (sample.cached_tokens < 0 || static_cast<size_t>(sample.cached_tokens) > request.prompt.size()) {
+      return refuse(".cached_tokens is ", sample.cached_tokens, ", the prompt has ", request.prompt.size());
+    }
     if (sample.pending_drafts < 0) return refuse(".pending_drafts is ", sample.pending_drafts, ", must be >= 0");
     StopMatcher matcher(&rules);
     for (int64_t t = 0; t < length; ++t) {
@@ -438,6 +446,7 @@ bool EngineCore::Abort(const std::string& request_id) {
 
 void EngineCore::StartDrain(absl::Time deadline) {
   impl_->draining = true;
+  if (impl_->paused) deadline = std::min(deadline, impl_->clock->Now());  // what stands still would only be cut later
   impl_->drain_deadline = std::min(impl_->drain_deadline, deadline);
 }
 
@@ -666,7 +675,12 @@ void EngineCore::HoldForCommit(bool hold) {
   // Prefixes would be forgotten at the commit, and until then nobody begins from them.
   if (hold) impl_->scheduler.DropPrefixes();
   impl_->scheduler.HoldSamples(hold);
+  if (!hold) impl_->scheduler.HoldScores(false);
 }
+
+bool EngineCore::RestartedScoreRuns() const { return impl_->scheduler.RestartedScoreRuns(); }
+
+void EngineCore::HoldScores() { impl_->scheduler.HoldScores(true); }
 
 bool EngineCore::CommitMustWait() const {
   for (const auto& [arrival, live] : impl_->groups) {
@@ -713,6 +727,8 @@ void EngineCore::HoldForPause() {
   impl_->paused = false;
   impl_->scheduler.HoldRequests(true);
 }
+
+bool EngineCore::holds_for_pause() const { return impl_->scheduler.holds_requests(); }
 
 bool EngineCore::RequestsRun() const {
   return std::any_of(impl_->groups.begin(), impl_->groups.end(),

@@ -92,8 +92,8 @@ class EngineCore {
   // Ends a request for all observers with the tokens so far as data (kAborted, then OnDone OK). False: unknown or already ended.
   bool Abort(const std::string& request_id);
 
-  // Refuses new work from now on; at `deadline` whatever still runs ends (groups kDrained with OnDone OK, scores UNAVAILABLE). A second
-  // call may only bring the deadline forward.
+  // Refuses new work from now on; at `deadline` whatever still runs ends (groups kDrained with OnDone OK, scores UNAVAILABLE), and
+  // while paused, at once. A second call may only bring the deadline forward.
   void StartDrain(absl::Time deadline);
   bool draining() const;
   bool Idle() const;  // nothing accepted is unfinished
@@ -120,6 +120,10 @@ class EngineCore {
   absl::Status MoveWeights(const ModelWeights* weights);
   // For InFlight::kWait: until the hold ends, no sample begins that has not begun, and no score.
   void HoldForCommit(bool hold);
+  // So that pushes in quick succession cannot make a score start over for ever: while one runs that has done so, a commit had better wait (the caller
+  // bounds for how long), and HoldScores lets no other begin, until the commit or HoldForCommit(false).
+  bool RestartedScoreRuns() const;
+  void HoldScores();
   // Whether a sample runs, or has run and waits, whose request leaves it to the update what becomes of it.
   bool CommitMustWait() const;
   const WeightName& weights() const;
@@ -135,6 +139,7 @@ class EngineCore {
   int64_t abort_epoch() const;
   // For PauseMode::kWait: until Pause or Resume no request is admitted; RequestsRun tells whether an admitted one has not ended.
   void HoldForPause();
+  bool holds_for_pause() const;
   bool RequestsRun() const;
   // Takes all that is computed: afterwards no page, state slot or executor slot is held, and the executor knows of nothing. REQUIRES: paused.
   // An error is the executor's, after FailAll.

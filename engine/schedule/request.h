@@ -93,8 +93,8 @@ struct GenerateRequest {
   WeightPolicy weights;
   bool detach = false;        // runs on when its last observer leaves
   // Samples that were cut short, to go on with: num_samples of them with the request's seed, in the order of their index; empty: new ones. Tokens,
-  // per-token arrays as asked for, spans, kv_mixed, pending drafts and counts are taken over, and stops are matched on from there; reason, times and
-  // epoch are not. Draws are keyed by position and drafts made anew, so under unchanged weights the tokens are those of an undisturbed run.
+  // per-token arrays as asked for, spans, kv_mixed, pending drafts, counts and usage are taken over, and stops are matched on from there; reason, times
+  // and epoch are not. What is prefilled anew counts as recomputed. Draws are keyed by position and drafts made anew, so under unchanged weights the tokens are those of an undisturbed run.
   std::vector<SampleResult> resume;
   absl::Time deadline = absl::InfiniteFuture();  // on the engine's (monotonic) clock
 };

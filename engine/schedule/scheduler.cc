@@ -120,10 +120,15 @@ void Scheduler::ReleaseScore(ScoreWork* score) {
 void Scheduler::RestartScores() {
   for (ScoreWork* score : running_scores_) {
     ReleaseScore(score);
+    if (score->num_rows_done > 0) ++score->num_restarts;
     score->num_rows_done = score->num_bases_done = 0;
     queue_.Return(score);
   }
   running_scores_.clear();
+}
+
+bool Scheduler::RestartedScoreRuns() const {
+  return std::any_of(running_scores_.begin(), running_scores_.end(), [](const ScoreWork* score) { return score->num_restarts > 0; });
 }
 
 void Scheduler::End(Sequence* sample) {
@@ -333,7 +338,7 @@ void Scheduler::StartWaiting(int32_t row_budget, std::vector<Work*>* admitted) {
     StartResult result = StartResult::kSkipped;
     bool holds = false;
     if (work->is_score) {
-      if (!hold_samples_) result = StartScore(static_cast<ScoreWork*>(work));
+      if (!hold_samples_ && !hold_scores_) result = StartScore(static_cast<ScoreWork*>(work));
       holds = static_cast<ScoreWork*>(work)->running;
     } else if (!groups_wait && !work->paused) {
       Group* const group = static_cast<Group*>(work);
@@ -478,7 +483,7 @@ Scheduler::StartResult Scheduler::ForkSample(Sequence* sample) {
     sample->Reset();
     return slots_.num_free() == 0 ? StartResult::kNoSlot : StartResult::kNoMemory;
   }
-  if (sample->result.preemptions == 0) sample->result.cached_tokens = group->prefix_forked ? num_shared_tokens : 0;
+  if (!sample->resumed() && sample->result.preemptions == 0) sample->result.cached_tokens = group->prefix_forked ? num_shared_tokens : 0;
   group->prefix_forked = true;
   Run(sample);
   return StartResult::kStarted;

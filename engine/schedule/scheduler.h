@@ -75,7 +75,10 @@ class Scheduler {
   void RestartScores();
   // While set, what has not begun does not start: samples (Sequence::has_begun), and with them scores; or whole requests (Work::admitted).
   void HoldSamples(bool hold) { hold_samples_ = hold; }
+  void HoldScores(bool hold) { hold_scores_ = hold; }  // scores alone
+  bool RestartedScoreRuns() const;  // one that has already lost work
   void HoldRequests(bool hold) { hold_requests_ = hold; }
+  bool holds_requests() const { return hold_requests_; }
 
   // A plan of nothing but what the executor must forget; may be empty.
   void PlanNothing(StepPlan* plan);
@@ -159,7 +162,7 @@ class Scheduler {
   int64_t num_preemptions_ = 0;
   int64_t num_recomputed_tokens_ = 0;
   uint64_t last_residency_ = 0;
-  bool hold_samples_ = false, hold_requests_ = false;
+  bool hold_samples_ = false, hold_scores_ = false, hold_requests_ = false;
 
   // The step under way, parallel to StepPlan::sequences and StepPlan::scores.
   struct Planned {

@@ -32,8 +32,14 @@ Sequence::Sequence(Group* group, const StopRules* rules, SampleResult resumed) :
   result.weight_spans = std::move(resumed.weight_spans);
   result.kv_mixed = resumed.kv_mixed;
   result.prompt_tokens = prompt_tokens;
+  result.cached_tokens = resumed.cached_tokens;
+  result.preemptions = resumed.preemptions;
+  result.recomputed_tokens = resumed.recomputed_tokens;
+  // All but the last token was fed once, elsewhere.
+  resumed_ = num_output() > 0;
+  if (resumed_) num_computed_ever_ = prompt_tokens + num_output() - 1;
   // As after a preemption: the same drafts, at the same places.
-  if (num_output() > 0) {
+  if (resumed_) {
     num_restore_drafts_ = std::clamp(resumed.pending_drafts, 0, std::min(group->num_draft_tokens, num_remaining() - 1));
   }
 }

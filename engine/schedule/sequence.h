@@ -77,6 +77,8 @@ class Sequence {
   bool is_decoding() const;
   // It has drawn something or is at it: it ran here, and did not lose all it did.
   bool has_begun() const { return state == State::kRunning || (residency != 0 && num_output() > 0); }
+  // It came with tokens of an earlier run.
+  bool resumed() const { return resumed_; }
   // Drafts that stand, or would be made anew, behind its last token.
   int32_t num_pending_drafts() const { return std::max(num_drafts_, num_restore_drafts_); }
   // Of the weights of its latest pass.
@@ -125,6 +127,7 @@ class Sequence {
   int32_t num_computed_ever_ = 0;   // high-water mark: rows below it are recomputed ones
   int64_t weight_epoch_ = 0;        // of the latest pass
   int64_t span_epoch_ = -1;         // of the last span; -1: none, or it is another engine's
+  bool resumed_ = false;
   bool cache_mixed_ = false;        // what is computed was so under weights of more than one epoch
 };
 
@@ -167,6 +170,7 @@ struct ScoreWork : Work {
   int64_t score_bytes = 0;  // charged while running
   bool running = false;
   int32_t num_rows_done = 0, num_bases_done = 0;
+  int32_t num_restarts = 0;  // times that it lost rows to a commit or a flush
   int32_t state_slot = -1;
   std::vector<int32_t> pages;
 

@@ -48,6 +48,8 @@ struct SleepTags {
 // What control has made of the engine.
 struct EngineControl {
   bool paused = false, draining = false;
+  bool pausing = false;     // a pause with kWait waits for what runs
+  bool committing = false;  // CommitWeights is at work, or waits
   SleepTags sleeping;
   int64_t abort_epoch = 0;      // counts the pauses with kAbort
 };

@@ -200,7 +200,7 @@ class Simulation {
   std::vector<uint64_t> cancelled_handles_;
   std::vector<WeightName> names_;   // by epoch
   std::set<int64_t> wait_epochs_;  // that began with a commit that waited
-  bool commit_waits_ = false, pause_waits_ = false, pause_aborts_ = false;
+  bool commit_waits_ = false, scores_wait_ = false, pause_waits_ = false, pause_aborts_ = false;
   std::vector<std::unique_ptr<Client>> cut_;  // clients with samples to resume
 
   // What the counters of EngineLoads must say.
@@ -410,8 +410,9 @@ void Simulation::CheckSample(Client* client, const SampleResult& sample, bool he
            sample.spec.num_trimmed_tokens);
     }
   }
-  if (client->always_first && sample.sample_index == 0 && sample.preemptions > 0) Fail("%s: the first in order was preempted", id);
-  if (sample.recomputed_tokens > 0 && sample.preemptions == 0) Fail("%s: recomputed without a preemption", id);
+  const bool is_new = client->resumed.empty();  // else it has counted elsewhere, too
+  if (is_new && client->always_first && sample.sample_index == 0 && sample.preemptions > 0) Fail("%s: the first in order was preempted", id);
+  if (is_new && sample.recomputed_tokens > 0 && sample.preemptions == 0) Fail("%s: recomputed without a preemption", id);
   if (sample.prompt_tokens != static_cast<int32_t>(client->request.prompt.size())) Fail("%s: prompt_tokens", id);
   const absl::Duration zero = absl::ZeroDuration();
   if (sample.queue_time < zero || sample.prefill_time < zero || sample.decode_time < zero ||
@@ -481,7 +482,7 @@ void Simulation::Boot() {
   executor_->set_runs_ahead(random_.OneIn(2));
   names_ = {{.target_step = 10, .draft_step = 10, .label = "start"}};
   wait_epochs_.clear();
-  commit_waits_ = pause_waits_ = false;
+  commit_waits_ = scores_wait_ = pause_waits_ = false;
   options_.weights = names_[0];
   core_ = std::make_unique<EngineCore>(options_, &clock_, executor_.get());
   clients_.clear();
@@ -640,7 +641,7 @@ void Simulation::Commit(InFlight in_flight) {
     if (expect_error_) return;  // the dropped handles met the injected failure
     return Fail("commit: %s", result.status().ToString().c_str());
   }
-  commit_waits_ = false;
+  commit_waits_ = scores_wait_ = false;
   ++coverage.commits;
   coverage.keeps += result->kept;
   coverage.recomputes += result->recomputed;
@@ -667,9 +668,19 @@ void Simulation::Control() {
     pause_waits_ = false;
     ++coverage.pause_waits;
   }
+  if (scores_wait_ && (core_->paused() || !core_->RestartedScoreRuns())) Commit(InFlight::kKeep);
   if (quiet_ > 0) return;
-  if (!commit_waits_ && random_.OneIn(60)) Commit(static_cast<InFlight>(random_.Below(3)));
-  if (!commit_waits_ && random_.OneIn(250)) {
+  if (!commit_waits_ && random_.OneIn(60)) {
+    // As in CommitWeights, or past its bound.
+    if (!scores_wait_ && !core_->paused() && core_->RestartedScoreRuns() && random_.OneIn(2)) {
+      Trace("a commit waits for a score");
+      core_->HoldScores();
+      scores_wait_ = true;
+    } else {
+      Commit(static_cast<InFlight>(random_.Below(3)));
+    }
+  }
+  if (!commit_waits_ && !scores_wait_ && random_.OneIn(250)) {
     Trace("a commit waits");
     core_->HoldForCommit(true);
     for (auto& [id, client] : clients_) client->always_first = false;
@@ -864,6 +875,7 @@ void Simulation::Act() {
     }
     if (random_.OneIn(1500) && !core_->draining()) {
       drain_deadline_ = clock_.Now() + absl::Milliseconds(random_.Between(0, 400));
+      if (core_->paused()) drain_deadline_ = clock_.Now();  // what stands still ends at once
       Trace("drain");
       core_->StartDrain(drain_deadline_);
       ++coverage.drains;
@@ -928,7 +940,9 @@ void Simulation::StepOnce() {
     runnable = runnable || MayRun(*client);
     stuck = stuck || !MayRun(*client);
   }
-  for (const auto& score : scores_) runnable = runnable || (!score->done && !score->cancelled);
+  for (const auto& score : scores_) {
+    runnable = runnable || (!score->done && !score->cancelled && (!scores_wait_ || core_->RestartedScoreRuns()));
+  }
   // What is held lets nothing else start; what it waits for gets on, unless a reader or a step keeps it.
   if (commit_waits_) runnable = core_->CommitMustWait() && !stuck;
   if (pause_waits_) runnable = (commit_waits_ ? runnable : true) && core_->RequestsRun() && !stuck;

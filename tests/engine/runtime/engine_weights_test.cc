@@ -3,13 +3,18 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <ctime>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <iterator>
 #include <map>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include <unistd.h>
 
@@ -34,8 +39,8 @@ class Listener final : public GenerateObserver {
  public:
   explicit Listener(size_t stop_at) : stop_at_(stop_at) {}
   bool HasRoom() const override { return streamed_tokens_ < stop_at_; }
-  void Open(Engine& engine) {
-    stop_at_ = SIZE_MAX;
+  void Open(Engine& engine, size_t stop_at = SIZE_MAX) {
+    stop_at_ = stop_at;
     engine.Wake();
   }
   void OnTokens(const SampleResult& partial, int32_t /*begin*/) override {
@@ -80,17 +85,68 @@ class Listener final : public GenerateObserver {
   absl::Status status_ ABSL_GUARDED_BY(mutex_);
 };
 
+// Runs a call that waits, and joins it however the test ends. Declared behind what the call uses.
+class Background {
+ public:
+  explicit Background(std::function<void()> call) : thread_(std::move(call)) {}
+  ~Background() { Join(); }
+  void Join() {
+    if (thread_.joinable()) thread_.join();
+  }
+
+ private:
+  std::thread thread_;
+};
+
+// True once `condition` holds; false after a minute.
+bool WaitUntil(const std::function<bool()>& condition) {
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  while (!condition()) {
+    if (std::chrono::steady_clock::now() > end) return false;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return true;
+}
+
+// Steps that take `pause` longer than they do.
+class SlowExecutor final : public Executor {
+ public:
+  SlowExecutor(std::unique_ptr<Executor> inner, std::chrono::milliseconds pause) : inner_(std::move(inner)), pause_(pause) {}
+  absl::Status Execute(const StepPlan& plan, StepResult* result) override {
+    std::this_thread::sleep_for(pause_);
+    return inner_->Execute(plan, result);
+  }
+  absl::Status SetWeights(const ModelWeights* weights, int64_t epoch) override { return inner_->SetWeights(weights, epoch); }
+  absl::Status Quiesce() override { return inner_->Quiesce(); }
+
+ private:
+  const std::unique_ptr<Executor> inner_;
+  const std::chrono::milliseconds pause_;
+};
+
+class ScoreListener final : public ScoreObserver {
+ public:
+  void OnScore(const absl::Status& status, ScoreResult /*result*/) override {
+    EXPECT_EQ(status, absl::OkStatus());
+    done = true;
+  }
+  std::atomic<bool> done{false};
+};
+
 class EngineWeightsTest : public testing::Test {
  protected:
-  static std::unique_ptr<Engine> Make(uint64_t seed) {
+  static std::unique_ptr<Engine> Make(uint64_t seed, std::chrono::milliseconds step_pause = {}, int32_t max_step_tokens = 0) {
     EngineOptions options;
     options.model_path = WriteSmallConfigFolder();
     options.load_dummy = true;
     options.dummy_seed = seed;
     options.num_threads = 2;
     options.max_num_seqs = 8;
+    options.max_step_tokens = max_step_tokens;
     options.dtype = DType::kFloat32;
-    absl::StatusOr<std::unique_ptr<Engine>> engine = Engine::Create(options);
+    absl::StatusOr<std::unique_ptr<Engine>> engine = Engine::Create(options, [step_pause](std::unique_ptr<Executor> made) {
+      return step_pause.count() > 0 ? std::make_unique<SlowExecutor>(std::move(made), step_pause) : std::move(made);
+    });
     EXPECT_TRUE(engine.ok()) << engine.status();
     return engine.ok() ? *std::move(engine) : nullptr;
   }
@@ -301,18 +357,19 @@ TEST_F(EngineWeightsTest, ACommitWaitsForWhatRunsAndGivesUpAtItsDeadline) {
   longer->WaitTokens(2);
   std::shared_ptr<Listener> next;
   std::unique_ptr<ModelWeights> weights = Weights(2, 6);
-  std::thread newcomer([&] {
-    std::this_thread::sleep_for(std::chrono::milliseconds(300));  // by then the commit waits
+  Background newcomer([&] {
+    EXPECT_TRUE(WaitUntil([&] { return engine->control().committing; }));
     next = Submit(*engine, Greedy("c", 20));
-    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    running->Open(*engine, 40);
+    running->WaitTokens(40);
     EXPECT_EQ(next->num_tokens(), 0u) << "nothing begins that the swap would wait for";
     running->Open(*engine);
     longer->Open(*engine);
   });
   const absl::StatusOr<CommitResult> commit = engine->CommitWeights(std::move(weights), InFlight::kWait, absl::Seconds(60));
+  newcomer.Join();
   ASSERT_TRUE(commit.ok()) << commit.status();
   EXPECT_EQ(commit->kept + commit->recomputed + commit->ended, 0);
-  newcomer.join();
   const SampleResult before = longer->Wait().at(0), after = next->Wait().at(0);
   ASSERT_EQ(before.weight_spans.size(), 1u);
   EXPECT_EQ(before.weight_spans[0].target_step, 0);
@@ -347,9 +404,9 @@ TEST_F(EngineWeightsTest, AHundredCommitsUnderLoadAndEveryTokenNamesItsWeights) 
   ASSERT_TRUE(engine->CommitWeights(TellWith(Weights(1, 1), 1, memory_.get()), InFlight::kKeep, absl::Seconds(10)).ok());
   std::atomic<bool> stop{false};
   std::atomic<int64_t> tokens{0}, spans{0}, wrong{0};
-  std::vector<std::thread> clients;
+  std::vector<std::unique_ptr<Background>> clients;
   for (int t = 0; t < 2; ++t) {
-    clients.emplace_back([&, t] {
+    clients.push_back(std::make_unique<Background>([&, t] {
       for (int i = 0; !stop; ++i) {
         GenerateRequest request = Greedy(std::to_string(t) + "/" + std::to_string(i), 30 + 7 * (i % 5));
         request.num_samples = 1 + i % 3;
@@ -365,17 +422,17 @@ TEST_F(EngineWeightsTest, AHundredCommitsUnderLoadAndEveryTokenNamesItsWeights) 
           }
         }
       }
-    });
+    }));
   }
-  for (int64_t step = 2; step <= 101; ++step) {
+  absl::Status status;
+  for (int64_t step = 2; step <= 101 && status.ok(); ++step) {
     const int64_t before = engine->GetLoads().generated_tokens;
     while (engine->GetLoads().generated_tokens < before + 10) std::this_thread::sleep_for(std::chrono::microseconds(100));
-    const absl::StatusOr<CommitResult> commit =
-        engine->CommitWeights(TellWith(Weights(1, step), step, memory_.get()), static_cast<InFlight>(step % 3), absl::Seconds(10));
-    ASSERT_TRUE(commit.ok()) << commit.status();
+    status = engine->CommitWeights(TellWith(Weights(1, step), step, memory_.get()), static_cast<InFlight>(step % 3), absl::Seconds(10)).status();
   }
   stop = true;
-  for (std::thread& client : clients) client.join();
+  clients.clear();
+  ASSERT_EQ(status, absl::OkStatus());
   EXPECT_EQ(wrong, 0) << "of " << tokens << " tokens in " << spans << " spans";
   EXPECT_GT(tokens, 500);
   EXPECT_EQ(engine->GetLoads().weight_commits, 101);
@@ -458,13 +515,13 @@ TEST_F(EngineWeightsTest, PausesEndWhatTheySay) {
   auto first = Submit(*engine, Greedy("b", 100), 2);
   first->WaitTokens(2);
   std::shared_ptr<Listener> second;
-  std::thread newcomer([&] {
-    std::this_thread::sleep_for(std::chrono::milliseconds(300));  // by then the pause waits
+  Background newcomer([&] {
+    EXPECT_TRUE(WaitUntil([&] { return engine->control().pausing; }));
     second = Submit(*engine, Greedy("c", 10));
     first->Open(*engine);
   });
   EXPECT_EQ(*engine->Pause(PauseMode::kWait, false, absl::Seconds(60)), 0);
-  newcomer.join();
+  newcomer.Join();
   EXPECT_EQ(first->Wait().at(0).token_ids.size(), 100u);
   EXPECT_EQ(engine->GetLoads().running_requests, 0);
   EXPECT_EQ(engine->GetLoads().waiting_requests, 1);
@@ -485,6 +542,73 @@ TEST_F(EngineWeightsTest, PausesEndWhatTheySay) {
   // Paused or not, a drain ends what stands still.
   engine->Drain(absl::Milliseconds(10));
   endless->Wait();
+}
+
+// A swap cannot wait for what stands still.
+TEST_F(EngineWeightsTest, ACommitThatWouldWaitInAPauseIsRefusedAtOnce) {
+  std::unique_ptr<Engine> engine = Make(1);
+  auto stands = Submit(*engine, Greedy("a", 60), 2);
+  stands->WaitTokens(2);
+  ASSERT_TRUE(engine->Pause(PauseMode::kKeep, false, absl::Seconds(10)).ok());
+  const absl::Status refused = engine->CommitWeights(Weights(2, 5), InFlight::kWait, absl::Minutes(10)).status();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition) << refused;
+  EXPECT_EQ(StatusReason(refused), "PAUSED");
+  EXPECT_EQ(engine->weight_version().target_step, 0);
+  ASSERT_TRUE(engine->Pause(PauseMode::kAbort, false, absl::Seconds(10)).ok());
+  EXPECT_TRUE(engine->CommitWeights(Weights(2, 6), InFlight::kWait, absl::Seconds(60)).ok()) << "there is nothing to wait for";
+}
+
+// Commits follow each other faster than a score takes.
+TEST_F(EngineWeightsTest, ScoresEndUnderSteadyCommits) {
+  std::unique_ptr<Engine> engine = Make(1, std::chrono::milliseconds(3), /*max_step_tokens=*/72);
+  ScoreRequest request;
+  request.token_ids.assign(450, 7);
+  auto score = std::make_shared<ScoreListener>();
+  uint64_t handle = 0;
+  ASSERT_EQ(engine->SubmitScore(request, score, &handle), absl::OkStatus());
+  int64_t step = 0;
+  while (!score->done && step < 100) {
+    const int64_t steps = engine->GetLoads().steps;
+    ASSERT_TRUE(WaitUntil([&] { return score->done || engine->GetLoads().steps > steps; }));
+    ASSERT_TRUE(engine->CommitWeights(Weights(1, ++step), InFlight::kKeep, absl::Seconds(60)).ok());
+  }
+  EXPECT_TRUE(score->done) << step << " commits";
+  EXPECT_LE(step, 4);
+}
+
+// Not even while the engine is in a long step.
+TEST_F(EngineWeightsTest, WhoeverWaitsPastItsDeadlineDoesNotSpin) {
+  std::unique_ptr<Engine> engine = Make(1, std::chrono::milliseconds(400));
+  auto running = Submit(*engine, Greedy("a", 40));
+  ASSERT_TRUE(WaitUntil([&] { return engine->GetLoads().steps > 0; }));
+  const auto cpu_time = [] {
+    timespec time;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    return absl::DurationFromTimespec(time);
+  };
+  const absl::Duration before = cpu_time();
+  ASSERT_TRUE(engine->Pause(PauseMode::kAbort, false, absl::ZeroDuration()).ok());
+  EXPECT_LT(cpu_time() - before, absl::Milliseconds(40));
+  running->Wait();
+}
+
+// A pause that gives up waiting does not undo what somebody said meanwhile.
+TEST_F(EngineWeightsTest, ALatePauseGivesWayToAResume) {
+  std::unique_ptr<Engine> engine = Make(1, std::chrono::milliseconds(800));
+  auto running = Submit(*engine, Greedy("a", 60));
+  ASSERT_TRUE(WaitUntil([&] { return engine->GetLoads().steps > 0; }));
+  absl::Status paused, resumed;
+  {
+    // It begins to wait between two steps, and its deadline passes within the next; there the resume came first.
+    Background pause([&] { paused = engine->Pause(PauseMode::kWait, false, absl::Milliseconds(1200)).status(); });
+    ASSERT_TRUE(WaitUntil([&] { return engine->control().pausing; }));
+    resumed = engine->Resume();
+  }
+  EXPECT_EQ(resumed, absl::OkStatus());
+  EXPECT_TRUE(absl::IsAborted(paused)) << paused;
+  EXPECT_FALSE(engine->control().paused);
+  EXPECT_TRUE(engine->Abort("a"));
+  running->Wait();
 }
 
 TEST_F(EngineWeightsTest, DetachedGroupsRunOn) {

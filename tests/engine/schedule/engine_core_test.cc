@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/base/status_reason.h"
 #include "gtest/gtest.h"
 #include "tests/sim/fake_executor.h"
 #include "tests/sim/fake_model.h"
@@ -775,6 +776,40 @@ TEST_F(EngineCoreTest, StepsBeforeAndBeyondAPolicyAreNotSampled) {
   EXPECT_EQ(again->samples[0].token_ids, ends->samples[0].token_ids);
 }
 
+// I1: a repeat hears of its request, whatever the step is meanwhile and whatever the defaults are that the repeat was given.
+TEST_F(EngineCoreTest, OnlyNewRequestsAreRefusedForTheirStep) {
+  options_.weights = {10, 10, ""};
+  Start();
+  GenerateRequest request = Request("a", 5, 8, 1, 3);
+  request.weights.min_step = 10;
+  request.weights.refuse_if_behind = true;
+  auto first = Submit(request);
+  Step();
+  ASSERT_TRUE(core_->Commit(nullptr, {9, 9, ""}, InFlight::kKeep).ok());
+  request.speculation = {SpeculationMode::kCoupled, 2, -1.0};
+  auto again = Submit(request);
+  GenerateRequest other = request;
+  other.request_id = "b";
+  const absl::Status refused = core_->Submit(other, std::make_shared<Recorder>());
+  EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(StatusReason(refused), "STEP_NOT_REACHED");
+  EXPECT_NE(refused.message().find("weights.min_step: 10"), absl::string_view::npos) << refused;
+  EXPECT_NE(refused.message().find("at step 9"), absl::string_view::npos) << refused;
+  other.weights.refuse_if_behind = false;
+  auto waits = Submit(other);
+  ASSERT_TRUE(core_->Commit(nullptr, {10, 10, ""}, InFlight::kKeep).ok());
+  RunToRest();
+  ASSERT_TRUE(core_->Commit(nullptr, {9, 9, ""}, InFlight::kKeep).ok());
+  auto kept = Submit(request);
+  for (const auto& recorder : {first, again, kept}) {
+    ASSERT_EQ(recorder->samples.size(), 1u);
+    EXPECT_EQ(recorder->samples[0].speculation.mode, SpeculationMode::kRejection);
+    EXPECT_EQ(recorder->samples[0].speculation.num_draft_tokens, 3);
+  }
+  EXPECT_EQ(waits->samples[0].speculation.mode, SpeculationMode::kCoupled);
+  EXPECT_EQ(core_->Loads().refused, 1);
+}
+
 // ADR 5: what had run ahead of the swap says so.
 TEST_F(EngineCoreTest, AnIterationThatRanAheadKeepsItsEpoch) {
   Start();
@@ -821,6 +856,78 @@ TEST_F(EngineCoreTest, ScoresStartOverAtACommitAndStandStillInAPause) {
   ASSERT_EQ(score->calls, 1);
   EXPECT_EQ(score->result.weight_step, 4);
   EXPECT_EQ(executor_->score_rows, 32 + 40);
+}
+
+// Pushes in quick succession: what has started over once is let to its end, before anything newer.
+TEST_F(EngineCoreTest, AScoreStartsOverOnceAtMostWhereCommitsWaitForIt) {
+  options_.scheduler.max_step_tokens = 16;
+  options_.scheduler.max_score_bytes = 4 * 48;  // one at a time
+  Start();
+  auto score = std::make_shared<ScoreRecorder>(), newer = std::make_shared<ScoreRecorder>();
+  uint64_t handle = 0;
+  ASSERT_EQ(core_->SubmitScore(Score(std::vector<uint32_t>(48, 7)), score, &handle), absl::OkStatus());
+  ASSERT_EQ(core_->SubmitScore(Score(std::vector<uint32_t>(48, 8)), newer, &handle), absl::OkStatus());
+  int64_t commits = 0;
+  for (int32_t step = 1; step <= 40 && newer->calls == 0; ++step) {
+    Step();
+    EXPECT_LE(newer->calls, score->calls);
+    if (step % 2 != 0) continue;  // a third of what a score takes
+    if (core_->RestartedScoreRuns()) {
+      core_->HoldScores();
+    } else {
+      ASSERT_TRUE(core_->Commit(nullptr, {++commits, 0, ""}, InFlight::kKeep).ok());
+    }
+  }
+  EXPECT_EQ(score->calls, 1);
+  EXPECT_EQ(newer->calls, 1);
+  EXPECT_GE(commits, 2);
+  // Held, no other begins.
+  ASSERT_EQ(core_->SubmitScore(Score(std::vector<uint32_t>(48, 9)), newer, &handle), absl::OkStatus());
+  core_->HoldScores();
+  EXPECT_FALSE(Step());
+  core_->HoldForCommit(false);
+  RunToRest();
+  EXPECT_EQ(newer->calls, 2);
+}
+
+// Its usage is of the whole sample.
+TEST_F(EngineCoreTest, ResumedSamplesCountOn) {
+  Start();
+  GenerateRequest request = Request("a", 9, 30, 2);
+  auto first = Submit(request);
+  for (int i = 0; i < 6; ++i) Step();
+  ASSERT_TRUE(core_->Commit(nullptr, {1, 1, ""}, InFlight::kRecompute).ok());
+  for (int i = 0; i < 3; ++i) Step();
+  core_->PauseAborting();
+  core_->Resume();
+  ASSERT_EQ(first->samples.size(), 2u);
+  request.request_id = "b";
+  request.resume = first->samples;
+  std::sort(request.resume.begin(), request.resume.end(), [](const auto& x, const auto& y) { return x.sample_index < y.sample_index; });
+  auto rest = Submit(request);
+  RunToRest();
+  ASSERT_EQ(rest->samples.size(), 2u);
+  for (const SampleResult& sample : rest->samples) {
+    const SampleResult& cut = request.resume[static_cast<size_t>(sample.sample_index)];
+    EXPECT_EQ(cut.preemptions, 1);
+    EXPECT_GT(cut.recomputed_tokens, 0);
+    EXPECT_EQ(sample.preemptions, 1);
+    EXPECT_EQ(sample.cached_tokens, cut.cached_tokens);
+    EXPECT_GT(sample.recomputed_tokens, cut.recomputed_tokens) << "prompt or output were fed before";
+  }
+}
+
+// What stands still would only be cut at the deadline.
+TEST_F(EngineCoreTest, APausedEngineDrainsAtOnce) {
+  Start();
+  auto stands = Submit(Request("a", 5, 30));
+  Step();
+  core_->Pause();
+  core_->StartDrain(clock_.Now() + absl::Seconds(30));
+  EXPECT_TRUE(Step());
+  ASSERT_TRUE(stands->done);
+  EXPECT_EQ(stands->samples[0].finish, FinishReason::kDrained);
+  EXPECT_TRUE(core_->Idle());
 }
 
 TEST_F(EngineCoreTest, AGroupEndsBehindItsPrefix) {
@@ -876,6 +983,9 @@ TEST_F(EngineCoreTest, ResumedSamplesThatCannotBeAreRefused) {
   refused("resume[0].weight_spans has [1,", [](GenerateRequest& r) { r.resume[0].weight_spans[0].begin = 1; });
   refused("resume[0].weight_spans end at", [](GenerateRequest& r) { r.resume[0].weight_spans[0].end = INT32_MAX; });
   refused("resume[0].pending_drafts is -1", [](GenerateRequest& r) { r.resume[0].pending_drafts = -1; });
+  refused("resume[0].preemptions is -1", [](GenerateRequest& r) { r.resume[0].preemptions = -1; });
+  refused("resume[0].recomputed_tokens is 2147483647", [](GenerateRequest& r) { r.resume[0].recomputed_tokens = INT32_MAX; });
+  refused("resume[1].cached_tokens is 6, the prompt has 5", [](GenerateRequest& r) { r.resume[1].cached_tokens = 6; });
   refused("resume[0].spec", [](GenerateRequest& r) { r.resume[0].spec.num_draft_tokens = INT64_MAX; });
   refused("resume[0].spec", [](GenerateRequest& r) { r.resume[0].spec.overlap_per_pos[0] = std::numeric_limits<double>::quiet_NaN(); });
   refused("resume[0].token_ids[1] completes a stop", [](GenerateRequest& r) { r.stopping.stop_token_ids = {r.resume[0].token_ids[1]}; });
