@@ -4,7 +4,7 @@
 
     bebop-server --model tests/models/bebop-tiny --dtype float32 --threads 1
     python client/python/examples/grpo_async.py --minutes 20 --log grpo.jsonl --save trained
-    python client/python/examples/plot.py grpo.jsonl --out docs/rl
+    python client/python/examples/plot.py run grpo.jsonl --out docs/rl
 
 Three things go on at once: the server samples, the learner trains on what is there, and after every optimizer step the new weights are pushed
 into the running server. Two bounds keep the data fresh. A group is begun only while it can still be used within --max-staleness versions,
