@@ -1,21 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "server/blocking_calls.h"
 
-#include <utility>
-
 namespace bebop {
 
-BlockingCalls::BlockingCalls(int num_threads) {
-  for (int i = 0; i < num_threads; ++i) threads_.emplace_back([this] { Work(); });
+BlockingCalls::BlockingCalls(int num_threads, int num_short_threads) {
+  for (int i = 0; i < num_threads; ++i) threads_.emplace_back([this] { Work(&long_); });
+  for (int i = 0; i < num_short_threads; ++i) threads_.emplace_back([this] { Work(&short_); });
 }
 
 BlockingCalls::~BlockingCalls() { Stop(); }
 
-bool BlockingCalls::Run(std::function<void()> call) {
+bool BlockingCalls::Add(Queue* queue, std::function<void()> call) {
   MutexLock lock(&mutex_);
-  if (stopping_ || waiting_.size() >= kMaxWaiting) return false;
-  waiting_.push_back(std::move(call));
-  changed_.NotifyOne();
+  if (stopping_ || queue->waiting.size() >= kMaxWaiting) return false;
+  queue->waiting.push_back(std::move(call));
+  queue->changed.NotifyOne();
   return true;
 }
 
@@ -23,22 +22,23 @@ void BlockingCalls::Stop() {
   {
     MutexLock lock(&mutex_);
     stopping_ = true;
-    changed_.NotifyAll();
+    long_.changed.NotifyAll();
+    short_.changed.NotifyAll();
   }
   for (std::thread& thread : threads_) {
     if (thread.joinable()) thread.join();
   }
 }
 
-void BlockingCalls::Work() {
+void BlockingCalls::Work(Queue* queue) {
   while (true) {
     std::function<void()> call;
     {
       MutexLock lock(&mutex_);
-      while (waiting_.empty() && !stopping_) changed_.Wait(&mutex_);
-      if (waiting_.empty()) return;
-      call = std::move(waiting_.front());
-      waiting_.pop_front();
+      while (queue->waiting.empty() && !stopping_) queue->changed.Wait(&mutex_);
+      if (queue->waiting.empty()) return;
+      call = std::move(queue->waiting.front());
+      queue->waiting.pop_front();
     }
     call();
   }

@@ -55,6 +55,8 @@ inline constexpr int32_t kWeightLabelBytes = 64;
 inline constexpr int32_t kWeightPathBytes = 4096;
 inline constexpr int64_t kWeightChunkBytes = 4 << 20;
 inline constexpr int32_t kWeightDeadlineMs = 3'600'000;
+inline constexpr int32_t kWeightUpdateSeconds = 3600;  // from an update's start to its Finish, however often its learner calls
+inline constexpr int kPushStreams = 4;                 // PushWeights streams at a time
 inline constexpr size_t kPushQueueChunks = 8;  // of one PushWeights stream that wait to be written, before it is read further
 
 }  // namespace limits

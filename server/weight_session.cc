@@ -8,18 +8,27 @@
 #include "engine/base/status_macros.h"
 #include "engine/base/status_reason.h"
 #include "engine/formats/strings.h"
+#include "kernels/common/check.h"
 #include "server/limits.h"
 
 namespace bebop {
 namespace {
 
-constexpr int64_t kTrackingBytes = 16 << 20;  // of the default limit: chunks out of order
+constexpr int64_t kTrackingBytes = 16 << 20;  // to keep track of what has come
 // The clock may be another one than the system's, so its deadlines are looked at from time to time.
 constexpr absl::Duration kLongestSleep = absl::Seconds(1);
 constexpr absl::Duration kShortestSleep = absl::Milliseconds(1);
+constexpr absl::Duration kLongestUpdate = absl::Seconds(limits::kWeightUpdateSeconds);
+constexpr int kMaxCheckTries = 3;
 
 absl::Status Precondition(absl::string_view reason, const std::string& message) {
   return StatusWithReason(absl::StatusCode::kFailedPrecondition, reason, message);
+}
+
+// The engine has room for a second copy if the setting is none or is enough for one (StagingBytes); else no update fits.
+int64_t StagingLimit(int64_t setting, int64_t weight_bytes) {
+  if (setting > 0 && setting < weight_bytes) return setting;
+  return std::max(setting, weight_bytes) + kTrackingBytes;
 }
 
 std::string Label(const std::string& update_id) { return absl::StrCat("update ", Quoted(update_id)); }
@@ -55,7 +64,7 @@ WeightSession::WeightSession(EngineInterface* engine, const Clock* clock, Weight
     : engine_(*engine),
       clock_(*clock),
       root_(std::move(options.root)),
-      limit_bytes_(options.staging_limit_bytes > 0 ? options.staging_limit_bytes : engine->info().weight_bytes + kTrackingBytes),
+      limit_bytes_(StagingLimit(options.staging_limit_bytes, engine->info().weight_bytes)),
       on_end_(std::move(options.on_end)),
       expiry_thread_([this] { WatchExpiry(); }) {}
 
@@ -165,12 +174,9 @@ void WeightSession::Finish(const std::string& update_id, const ExpectedDigests& 
       (*found)->waiting.emplace_back(expected, std::move(done));
       return;
     } else {
-      (*found)->finishing = true;
-      if (TakeTurn(**found)) {
-        open = *std::move(found);
-      } else {
-        result = NotOpen(update_id);
-      }
+      open = *std::move(found);
+      open->finishing = true;
+      BEBOP_CHECK(TakeTurn(*open));  // nothing but its Finish ends an update that is being finished
     }
   }
   if (open == nullptr) {
@@ -187,7 +193,7 @@ void WeightSession::Finish(const std::string& update_id, const ExpectedDigests& 
       finished_.push_back({update_id, *result});
       if (finished_.size() > kMaxFinished) finished_.pop_front();
       End(open, UpdateEnd::kCommitted, "was finished", /*has_turn=*/true);
-    } else if (StatusReason(result.status()) == "INCOMPLETE") {
+    } else if (open->is_kept) {
       open->finishing = false;
       open->times = {};
       EndTurn(*open);
@@ -199,12 +205,26 @@ void WeightSession::Finish(const std::string& update_id, const ExpectedDigests& 
   for (const auto& [also_expected, also_done] : waiting) also_done(ForRepeat(result, also_expected));
 }
 
+absl::Status WeightSession::CheckSwappable(const Open& open) const {
+  const EngineControl control = engine_.control();
+  const std::string label = Label(open.request.spec.update_id);
+  if (control.sleeping.weights) return Precondition("ASLEEP", absl::StrCat(label, ": the weights sleep; wake them up, then finish it"));
+  if (open.request.in_flight == InFlight::kWait && control.paused && engine_.GetLoads().running_requests > 0) {
+    return Precondition("PAUSED", absl::StrCat(label, ": waits for running samples (in_flight WAIT), which stand still while generation is paused; "
+                                               "resume, then finish it"));
+  }
+  return absl::OkStatus();
+}
+
 absl::StatusOr<WeightSession::FinishResult> WeightSession::Swap(const OpenPtr& open, const ExpectedDigests& expected) {
+  open->is_kept = true;
+  BEBOP_RETURN_IF_ERROR(CheckSwappable(*open));
   FinishResult result;
   result.stage_time = clock_.Now() - open->started;
   open->times = {.stage = result.stage_time};
   absl::StatusOr<std::unique_ptr<ModelWeights>> weights = open->update->Finish(expected);
   open->times.check = clock_.Now() - open->started - result.stage_time;
+  open->is_kept = !weights.ok() && StatusReason(weights.status()) == "INCOMPLETE";
   if (!weights.ok()) return weights.status();
   result.info.version = WithoutTensors((*weights)->version);
   result.info.update_id = open->request.spec.update_id;
@@ -231,29 +251,28 @@ absl::StatusOr<std::string> WeightSession::Abort(const std::string& update_id) {
 }
 
 WeightSession::Info WeightSession::GetInfo(bool tensors) {
-  WeightVersion version = engine_.weight_version();
-  if (!tensors) version.tensors.clear();
   MutexLock lock(&mutex_);
   ExpireIfIdle();
+  // Under the lock, else a Finish in between would put a new update's id beside the version before it.
+  WeightVersion version = engine_.weight_version();
+  if (!tensors) version.tensors.clear();
   return MakeInfo(std::move(version));
 }
 
 absl::StatusOr<WeightSession::CheckResult> WeightSession::Check() {
-  CheckResult result;
-  while (true) {
-    const WeightVersion before = engine_.weight_version();
+  for (int i = 0; i < kMaxCheckTries; ++i) {
+    // Held, so that no other weights can be at their address, and compared with their own version: digests alone would not tell a swap from damage.
+    const std::shared_ptr<const ModelWeights> present = engine_.weights();
+    CheckResult result;
     BEBOP_ASSIGN_OR_RETURN(result.now, engine_.RehashWeights());
-    const WeightVersion reported = engine_.weight_version();
-    // A swap meanwhile: hash what is there now. Digests alone would not tell a swap from damage.
-    if (before.target_step != reported.target_step || before.draft_step != reported.draft_step || before.target_digest != reported.target_digest ||
-        before.draft_digest != reported.draft_digest) {
-      continue;
-    }
-    result.target_matches = result.now.target_digest == reported.target_digest;
-    result.draft_matches = result.now.draft_digest == reported.draft_digest;
+    if (present == nullptr || engine_.weights() != present) continue;  // swapped meanwhile: perhaps the others were hashed
+    result.target_matches = result.now.target_digest == present->version.target_digest;
+    result.draft_matches = result.now.draft_digest == present->version.draft_digest;
     result.now.tensors.clear();
     return result;
   }
+  return StatusWithReason(absl::StatusCode::kUnavailable, "WEIGHTS_CHANGED",
+                          absl::StrCat("new weights came ", kMaxCheckTries, " times while the resident ones were hashed; ask again"));
 }
 
 absl::StatusOr<WeightSession::OpenPtr> WeightSession::Find(const std::string& update_id) {
@@ -325,10 +344,17 @@ void WeightSession::End(const OpenPtr& open, UpdateEnd how, const std::string& w
   changed_.NotifyAll();
 }
 
+absl::Time WeightSession::ExpiryTime() const { return std::min(open_->last_call + open_->request.deadline, open_->started + kLongestUpdate); }
+
+bool WeightSession::IsBusy() const { return open_->ended || open_->finishing || open_->in_turn || open_->turn != open_->next_turn; }
+
 void WeightSession::ExpireIfIdle() {
-  if (open_ == nullptr || open_->ended || open_->finishing || open_->in_turn || open_->turn != open_->next_turn) return;
-  if (clock_.Now() < open_->last_call + open_->request.deadline) return;
-  End(open_, UpdateEnd::kExpired, absl::StrCat("was forgotten after ", absl::FormatDuration(open_->request.deadline), " without a call (deadline_ms)"), /*has_turn=*/false);
+  if (open_ == nullptr || IsBusy() || clock_.Now() < ExpiryTime()) return;
+  const bool is_long = clock_.Now() < open_->last_call + open_->request.deadline;
+  End(open_, UpdateEnd::kExpired,
+      is_long ? absl::StrCat("was forgotten ", absl::FormatDuration(kLongestUpdate), " after its start, the longest that an update may take")
+              : absl::StrCat("was forgotten after ", absl::FormatDuration(open_->request.deadline), " without a call (deadline_ms)"),
+      /*has_turn=*/false);
 }
 
 WeightSession::Info WeightSession::MakeInfo(WeightVersion version) const {
@@ -353,7 +379,7 @@ void WeightSession::WatchExpiry() {
       expiry_changed_.Wait(&mutex_);
       continue;
     }
-    const absl::Duration left = open_->last_call + open_->request.deadline - clock_.Now();
+    const absl::Duration left = IsBusy() ? kLongestSleep : ExpiryTime() - clock_.Now();
     expiry_changed_.WaitFor(&mutex_, absl::ToChronoNanoseconds(std::clamp(left, kShortestSleep, kLongestSleep)));
   }
 }

@@ -27,7 +27,7 @@
 namespace bebop {
 
 struct WeightSessionOptions {
-  // What the staged copy may take. 0: as much as the weights themselves, and 16 MiB to keep track of chunks out of order.
+  // What the staged copy may take, beside 16 MiB to keep track of what has come. 0: as much as the weights themselves; less than that: no update fits.
   int64_t staging_limit_bytes = 0;
   std::optional<WeightRoot> root;  // none: no update is read from files
   // Told once of every update's end, under the session's lock: must return at once. May be empty.
@@ -35,7 +35,7 @@ struct WeightSessionOptions {
 };
 
 // The one weight update that a server may have open: from Start through chunks, or files, to Finish, Abort or its expiry. At most one
-// exists; whatever ends it gives its memory back before the next can start. Ids of finished updates are not taken again (the last 64 are known).
+// exists, for at most limits::kWeightUpdateSeconds; whatever ends it gives its memory back before the next can start. Ids of finished updates are not taken again (the last 64 are known).
 //
 // Thread safe. Calls that use the staged copy take turns in the order in which they came; a file is read in turns of 4 MiB. Start, WriteChunk,
 // Read and Finish may block for as long as the turns before them, Finish also for the swap; Abort, Progress and GetInfo never wait for a swap.
@@ -100,8 +100,9 @@ class WeightSession {
 
   // Checks that everything came and swaps it in. `done` is called once, by this thread before Finish returns, or, if a Finish of that update is
   // under way, by its thread with the same result. Of an update that was finished before, the result is the one from then; ALREADY_EXISTS
-  // [UPDATE_FINISHED] if it did not have the digests that are expected now. After FAILED_PRECONDITION [INCOMPLETE] the update is still open, after
-  // every other error it is gone.
+  // [UPDATE_FINISHED] if it did not have the digests that are expected now. FAILED_PRECONDITION [INCOMPLETE], [ASLEEP] (the weights sleep) and [PAUSED]
+  // (kWait: it would wait for samples that stand still) leave the update open; after every other error, and after these two if the engine was put to
+  // sleep or paused only while the update was being checked, it is gone.
   void Finish(const std::string& update_id, const ExpectedDigests& expected, OnFinished done);
 
   // Forgets the update (empty: whichever is open) and returns its id; empty if there was nothing to forget. FAILED_PRECONDITION [COMMITTING].
@@ -109,7 +110,7 @@ class WeightSession {
 
   // Never counts as a call of the open update: whoever watches does not keep it alive.
   Info GetInfo(bool tensors);
-  // Hashes what is resident.
+  // Hashes what is resident and compares with what that claims to be. UNAVAILABLE [WEIGHTS_CHANGED]: updates came faster.
   absl::StatusOr<CheckResult> Check();
 
   static constexpr size_t kMaxFinished = 64;  // results that are kept
@@ -121,7 +122,8 @@ class WeightSession {
     const StartRequest request;
     const absl::Time started;
     std::unique_ptr<WeightUpdate> update;
-    UpdateTimes times;  // as far as a Finish has come
+    UpdateTimes times;     // as far as a Finish has come
+    bool is_kept = false;  // whether an error of this Finish leaves the update open
     // The session's mutex guards the rest.
     absl::Time last_call;
     State state;  // as after the last turn
@@ -148,7 +150,12 @@ class WeightSession {
   absl::StatusOr<OpenPtr> FindAndTakeTurn(const std::string& update_id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Ends the update: waits for the turn under way, unless the caller has it, and gives all memory back. `why` completes "update X ...".
   void End(const OpenPtr& open, UpdateEnd how, const std::string& why, bool has_turn) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Whether the open update is in use, so that it cannot expire now.
+  bool IsBusy() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::Time ExpiryTime() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void ExpireIfIdle() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Whether the engine would take the weights now; asked before they are made, since that uses the staged copy up.
+  absl::Status CheckSwappable(const Open& open) const ABSL_LOCKS_EXCLUDED(mutex_);
   absl::StatusOr<FinishResult> Swap(const OpenPtr& open, const ExpectedDigests& expected) ABSL_LOCKS_EXCLUDED(mutex_);
   Info MakeInfo(WeightVersion version) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void WatchExpiry();

@@ -32,22 +32,49 @@ using grpc::ServerUnaryReactor;
 
 absl::Status CancelledError() { return absl::CancelledError("the call was cancelled, or its deadline passed"); }
 
-absl::Status TooManyCalls() {
-  return WithRetryAfter(DetailedError(absl::StatusCode::kResourceExhausted, "CAPACITY", "too many admin calls wait already"), kCapacityRetryDelay);
+absl::Status TooMany(absl::string_view what) {
+  return WithRetryAfter(DetailedError(absl::StatusCode::kResourceExhausted, "CAPACITY", absl::StrCat("too many ", what, " already")), kCapacityRetryDelay);
 }
+
+// At most so many calls of a kind at a time; the others are refused at once and leave threads and memory to the rest.
+class CallLimit {
+ public:
+  CallLimit(int max, absl::string_view what) : max_(max), what_(what) {}
+
+  absl::Status Enter() {
+    if (num_.fetch_add(1) < max_) return absl::OkStatus();
+    --num_;
+    return TooMany(what_);
+  }
+  void Leave() { --num_; }
+
+ private:
+  const int max_;
+  const absl::string_view what_;
+  std::atomic<int> num_ = 0;
+};
 
 // A call whose answer comes from another thread. It answers once; cancelling it only tells whoever works on it.
 class BlockingCall final : public ServerUnaryReactor {
  public:
   explicit BlockingCall(ByteBuffer* out) : out_(out) {}
 
+  // May refuse. Before anybody else has the call.
+  absl::Status Enter(CallLimit* limit) {
+    const absl::Status status = limit->Enter();
+    if (status.ok()) limit_ = limit;
+    return status;
+  }
   const std::atomic<bool>& cancelled() const { return cancelled_; }
 
   // Ends the call: it may be gone when this returns.
-  void Fail(const absl::Status& status) { Finish(ToGrpcStatus(status)); }
+  void End(const absl::Status& status) {
+    if (limit_ != nullptr) limit_->Leave();  // before the caller hears of it and calls again
+    Finish(ToGrpcStatus(status));
+  }
   template <typename Reply>
   void Answer(const absl::StatusOr<Reply>& reply) {
-    Fail(reply.ok() ? SerializeMessage(*reply, out_) : reply.status());
+    End(reply.ok() ? SerializeMessage(*reply, out_) : reply.status());
   }
 
   void OnCancel() override { cancelled_ = true; }
@@ -55,6 +82,7 @@ class BlockingCall final : public ServerUnaryReactor {
 
  private:
   ByteBuffer* const out_;  // gRPC's; valid until Finish
+  CallLimit* limit_ = nullptr;
   std::atomic<bool> cancelled_ = false;
 };
 
@@ -62,8 +90,9 @@ class BlockingCall final : public ServerUnaryReactor {
 // while one is being packed and hashed. The stream is read no further while limits::kPushQueueChunks wait.
 class PushStream final : public ServerReadReactor<ByteBuffer> {
  public:
-  PushStream(const ServiceContext& context, WeightSession* session, BlockingCalls* writer, ByteBuffer* out, const absl::Status& status)
-      : context_(context), session_(*session), writer_(*writer), out_(out) {
+  // `limit` has been entered if `status` is OK, and is left when the stream ends.
+  PushStream(const ServiceContext& context, WeightSession* session, BlockingCalls* writer, CallLimit* limit, ByteBuffer* out, const absl::Status& status)
+      : context_(context), session_(*session), writer_(*writer), limit_(*limit), out_(out) {
     if (!status.ok()) {
       ended_ = true;
       Finish(ToGrpcStatus(status));
@@ -101,7 +130,9 @@ class PushStream final : public ServerReadReactor<ByteBuffer> {
       change();
       if (ended_ && !scheduled_) finish = std::exchange(end_, std::nullopt);
     }
-    if (finish.has_value()) Finish(*finish);
+    if (!finish.has_value()) return;
+    limit_.Leave();  // before the caller hears of it and calls again
+    Finish(*finish);
   }
 
   void Read() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
@@ -113,7 +144,7 @@ class PushStream final : public ServerReadReactor<ByteBuffer> {
   void Schedule() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     if (scheduled_ || ended_ || (chunks_.empty() && !no_more_)) return;
     scheduled_ = writer_.Run([this] { Work(); });
-    if (!scheduled_) End(TooManyCalls());
+    if (!scheduled_) End(TooMany("streams wait"));
   }
 
   void End(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
@@ -169,6 +200,7 @@ class PushStream final : public ServerReadReactor<ByteBuffer> {
   const ServiceContext& context_;
   WeightSession& session_;
   BlockingCalls& writer_;
+  CallLimit& limit_;
   ByteBuffer* const out_;  // gRPC's; valid until Finish
   // The writer's alone.
   v1::WeightChunk chunk_;
@@ -189,22 +221,30 @@ using WithRawMethods = v1::Weights::WithRawCallbackMethod_GetWeightInfo<v1::Weig
     v1::Weights::WithRawCallbackMethod_PushWeights<v1::Weights::WithRawCallbackMethod_UpdateWeights<v1::Weights::WithRawCallbackMethod_FinishWeightUpdate<
         v1::Weights::WithRawCallbackMethod_AbortWeightUpdate<v1::Weights::WithRawCallbackMethod_CheckWeights<Base>>>>>>>;
 
+// How a method is run.
+struct Kind {
+  bool needs_serving = true;   // a server that takes work
+  bool is_short = false;       // waits for nothing but the session's lock and, at most, the chunk that is being written
+  CallLimit* limit = nullptr;  // none: as many as there are threads
+};
+constexpr Kind kWork = {}, kLook = {.needs_serving = false, .is_short = true};
+
 class WeightsService final : public WithRawMethods<v1::Weights::Service> {
  public:
   WeightsService(const ServiceContext* context, BlockingCalls* calls, WeightSessionOptions options)
       : context_(*context), calls_(*calls), session_(context->engine, &context->clock, std::move(options)) {}
 
   ServerUnaryReactor* GetWeightInfo(CallbackServerContext* call, const ByteBuffer* in, ByteBuffer* out) override {
-    return Handle<v1::GetWeightInfoRequest>(*call, "GetWeightInfo", *in, out, Serving::kAny, [this](const v1::GetWeightInfoRequest& request, BlockingCall* reply) {
+    return Handle<v1::GetWeightInfoRequest>(*call, "GetWeightInfo", *in, out, kLook, [this](const v1::GetWeightInfoRequest& request, BlockingCall* reply) {
       reply->Answer<v1::WeightInfo>(ToProto(session_.GetInfo(request.tensors())));
     });
   }
 
   ServerUnaryReactor* StartWeightUpdate(CallbackServerContext* call, const ByteBuffer* in, ByteBuffer* out) override {
     return Handle<v1::StartWeightUpdateRequest>(
-        *call, "StartWeightUpdate", *in, out, Serving::kMust, [this](const v1::StartWeightUpdateRequest& request, BlockingCall* reply) {
+        *call, "StartWeightUpdate", *in, out, kWork, [this](const v1::StartWeightUpdateRequest& request, BlockingCall* reply) {
           const absl::StatusOr<WeightSession::StartRequest> start = ToSession(request);
-          if (!start.ok()) return reply->Fail(start.status());
+          if (!start.ok()) return reply->End(start.status());
           reply->Answer(Translated<v1::WeightUpdate>(session_.Start(*start)));
         });
   }
@@ -212,17 +252,18 @@ class WeightsService final : public WithRawMethods<v1::Weights::Service> {
   ServerReadReactor<ByteBuffer>* PushWeights(CallbackServerContext* call, ByteBuffer* out) override {
     absl::Status status = context_.access.Check(*call, "bebop.v1.Weights.PushWeights");
     if (status.ok()) status = context_.CheckServing();
-    return new PushStream(context_, &session_, &writer_, out, status);
+    if (status.ok()) status = streams_.Enter();
+    return new PushStream(context_, &session_, &writer_, &streams_, out, status);
   }
 
   ServerUnaryReactor* UpdateWeights(CallbackServerContext* call, const ByteBuffer* in, ByteBuffer* out) override {
     return Handle<v1::UpdateWeightsRequest>(
-        *call, "UpdateWeights", *in, out, Serving::kMust, [this](const v1::UpdateWeightsRequest& request, BlockingCall* reply) {
+        *call, "UpdateWeights", *in, out, Kind{.limit = &reads_}, [this](const v1::UpdateWeightsRequest& request, BlockingCall* reply) {
           absl::Status status = Validate(request);
           if (status.ok()) status = session_.Read(request.update_id(), request.path(), reply->cancelled());
-          if (!status.ok()) return reply->Fail(status);
+          if (!status.ok()) return reply->End(status);
           const absl::StatusOr<WeightSession::State> state = session_.Progress(request.update_id());
-          if (!state.ok()) return reply->Fail(state.status());
+          if (!state.ok()) return reply->End(state.status());
           v1::UpdateWeightsResult result;
           *result.mutable_update() = ToProto(*state);
           reply->Answer<v1::UpdateWeightsResult>(result);
@@ -231,9 +272,9 @@ class WeightsService final : public WithRawMethods<v1::Weights::Service> {
 
   ServerUnaryReactor* FinishWeightUpdate(CallbackServerContext* call, const ByteBuffer* in, ByteBuffer* out) override {
     return Handle<v1::FinishWeightUpdateRequest>(
-        *call, "FinishWeightUpdate", *in, out, Serving::kMust, [this](const v1::FinishWeightUpdateRequest& request, BlockingCall* reply) {
+        *call, "FinishWeightUpdate", *in, out, kWork, [this](const v1::FinishWeightUpdateRequest& request, BlockingCall* reply) {
           const absl::StatusOr<ExpectedDigests> expected = ToSession(request);
-          if (!expected.ok()) return reply->Fail(expected.status());
+          if (!expected.ok()) return reply->End(expected.status());
           session_.Finish(request.update_id(), *expected, [reply](const absl::StatusOr<WeightSession::FinishResult>& result) {
             reply->Answer(Translated<v1::FinishWeightUpdateResult>(result));
           });
@@ -242,10 +283,10 @@ class WeightsService final : public WithRawMethods<v1::Weights::Service> {
 
   ServerUnaryReactor* AbortWeightUpdate(CallbackServerContext* call, const ByteBuffer* in, ByteBuffer* out) override {
     return Handle<v1::AbortWeightUpdateRequest>(
-        *call, "AbortWeightUpdate", *in, out, Serving::kAny, [this](const v1::AbortWeightUpdateRequest& request, BlockingCall* reply) {
-          if (const absl::Status status = Validate(request); !status.ok()) return reply->Fail(status);
+        *call, "AbortWeightUpdate", *in, out, kLook, [this](const v1::AbortWeightUpdateRequest& request, BlockingCall* reply) {
+          if (const absl::Status status = Validate(request); !status.ok()) return reply->End(status);
           const absl::StatusOr<std::string> id = session_.Abort(request.update_id());
-          if (!id.ok()) return reply->Fail(id.status());
+          if (!id.ok()) return reply->End(id.status());
           v1::AbortWeightUpdateResult result;
           result.set_update_id(*id);
           reply->Answer<v1::AbortWeightUpdateResult>(result);
@@ -253,43 +294,46 @@ class WeightsService final : public WithRawMethods<v1::Weights::Service> {
   }
 
   ServerUnaryReactor* CheckWeights(CallbackServerContext* call, const ByteBuffer* in, ByteBuffer* out) override {
-    return Handle<v1::CheckWeightsRequest>(*call, "CheckWeights", *in, out, Serving::kMust, [this](const v1::CheckWeightsRequest&, BlockingCall* reply) {
+    return Handle<v1::CheckWeightsRequest>(*call, "CheckWeights", *in, out, Kind{.limit = &checks_}, [this](const v1::CheckWeightsRequest&, BlockingCall* reply) {
       reply->Answer(Translated<v1::CheckWeightsResult>(session_.Check()));
     });
   }
 
  private:
-  // Whether a method needs a server that takes work.
-  enum class Serving { kMust, kAny };
-
   template <typename Message, typename Value>
   static absl::StatusOr<Message> Translated(const absl::StatusOr<Value>& value) {
     if (!value.ok()) return value.status();
     return ToProto(*value);
   }
 
-  // Runs `handler` on a thread for blocking calls; it ends the call.
+  // Runs `handler` on a thread for blocking calls of its kind; it ends the call.
   template <typename Request, typename Handler>
-  ServerUnaryReactor* Handle(const CallbackServerContext& call, const char* method, const ByteBuffer& in, ByteBuffer* out, Serving serving,
+  ServerUnaryReactor* Handle(const CallbackServerContext& call, const char* method, const ByteBuffer& in, ByteBuffer* out, const Kind& kind,
                              const Handler& handler) {
     auto* const reply = new BlockingCall(out);  // deletes itself when it has ended
     Request request;
     absl::Status status = context_.access.Check(call, absl::StrCat("bebop.v1.Weights.", method));
     if (status.ok()) status = ParseMessage(in, &request);
     if (status.ok() && !context_.rules.allow_unknown_fields) status = CheckKnownFields(request);
-    if (status.ok() && serving == Serving::kMust) status = context_.CheckServing();
+    if (status.ok() && kind.needs_serving) status = context_.CheckServing();
+    if (status.ok() && kind.limit != nullptr) status = reply->Enter(kind.limit);
     if (!status.ok()) {
-      reply->Fail(status);
-    } else if (!calls_.Run([handler, reply, request = std::move(request)] { handler(request, reply); })) {
-      reply->Fail(TooManyCalls());
+      reply->End(status);
+      return reply;
     }
+    auto run = [handler, reply, request = std::move(request)] { handler(request, reply); };
+    const bool taken = kind.is_short ? calls_.RunShort(std::move(run)) : calls_.Run(std::move(run));
+    if (!taken) reply->End(TooMany("admin calls wait"));
     return reply;
   }
 
   const ServiceContext& context_;
   BlockingCalls& calls_;
+  CallLimit streams_{limits::kPushStreams, "PushWeights streams are open"};
+  // They take turns anyway, or hash all weights; callers that ask again and again leave threads for others.
+  CallLimit reads_{2, "UpdateWeights calls run"}, checks_{2, "CheckWeights calls run"};
   WeightSession session_;
-  BlockingCalls writer_{1};  // ends before the session
+  BlockingCalls writer_{1, /*num_short_threads=*/0};  // ends before the session
 };
 
 }  // namespace

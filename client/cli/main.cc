@@ -148,7 +148,7 @@ CLI::App* AddTags(CLI::App* app, const std::string& name, const std::string& hel
 CLI::App* AddSpec(CLI::App* app, bebop::v1::SpeculationParams* speculation) {
   CLI::App* verb = app->add_subcommand("spec", "How requests draft that leave it unset; without flags: show it");
   AddMode(verb, [speculation](SpeculationParams::Mode mode) { speculation->set_mode(mode); });
-  verb->add_option_function<int32_t>("--num-draft-tokens", [speculation](int32_t n) { speculation->set_num_draft_tokens(n); }, "");
+  verb->add_option_function<int32_t>("--num-draft-tokens", [speculation](int32_t n) { speculation->set_num_draft_tokens(n); }, "Drafts before each verification");
   return verb;
 }
 
@@ -255,8 +255,8 @@ int main(int argc, char** argv) {
   app.add_option("--admin", admin, "Admin port, HOST:PORT (or BEBOP_ADMIN); named without --server, info, health and loads ask there")
       ->capture_default_str();
   app.add_option("--timeout", global.timeout_s, "Seconds a call may take; default: no limit")->check(CLI::Range(0.001, 1e9));
-  std::string token_file;
-  app.add_option("--token-file", token_file, "File with the token to show to the server, and nothing else (or the token in BEBOP_TOKEN)");
+  std::string token_file = FromEnvironment("BEBOP_TOKEN_FILE", "");
+  app.add_option("--token-file", token_file, "File with the token to show to the server, and nothing else (or BEBOP_TOKEN_FILE)");
   app.add_flag("--json", global.json, "JSON, one object a line");
   CLI::App* generate_verb = AddGenerate(&app, &generate);
   CLI::App* score_verb = AddScore(&app, &score);
@@ -290,7 +290,7 @@ int main(int argc, char** argv) {
   CLI::App* sleep_verb = AddTags(&app, "sleep", "Pause, and give device memory back", &tags);
   CLI::App* wake_up_verb = AddTags(&app, "wake-up", "Take the memory again", &tags);
   CLI::App* flush_verb = app.add_subcommand("flush-cache", "Forget what is cached of paused samples");
-  CLI::App* drain_verb = app.add_subcommand("drain", "Refuse new work and end; running samples that do not end in time are cut short");
+  CLI::App* drain_verb = app.add_subcommand("drain", "Refuse new work for good; what runs past the deadline is cut short. The process stays until it gets a signal");
   drain_verb->add_option_function<double>("--deadline", [&drain](double seconds) { drain.set_deadline_seconds(seconds); },
                                           "Seconds until what still runs is cut; default: the server's --drain-timeout");
   CLI::App* spec_verb = AddSpec(&app, &speculation);
@@ -312,10 +312,9 @@ int main(int argc, char** argv) {
   const bool is_info = info_verb->parsed() || health_verb->parsed() || loads_verb->parsed();  // what the admin port answers
   options.server = is_info && IsAdminNamed(app) ? admin : global.server;
   if (global.timeout_s > 0.0) options.timeout = absl::Seconds(global.timeout_s);
-  options.token = FromEnvironment("BEBOP_TOKEN", "");  // not a flag: anybody on the machine can read those
-  if (!token_file.empty()) {
+  if (!token_file.empty()) {  // only ever a file: others on the machine can read flags, and perhaps the environment
     options.token = ReadToken(token_file);
-    if (options.token.empty()) return bebop::ReportUsage(absl::StrCat("--token-file: ", token_file, ": cannot be read, or is not one line with a token"));
+    if (options.token.empty()) return bebop::ReportUsage(absl::StrCat("--token-file or BEBOP_TOKEN_FILE: ", token_file, ": cannot be read, or is not one line with a token"));
   }
   bebop::Client client(options);
   if (generate_verb->parsed()) return bebop::RunGenerate(&client, global, generate);

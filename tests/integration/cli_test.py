@@ -339,11 +339,11 @@ class Weights(unittest.TestCase):
 
     def test_a_killed_server_comes_back_with_a_true_version(self):
         """SIGKILL at moments spread over whole updates, from both sources (reliability.md, I14): weights live in memory alone, so what a restart says is
-        what the checkpoint holds; files that were read are as they were."""
+        what the checkpoint holds; files that were read are as they were. A push is stopped to see where it stands, so that some are cut for certain."""
         original = self.json("info")["target_digest"] if self.json("info")["target_step"] == "0" else None
         with open(os.path.join(self.checkpoint, "model.safetensors"), "rb") as file:
             before = file.read()
-        committed = 0
+        committed = open_updates = 0
         for i in range(10):
             server = Server("--model", self.MODEL, "--load-format", "auto", "--weights-root", self.root.name)
             info = json.loads(bebop("weights", "info", "--json", admin=server.admin)[1])
@@ -353,12 +353,24 @@ class Weights(unittest.TestCase):
             self.assertTrue(check["target_matches"] and check["draft_matches"])
             command = [os.path.join(BIN, "bebop"), "weights", *(["push", self.checkpoint] if i % 2 else ["update", "new"]), "--step", "1"]
             update = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment() | {"BEBOP_ADMIN": server.admin})
-            time.sleep(0.025 * i)
+            if i % 2:
+                while update.poll() is None:  # on in small steps, until a part of it is there: more each time
+                    time.sleep(0.004)
+                    update.send_signal(signal.SIGSTOP)
+                    stands = json.loads(bebop("weights", "info", "--json", admin=server.admin)[1]).get("update", {})
+                    if stands and int(stands.get("received_bytes", 0)) * 10 >= int(stands["expected_bytes"]) * (i - 1):
+                        open_updates += 1
+                        break
+                    update.send_signal(signal.SIGCONT)
+            else:
+                time.sleep(0.025 * i)
             server.stop(signal.SIGKILL)
+            update.send_signal(signal.SIGCONT)
             out, err = update.communicate(timeout=60)
             self.assertIn(update.returncode, (0, 1, 3), err)
             committed += update.returncode == 0
         self.assertLess(committed, 10, "no update was cut")
+        self.assertGreater(open_updates, 0, "no kill met an open update")
         with open(os.path.join(self.checkpoint, "model.safetensors"), "rb") as file:
             self.assertEqual(file.read(), before)
 
@@ -530,11 +542,17 @@ class ServerProcess(unittest.TestCase):
         self.assertIn("DRAINING", err)
         self.assertEqual(server.stop()[0], 0)  # the process had waited for its end
 
+    def wait_until(self, condition, seconds=60):
+        deadline = time.monotonic() + seconds
+        while not condition():
+            self.assertLess(time.monotonic(), deadline, "waited in vain")
+            time.sleep(0.02)
+
     def test_second_signal_stops_at_once(self):
         server = Server("--drain-timeout", "60")
         client = subprocess.Popen([os.path.join(BIN, "bebop"), "--json", "generate", "--token-ids", "1", "--ignore-eos", "-n", "1024"],
                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**clean_environment(), "BEBOP_SERVER": server.rollout})
-        time.sleep(1)
+        self.wait_until(lambda: int(json.loads(bebop("loads", "--json", server=server.rollout)[1]).get("running_requests", 0)) > 0)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
         self.assertIsNone(server.process.poll())  # still draining

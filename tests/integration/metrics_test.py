@@ -69,10 +69,16 @@ class MetricsTest(unittest.TestCase):
         assert status == 0, f"SIGTERM: exit status {status}"
         assert "token-0123456789" not in log, "a token is in the log"
 
+    def token_file(self, token):
+        path = os.path.join(self.directory.name, f"client-{token}")
+        with open(path, "w") as file:
+            file.write(token + "\n")
+        return path
+
     def generate(self, requests, token="rollout-token-0123456789"):
         text = "".join(json.dumps(request) + "\n" for request in requests)
         result = subprocess.run([os.path.join(BIN, "bebop"), "--server", self.rollout, "--json", "generate", "--requests", "-"], input=text,
-                                capture_output=True, text=True, timeout=120, env=clean_environment(BEBOP_TOKEN=token))
+                                capture_output=True, text=True, timeout=120, env=clean_environment(BEBOP_TOKEN_FILE=self.token_file(token)))
         return result.returncode, [json.loads(line) for line in result.stdout.splitlines()], result.stderr
 
     def check(self, series):
@@ -148,20 +154,19 @@ class MetricsTest(unittest.TestCase):
         call = lambda verb, **more: subprocess.run([os.path.join(BIN, "bebop"), "--server", self.rollout, *verb.split()], capture_output=True,
                                                    text=True, timeout=60, env=clean_environment(**more))
         self.assertEqual(call("health").returncode, 0)
+        path, nobody = self.token_file("weights-token-0123456789"), self.token_file("nobodys-token-0123456789")
         none = call("info")
         self.assertNotEqual(none.returncode, 0)
         self.assertIn("NO_TOKEN", none.stderr)
-        self.assertIn("UNKNOWN_TOKEN", call("info", BEBOP_TOKEN="nobodys-token-0123456789").stderr)
-        self.assertEqual(call("info", BEBOP_TOKEN="weights-token-0123456789").returncode, 0)
-        path = os.path.join(self.directory.name, "token")
-        with open(path, "w") as file:
-            file.write("weights-token-0123456789\n")
-        self.assertEqual(call(f"info --token-file {path}", BEBOP_TOKEN="nobodys-token-0123456789").returncode, 0)  # a flag wins
+        self.assertIn("UNKNOWN_TOKEN", call("info", BEBOP_TOKEN_FILE=nobody).stderr)
+        self.assertEqual(call("info", BEBOP_TOKEN_FILE=path).returncode, 0)
+        self.assertIn("NO_TOKEN", call("info", BEBOP_TOKEN="weights-token-0123456789").stderr, "tokens are in files, never in the environment")
+        self.assertEqual(call(f"info --token-file {path}", BEBOP_TOKEN_FILE=nobody).returncode, 0)  # a flag wins
         bad = call(f"info --token-file {os.path.join(self.directory.name, 'tokens')}")  # the server's file
         self.assertEqual(bad.returncode, 2)
         self.assertIn("--token-file", bad.stderr)
         self.assertNotIn("token-0123456789", bad.stderr)
-        wrong = call("generate --token-ids 1", BEBOP_TOKEN="weights-token-0123456789")
+        wrong = call("generate --token-ids 1", BEBOP_TOKEN_FILE=path)
         self.assertIn("WRONG_ROLE", wrong.stderr)
         self.assertNotIn("weights-token", wrong.stderr)
 

@@ -143,6 +143,12 @@ class FakeEngine final : public EngineInterface {
   absl::StatusOr<WeightVersion> RehashWeights() const override {
     const std::shared_ptr<const ModelWeights> resident = weights();
     if (resident == nullptr) return weight_version();
+    std::function<void()> on_rehash;
+    {
+      MutexLock lock(&mutex_);
+      on_rehash = on_rehash_;
+    }
+    if (on_rehash != nullptr) on_rehash();
     return RecomputeVersion(info_.config, *resident, memory_);
   }
 
@@ -211,6 +217,11 @@ class FakeEngine final : public EngineInterface {
   void OnCommit(std::function<absl::StatusOr<CommitResult>(InFlight, absl::Duration)> on_commit) {
     MutexLock lock(&mutex_);
     on_commit_ = std::move(on_commit);
+  }
+  // What RehashWeights does first.
+  void OnRehash(std::function<void()> on_rehash) {
+    MutexLock lock(&mutex_);
+    on_rehash_ = std::move(on_rehash);
   }
   void SetSubmitStatus(absl::Status status) {
     MutexLock lock(&mutex_);
@@ -328,6 +339,7 @@ class FakeEngine final : public EngineInterface {
   DeviceMemory* memory_ = nullptr;
   std::shared_ptr<const ModelWeights> weights_ ABSL_GUARDED_BY(mutex_);
   std::function<absl::StatusOr<CommitResult>(InFlight, absl::Duration)> on_commit_ ABSL_GUARDED_BY(mutex_);
+  std::function<void()> on_rehash_ ABSL_GUARDED_BY(mutex_);
   EngineControl control_ ABSL_GUARDED_BY(mutex_);
   std::vector<std::string> calls_ ABSL_GUARDED_BY(mutex_);  // of control, in order
   int num_detached_ ABSL_GUARDED_BY(mutex_) = 0;

@@ -311,6 +311,11 @@ TEST_F(WeightSessionTest, WrongTensorsAreRefused) {
 TEST_F(WeightSessionTest, StagingIsBudgeted) {
   EXPECT_EQ(session_->GetInfo(false).staging_limit_bytes, one_copy_ + (16 << 20));
   WeightSessionOptions options;
+  options.staging_limit_bytes = one_copy_;  // just enough, whatever it takes to keep track
+  MakeSession(std::move(options));
+  ASSERT_TRUE(session_->Start(Request("one", 5)).ok());
+  ASSERT_TRUE(session_->Abort("one").ok());
+  options = {};
   options.staging_limit_bytes = one_copy_ - 1;
   MakeSession(std::move(options));
   EXPECT_EQ(session_->GetInfo(false).staging_limit_bytes, one_copy_ - 1);
@@ -332,6 +337,21 @@ TEST_F(WeightSessionTest, AnIdleUpdateExpiresAndGivesItsMemoryBack) {
   ExpectError(Write("one", tensors_[1]), kPrecondition, "NO_UPDATE", {"one", "deadline_ms"});
   ExpectUntouched();
   ASSERT_TRUE(session_->Start(Request("two", 5)).ok()) << "the next learner is not kept out";
+}
+
+TEST_F(WeightSessionTest, AnUpdateThatDripsExpiresToo) {
+  WeightSession::StartRequest request = Request("one", 5);
+  request.deadline = absl::Seconds(60);
+  ASSERT_TRUE(session_->Start(request).ok());
+  for (int i = 0; i < 60; ++i) {  // a call every 59 s, for 59 minutes
+    clock_.Advance(absl::Seconds(59));
+    ASSERT_EQ(Write("one", tensors_[0]), absl::OkStatus());
+  }
+  clock_.Advance(absl::Seconds(59));
+  ASSERT_EQ(Write("one", tensors_[0]), absl::OkStatus());
+  clock_.Advance(absl::Seconds(1));
+  ExpectError(Write("one", tensors_[0]), kPrecondition, "NO_UPDATE", {"one", "1h"});
+  ExpectUntouched();
 }
 
 TEST_F(WeightSessionTest, ExpiryNeedsNoCall) {
@@ -370,7 +390,7 @@ TEST_F(WeightSessionTest, WhileItIsSwappedInNothingElseHappensToIt) {
   WriteAll("one");
   absl::StatusOr<WeightSession::FinishResult> first = absl::UnknownError("");
   std::thread finish([&] { first = Finish("one"); });
-  ASSERT_TRUE(FakeEngine::WaitUntil([&] { return swapping.load(); }));
+  EXPECT_TRUE(FakeEngine::WaitUntil([&] { return swapping.load(); }));  // no ASSERT until the thread is joined
 
   ExpectError(session_->Abort("one").status(), kPrecondition, "COMMITTING", {"one"});
   ExpectError(session_->Abort("").status(), kPrecondition, "COMMITTING");
@@ -391,6 +411,70 @@ TEST_F(WeightSessionTest, WhileItIsSwappedInNothingElseHappensToIt) {
   EXPECT_EQ(second->info.num_updates, 1);
   ExpectError(third.status(), kExists, "UPDATE_FINISHED");
   ExpectNothingOpen();
+}
+
+// What keeps the engine from taking weights now is asked before the staged copy is used up.
+TEST_F(WeightSessionTest, AFinishWhileTheEngineSleepsLeavesTheUpdateOpen) {
+  ASSERT_TRUE(session_->Start(Request("one", 5)).ok());
+  WriteAll("one");
+  ASSERT_TRUE(engine_.Sleep({.weights = true}).ok());
+  for (int i = 0; i < 2; ++i) ExpectError(Finish("one").status(), kPrecondition, "ASLEEP", {"one"});
+  EXPECT_EQ(session_->Progress("one")->progress.missing.size(), 0u) << "nothing that was sent is lost";
+  ASSERT_TRUE(engine_.WakeUp({.weights = true}).ok());
+  EXPECT_TRUE(Finish("one").ok());
+}
+
+TEST_F(WeightSessionTest, AFinishThatWouldWaitForPausedSamplesLeavesTheUpdateOpen) {
+  WeightSession::StartRequest request = Request("one", 5);
+  request.in_flight = InFlight::kWait;
+  ASSERT_TRUE(session_->Start(request).ok());
+  WriteAll("one");
+  ASSERT_TRUE(engine_.Pause(PauseMode::kKeep, false, absl::Seconds(1)).ok());
+  ExpectError(Finish("one").status(), kPrecondition, "PAUSED", {"one", "WAIT"});
+  EXPECT_TRUE(session_->GetInfo(false).open.has_value());
+  ASSERT_TRUE(engine_.Resume().ok());
+  EXPECT_TRUE(Finish("one").ok());
+  ASSERT_TRUE(session_->Start(Request("two", 6)).ok());
+  WriteAll("two");
+  ASSERT_TRUE(engine_.Pause(PauseMode::kKeep, false, absl::Seconds(1)).ok());
+  EXPECT_TRUE(Finish("two").ok()) << "one that keeps running samples works while paused";
+}
+
+// Whoever polls sees an update's id beside its version or not yet, never beside the version before it.
+TEST_F(WeightSessionTest, InfoPairsVersionAndUpdate) {
+  std::atomic<bool> stop = false;
+  std::atomic<int64_t> num_seen = 0;
+  std::thread onlooker([&] {
+    while (!stop) {
+      const WeightSession::Info info = session_->GetInfo(false);
+      EXPECT_GE(info.version.target_step, info.update_id.empty() ? 0 : std::stoll(info.update_id));
+      EXPECT_GE(info.version.target_step, info.num_updates);
+      ++num_seen;
+    }
+  });
+  for (int step = 1; step <= 60; ++step) {
+    EXPECT_TRUE(session_->Start(Request(absl::StrCat(step), step)).ok());
+    for (const TestTensor& tensor : tensors_) EXPECT_EQ(Write(absl::StrCat(step), tensor), absl::OkStatus());
+    EXPECT_TRUE(Finish(absl::StrCat(step)).ok());
+  }
+  EXPECT_TRUE(FakeEngine::WaitUntil([&] { return num_seen > 100; }));
+  stop = true;
+  onlooker.join();
+}
+
+// An onlooker that hashes all the while gets an answer about one version, or is told to ask again; it never waits for updates to stop.
+TEST_F(WeightSessionTest, ACheckEndsHoweverManyUpdatesCome) {
+  std::atomic<int> num_commits = 0;
+  engine_.OnRehash([&] {
+    const std::string id = absl::StrCat("during-", ++num_commits);
+    EXPECT_TRUE(session_->Start(Request(id, num_commits)).ok());
+    WriteAll(id);
+    EXPECT_TRUE(Finish(id).ok());
+  });
+  ExpectError(session_->Check().status(), absl::StatusCode::kUnavailable, "WEIGHTS_CHANGED", {"ask again"});
+  EXPECT_EQ(num_commits, 3);
+  engine_.OnRehash(nullptr);
+  EXPECT_TRUE(session_->Check()->target_matches);
 }
 
 TEST_F(WeightSessionTest, AFailedSwapEndsTheUpdateAndChangesNothing) {

@@ -286,6 +286,59 @@ TEST_F(WeightsServiceTest, StreamsMaySplitTheTensors) {
   EXPECT_TRUE(Finish("one").ok());
 }
 
+// Slow calls are refused beyond a few, and short ones do not wait for them.
+TEST_F(WeightsServiceTest, ShortCallsDoNotWaitForLongOnes) {
+  std::atomic<bool> let_go = false;
+  std::atomic<int> num_hashing = 0, num_refused = 0;
+  engine_.OnRehash([&] {
+    ++num_hashing;
+    while (!let_go) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  });
+  ASSERT_TRUE(client_->StartWeightUpdate(Request("one", 5)).ok());
+  std::vector<std::thread> checks;
+  for (int i = 0; i < 12; ++i) {
+    checks.emplace_back([&] {
+      const absl::StatusOr<v1::CheckWeightsResult> check = client_->CheckWeights();
+      if (check.ok()) return;
+      ExpectError(check.status(), absl::StatusCode::kResourceExhausted, "CAPACITY", "CheckWeights");
+      EXPECT_TRUE(GetErrorDetails(check.status()).retry_after.has_value());
+      ++num_refused;
+    });
+  }
+  EXPECT_TRUE(FakeEngine::WaitUntil([&] { return num_refused == 10; })) << num_refused;
+  EXPECT_TRUE(FakeEngine::WaitUntil([&] { return num_hashing == 2; })) << num_hashing;
+  EXPECT_EQ(client_->GetWeightInfo(false)->update().update_id(), "one");
+  EXPECT_EQ(client_->AbortWeightUpdate({})->update_id(), "one");
+  let_go = true;
+  for (std::thread& check : checks) check.join();
+  engine_.OnRehash(nullptr);
+  EXPECT_TRUE(client_->CheckWeights().ok());
+}
+
+TEST_F(WeightsServiceTest, StreamsAreFew) {
+  ASSERT_TRUE(client_->StartWeightUpdate(Request("one", 5)).ok());
+  const std::shared_ptr<grpc::Channel> channel = grpc::CreateChannel(server_->admin_address(), grpc::InsecureChannelCredentials());
+  const std::unique_ptr<v1::Weights::Stub> stub = v1::Weights::NewStub(channel);
+  struct Stream {
+    grpc::ClientContext context;
+    v1::PushWeightsResult result;
+    std::unique_ptr<grpc::ClientWriter<v1::WeightChunk>> writer;
+  };
+  std::vector<Stream> open(limits::kPushStreams);
+  for (size_t i = 0; i < open.size(); ++i) {
+    open[i].writer = stub->PushWeights(&open[i].context, &open[i].result);
+    EXPECT_TRUE(open[i].writer->Write(Chunk("one", tensors_[i].name, 0, tensors_[i].bytes.substr(0, 8))));
+  }
+  EXPECT_TRUE(FakeEngine::WaitUntil([&] { return client_->GetWeightInfo(false)->update().received_bytes() == 8 * limits::kPushStreams; }));
+  ExpectError(Push(AllChunks("one")).status(), absl::StatusCode::kResourceExhausted, "CAPACITY", "PushWeights");
+  for (Stream& stream : open) {
+    stream.writer->WritesDone();
+    EXPECT_TRUE(stream.writer->Finish().ok());
+  }
+  EXPECT_TRUE(Push(AllChunks("one")).ok());
+  EXPECT_TRUE(Finish("one").ok());
+}
+
 // A stream that is cut off leaves no thread behind that would keep the server from ending.
 TEST_F(WeightsServiceTest, TheServerEndsWithAStreamOpen) {
   ASSERT_TRUE(client_->StartWeightUpdate(Request("one", 5)).ok());
