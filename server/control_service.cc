@@ -23,8 +23,9 @@ using grpc::ByteBuffer;
 using grpc::CallbackServerContext;
 using grpc::ServerUnaryReactor;
 
-// Drains that may wait at a time, so that callers that ask again and again leave threads for others.
+// Drains, and pauses with WAIT, that may wait at a time, so that callers that ask again and again leave threads for others.
 constexpr int kMaxWaitingDrains = 2;
+constexpr int kMaxWaitingPauses = 2;
 
 absl::Status TooManyCalls(absl::string_view what) {
   return WithRetryAfter(DetailedError(absl::StatusCode::kResourceExhausted, "CAPACITY", absl::StrCat("too many ", what, " wait already")),
@@ -120,7 +121,13 @@ class ControlService final : public WithRawMethods<v1::Control::Service> {
   absl::StatusOr<v1::ControlState> Pause(const v1::PauseGenerationRequest& request, absl::Duration time_left) {
     const absl::StatusOr<PauseMode> mode = ToEngine(request, context_.rules);
     if (!mode.ok()) return mode.status();
+    const bool waits = *mode == PauseMode::kWait;
+    if (waits && waiting_pauses_.fetch_add(1) >= kMaxWaitingPauses) {
+      --waiting_pauses_;
+      return TooManyCalls("pauses");
+    }
     const absl::StatusOr<int32_t> aborted = engine_.Pause(*mode, request.clear_cache(), time_left);
+    if (waits) --waiting_pauses_;
     if (absl::IsAborted(aborted.status()) && StatusReason(aborted.status()).empty()) {
       return DetailedError(absl::StatusCode::kAborted, "OVERTAKEN", aborted.status().message());
     }
@@ -133,13 +140,9 @@ class ControlService final : public WithRawMethods<v1::Control::Service> {
   absl::StatusOr<v1::ControlState> Drain(const v1::DrainRequest& request) {
     const absl::StatusOr<absl::Duration> deadline = ToEngine(request, context_.rules, context_.drain_timeout);
     if (!deadline.ok()) return deadline.status();
-    if (waiting_drains_.fetch_add(1) >= kMaxWaitingDrains) {
-      --waiting_drains_;
-      return TooManyCalls("drains");
-    }
     context_.draining = true;
     if (context_.on_draining) context_.on_draining();
-    engine_.Drain(*deadline);
+    if (waiting_drains_.fetch_add(1) < kMaxWaitingDrains) engine_.Drain(*deadline);  // others are told at once that it drains
     --waiting_drains_;
     return State();
   }
@@ -147,7 +150,7 @@ class ControlService final : public WithRawMethods<v1::Control::Service> {
   ServiceContext& context_;
   EngineInterface& engine_;
   BlockingCalls& calls_;
-  std::atomic<int> waiting_drains_ = 0;
+  std::atomic<int> waiting_drains_ = 0, waiting_pauses_ = 0;
 };
 
 }  // namespace

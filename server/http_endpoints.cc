@@ -63,7 +63,9 @@ HttpEndpoints::~HttpEndpoints() = default;
 absl::StatusOr<std::unique_ptr<HttpEndpoints>> HttpEndpoints::Start(const std::string& host, int32_t port, Handler handler) {
   auto impl = std::make_unique<Impl>(std::move(handler));
   const std::string address = absl::StrContains(host, ':') ? absl::StrCat("[", host, "]:", port) : absl::StrCat(host, ":", port);
-  const char* options[] = {"listening_ports", address.c_str(), "num_threads", "4", "request_timeout_ms", "5000", "max_request_size", "8192", nullptr};
+  // A peer that sends nothing holds a thread for the timeout: there are enough for a few of them beside the probes, and others wait in line.
+  const char* options[] = {"listening_ports",  address.c_str(), "num_threads",      "16",   "request_timeout_ms", "2000",
+                           "connection_queue", "64",            "max_request_size", "8192", nullptr};
   mg_callbacks callbacks = {};
   callbacks.begin_request = &Impl::OnRequest;
   callbacks.log_message = &Impl::DropMessage;  // what peers send wrong is no news

@@ -16,7 +16,7 @@ struct HttpReply {
   std::string body{};
 };
 
-// A small HTTP/1.1 listener for probes and scrapes, on a few threads of its own. It reads no file and no request body, and asks for no
+// A small HTTP/1.1 listener for probes and scrapes, on threads of its own. It reads no file and no request body, and asks for no
 // credentials. Methods other than GET and HEAD are answered with 405.
 class HttpEndpoints {
  public:

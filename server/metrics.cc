@@ -190,7 +190,7 @@ void AddTokensAndMemory(const EngineLoads& loads, Page* page) {
   page->Gauge({"retained_bytes"}, "Host memory of finished samples that are kept for callers that come back.", static_cast<double>(loads.retained_bytes));
 }
 
-void AddSpeculation(const EngineLoads& loads, const MetricsState& state, Page* page) {
+void AddSpeculation(const EngineLoads& loads, const MetricsState& state, bool dropped, Page* page) {
   const SpecCounts& spec = loads.spec;
   page->Counter({"spec_decode_num_drafts_total", "spec_decode_num_drafts_total"}, "Verifications with at least one draft token.",
                 static_cast<double>(spec.num_spec_steps));
@@ -222,8 +222,8 @@ void AddSpeculation(const EngineLoads& loads, const MetricsState& state, Page* p
   for (const auto& [version, counts] : versions) {
     page->Gauge({"spec_version_accept_length"}, "Mean tokens of a verification under a weight version.", AcceptLength(*counts), {{"version", version}});
   }
-  page->Gauge({"spec_acceptance_dropped"}, "1 while the weights in use accept clearly fewer drafts than those before.",
-              AcceptanceDropped(loads.version_spec, loads.previous_version_spec) ? 1 : 0);
+  page->Gauge({"spec_acceptance_dropped"}, "1 while clearly fewer drafts are accepted than at best since the draft layer last changed.",
+              dropped ? 1 : 0);
 }
 
 void AddWeights(const EngineLoads& loads, Page* page) {
@@ -262,6 +262,21 @@ bool AcceptanceDropped(const SpecCounts& now, const SpecCounts& before) {
   return drop > kDropShare * AcceptRate(before) && drop > kDropErrors * std::sqrt(variance(now) + variance(before));
 }
 
+void AcceptanceWatch::OnCommit(const SpecCounts& ended, int64_t draft_step) {
+  open_.Add(ended);
+  if (open_.num_draft_tokens >= kMinDrafts) {
+    last_ = std::exchange(open_, SpecCounts());
+    if (best_.num_draft_tokens == 0 || AcceptRate(last_) > AcceptRate(best_)) best_ = last_;
+  }
+  if (std::exchange(draft_step_, draft_step) != draft_step) best_ = last_;
+}
+
+bool AcceptanceWatch::Dropped(const SpecCounts& version) const {
+  SpecCounts now = open_;
+  now.Add(version);
+  return AcceptanceDropped(now.num_draft_tokens >= kMinDrafts ? now : last_, best_);
+}
+
 Metrics::Metrics(MetricsOptions options)
     : options_(std::move(options)),
       time_to_first_token_(kRequestBuckets),
@@ -288,21 +303,33 @@ void Metrics::OnSample(const SampleResult& sample) {
 }
 
 void Metrics::OnWeightUpdate(UpdateEnd end, const UpdateTimes& times) {
-  update_phases_.at("stage").Observe(absl::ToDoubleSeconds(times.stage));
-  if (times.check > absl::ZeroDuration()) update_phases_.at("check").Observe(absl::ToDoubleSeconds(times.check));
-  if (times.commit > absl::ZeroDuration()) update_phases_.at("commit").Observe(absl::ToDoubleSeconds(times.commit));
+  if (end == UpdateEnd::kCommitted) {
+    update_phases_.at("stage").Observe(absl::ToDoubleSeconds(times.stage));
+    update_phases_.at("check").Observe(absl::ToDoubleSeconds(times.check));
+    update_phases_.at("commit").Observe(absl::ToDoubleSeconds(times.commit));
+  }
   MutexLock lock(&mutex_);
   ++updates_[end];
+}
+
+void Metrics::OnCommit(const EngineLoads& loads) {
+  MutexLock lock(&mutex_);
+  acceptance_.OnCommit(loads.previous_version_spec, loads.draft_step);
 }
 
 std::string Metrics::Exposition(const EngineLoads& loads, const MetricsState& state) const {
   Page page(options_);
   AddRequests(loads, &page);
   AddTokensAndMemory(loads, &page);
-  AddSpeculation(loads, state, &page);
+  bool dropped = false;
+  {
+    MutexLock lock(&mutex_);
+    dropped = acceptance_.Dropped(loads.version_spec);
+  }
+  AddSpeculation(loads, state, dropped, &page);
   AddWeights(loads, &page);
   for (const auto& [phase, histogram] : update_phases_) {
-    page.Histogram({"weight_update_seconds"}, "Time of a weight update's phases: stage, check, commit.", histogram, {{"phase", phase}});
+    page.Histogram({"weight_update_seconds"}, "Time of the phases of weight updates that were committed: stage, check, commit.", histogram, {{"phase", phase}});
   }
   {
     MutexLock lock(&mutex_);
@@ -311,14 +338,14 @@ std::string Metrics::Exposition(const EngineLoads& loads, const MetricsState& st
     }
   }
   page.Histogram({"time_to_first_token_seconds", "time_to_first_token_seconds", "time_to_first_token_seconds"},
-                 "From arrival to a sample's first token.", time_to_first_token_);
+                 "From arrival to a sample's first token, once per delivery.", time_to_first_token_);
   page.Histogram({"inter_token_latency_seconds", "inter_token_latency_seconds", "inter_token_latency_seconds"},
-                 "Mean time between a sample's tokens, once a sample.", inter_token_latency_);
+                 "Mean time between a sample's tokens, once per delivery.", inter_token_latency_);
   page.Histogram({"e2e_request_latency_seconds", "e2e_request_latency_seconds", "e2e_request_latency_seconds"},
-                 "From arrival to a sample's end.", e2e_);
-  page.Histogram({"request_queue_time_seconds", "request_queue_time_seconds", "queue_time_seconds"}, "A sample's time in the queue.", queue_);
-  page.Histogram({"request_prefill_time_seconds", "request_prefill_time_seconds"}, "From a sample's start to its first token.", prefill_);
-  page.Histogram({"request_decode_time_seconds", "request_decode_time_seconds"}, "From a sample's first token to its end.", decode_);
+                 "From arrival to a sample's end, once per delivery.", e2e_);
+  page.Histogram({"request_queue_time_seconds", "request_queue_time_seconds", "queue_time_seconds"}, "A sample's time in the queue, once per delivery.", queue_);
+  page.Histogram({"request_prefill_time_seconds", "request_prefill_time_seconds"}, "From a sample's start to its first token, once per delivery.", prefill_);
+  page.Histogram({"request_decode_time_seconds", "request_decode_time_seconds"}, "From a sample's first token to its end, once per delivery.", decode_);
   AddState(options_, state, &page);
   return page.Text();
 }

@@ -21,7 +21,7 @@ using google::protobuf::FieldDescriptor;
 using google::protobuf::Message;
 
 constexpr absl::string_view kMagic = "BBR1";  // the digit is the version of the format
-constexpr size_t kChecksumBytes = 8;
+constexpr size_t kChecksumBytes = sizeof(uint64_t);
 constexpr size_t kModelBytes = 8;
 constexpr size_t kPromptBytes = 16;
 constexpr size_t kBodyAt = kMagic.size() + kChecksumBytes;
@@ -42,13 +42,16 @@ std::array<uint8_t, n> Hash(absl::string_view bytes) {
   return head;
 }
 
-void AppendUint32(uint32_t value, std::string* bytes) {
-  for (int shift = 0; shift < 32; shift += 8) bytes->push_back(static_cast<char>(value >> shift));
+template <typename Uint>
+void AppendUint(Uint value, std::string* bytes) {
+  for (size_t i = 0; i < sizeof(Uint); ++i) bytes->push_back(static_cast<char>(value >> (8 * i)));
 }
 
-uint32_t ReadUint32(absl::string_view bytes) {
-  uint32_t value = 0;
-  for (size_t i = 0; i < 4; ++i) value |= static_cast<uint32_t>(static_cast<uint8_t>(bytes[i])) << (8 * i);
+// REQUIRES: sizeof(Uint) bytes, of which it takes the first. One load, to a compiler.
+template <typename Uint>
+Uint ReadUint(const char* bytes) {
+  Uint value = 0;
+  for (size_t i = 0; i < sizeof(Uint); ++i) value |= static_cast<Uint>(static_cast<uint8_t>(bytes[i])) << (8 * i);
   return value;
 }
 
@@ -145,7 +148,9 @@ absl::Status CheckSpans(absl::string_view field, const v1::SampleResult& sample)
     for (const int64_t step : {span.step(), span.draft_step()}) {
       if (step < -kMaxStep || step > kMaxStep) return BadHandle(field, absl::StrCat("weight step ", step, " is out of range"));
     }
-    if (span.label().size() > static_cast<size_t>(limits::kRequestIdBytes)) return BadHandle(field, "a weight label is longer than 64 bytes");
+    if (span.label().size() > static_cast<size_t>(limits::kWeightLabelBytes)) {
+      return BadHandle(field, absl::StrCat("a weight label is longer than ", limits::kWeightLabelBytes, " bytes"));
+    }
   }
   return next == sample.token_ids_size() ? absl::OkStatus() : BadHandle(field, "weight_spans do not tile the tokens");
 }
@@ -195,8 +200,25 @@ std::array<uint8_t, 8> ModelHash(const ModelConfig& config) {
 ResumeOrigin MakeResumeOrigin(const std::array<uint8_t, 8>& model, const std::vector<uint32_t>& prompt) {
   std::string bytes;
   bytes.reserve(4 * prompt.size());
-  for (const uint32_t id : prompt) AppendUint32(id, &bytes);
+  for (const uint32_t id : prompt) AppendUint(id, &bytes);
   return {.model = model, .prompt = Hash<kPromptBytes>(bytes)};
+}
+
+uint64_t HandleChecksum(absl::string_view bytes) {
+  // Each turn is a bijection of the state for a given word and of the word for a given state, so one changed word never cancels out.
+  constexpr uint64_t kOdd = 0x9e3779b97f4a7c15;
+  uint64_t state = bytes.size() * kOdd;
+  const auto add = [&state](uint64_t word) {
+    state = (state ^ word) * kOdd;
+    state ^= state >> 32;
+  };
+  for (; bytes.size() >= sizeof(uint64_t); bytes.remove_prefix(sizeof(uint64_t))) add(ReadUint<uint64_t>(bytes.data()));
+  if (!bytes.empty()) {
+    char last[sizeof(uint64_t)] = {};
+    std::copy(bytes.begin(), bytes.end(), last);
+    add(ReadUint<uint64_t>(last));
+  }
+  return state;
 }
 
 bool IsCutShort(FinishReason reason) {
@@ -223,13 +245,14 @@ std::string EncodeResumeHandle(const ResumeOrigin& origin, const v1::GenerateReq
   sample.clear_resume_handle();
   std::string body;
   absl::StrAppend(&body, AsBytes(origin.model.data(), origin.model.size()), AsBytes(origin.prompt.data(), origin.prompt.size()));
-  AppendUint32(static_cast<uint32_t>(pending_drafts), &body);
+  AppendUint(static_cast<uint32_t>(pending_drafts), &body);
   const std::string params_bytes = params.SerializeAsString();
-  AppendUint32(static_cast<uint32_t>(params_bytes.size()), &body);
+  AppendUint(static_cast<uint32_t>(params_bytes.size()), &body);
   body += params_bytes;
   sample.AppendToString(&body);
-  const auto checksum = Hash<kChecksumBytes>(body);
-  return absl::StrCat(kMagic, AsBytes(checksum.data(), checksum.size()), body);
+  std::string handle(kMagic);
+  AppendUint(HandleChecksum(body), &handle);
+  return handle + body;
 }
 
 absl::StatusOr<ResumeHandle> DecodeResumeHandle(absl::string_view field, const std::string& bytes) {
@@ -238,8 +261,7 @@ absl::StatusOr<ResumeHandle> DecodeResumeHandle(absl::string_view field, const s
     return BadHandle(field, absl::StrCat(all.size(), " bytes that are no resume handle, or one of another version of the format"));
   }
   absl::string_view rest = all.substr(kBodyAt);
-  const auto checksum = Hash<kChecksumBytes>(rest);
-  if (all.substr(kMagic.size(), kChecksumBytes) != AsBytes(checksum.data(), checksum.size())) {
+  if (ReadUint<uint64_t>(all.data() + kMagic.size()) != HandleChecksum(rest)) {
     return BadHandle(field, "damaged: the checksum is not that of the bytes");
   }
   ResumeHandle handle;
@@ -247,9 +269,9 @@ absl::StatusOr<ResumeHandle> DecodeResumeHandle(absl::string_view field, const s
   rest.remove_prefix(kModelBytes);
   std::memcpy(handle.origin.prompt.data(), rest.data(), kPromptBytes);
   rest.remove_prefix(kPromptBytes);
-  const uint32_t pending_drafts = ReadUint32(rest);
+  const auto pending_drafts = ReadUint<uint32_t>(rest.data());
   rest.remove_prefix(4);
-  const uint32_t params_bytes = ReadUint32(rest);
+  const auto params_bytes = ReadUint<uint32_t>(rest.data());
   rest.remove_prefix(4);
   if (pending_drafts > static_cast<uint32_t>(kMaxDraftTokens)) return BadHandle(field, absl::StrCat(pending_drafts, " pending drafts"));
   if (params_bytes > rest.size()) return BadHandle(field, "cut off within the parameters");

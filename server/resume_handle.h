@@ -16,9 +16,9 @@
 // SampleResult.resume_handle: all that another server of the same model needs to go on with a sample that was cut short, in the caller's hands,
 // so that no server keeps it. Draws are keyed by seed, sample and position, so no random state goes along; caches are computed again.
 //
-// Bytes: "BBR1" | checksum (8) | model (8) | prompt (16) | pending drafts (4) | length of the parameters (4) | parameters | sample. Integers are little-endian;
-// the checksum is over everything behind it and tells damage, not forgery: whoever may send requests may make up tokens, so what a handle says is
-// checked like any other input. The parameters are a v1::GenerateRequest with sampling, stopping, output and speculation as they were resolved; the
+// Bytes: "BBR1" | checksum (8) | model (8) | prompt (16) | pending drafts (4) | length of the parameters (4) | parameters | sample. Integers are
+// little-endian. The checksum (HandleChecksum) is over everything behind it and tells damage, not forgery: whoever may send requests may make up
+// tokens, so what a handle says is checked like any other input. The parameters are a v1::GenerateRequest with sampling, stopping, output and speculation as they were resolved; the
 // sample is a v1::SampleResult.
 namespace bebop {
 
@@ -37,6 +37,9 @@ struct ResumeHandle {
   v1::SampleResult sample;
   int32_t pending_drafts = 0;
 };
+
+// Eight bytes at a time, as handles are made while the engine waits. Any change within one such word changes it, and its length is in it.
+uint64_t HandleChecksum(absl::string_view bytes);
 
 // True for the reasons that leave something to go on with.
 bool IsCutShort(FinishReason reason);

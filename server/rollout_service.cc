@@ -9,13 +9,16 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "bebop/v1/rollout.grpc.pb.h"
 #include "engine/base/mutex.h"
+#include "engine/base/status_reason.h"
 #include "server/byte_messages.h"
 #include "server/grpc_status.h"
 #include "server/limits.h"
 #include "server/resume_handle.h"
 #include "server/services.h"
+#include "server/status_details.h"
 
 // A call has two halves with different lifetimes. The *reactor* belongs to gRPC: it lives until its OnDone. The *observer* is shared
 // with the engine, whose thread may still be inside it when the call is gone. The observer points at its reactor through an atomic or
@@ -44,6 +47,7 @@ struct ReplyPart {
   GenerateRequest request;
   ResumeOrigin origin;
   std::shared_ptr<Metrics> metrics;
+  std::optional<v1::GenerateRequest> params{};  // AppliedParams, once a sample has told
 };
 
 ReplyPart MakeReplyPart(const ServiceContext& context, const GenerateRequest& request, bool with_prompt) {
@@ -53,13 +57,18 @@ ReplyPart MakeReplyPart(const ServiceContext& context, const GenerateRequest& re
   return part;
 }
 
-v1::SampleResult ToReply(const SampleResult& sample, const ReplyPart& part) {
-  if (part.metrics != nullptr) part.metrics->OnSample(sample);
-  v1::SampleResult result = ToProto(sample, part.request);
-  if (IsCutShort(sample.finish)) {
-    result.set_resume_handle(EncodeResumeHandle(part.origin, ResolvedParams(part.request, sample.seed_used), result, sample.pending_drafts));
-  }
+v1::SampleResult ToReply(const SampleResult& sample, ReplyPart* part) {
+  if (part->metrics != nullptr) part->metrics->OnSample(sample);
+  if (!part->params.has_value()) part->params = AppliedParams(sample, part->request);
+  v1::SampleResult result = ToProto(sample, *part->params);
+  if (IsCutShort(sample.finish)) result.set_resume_handle(EncodeResumeHandle(part->origin, *part->params, result, sample.pending_drafts));
   return result;
+}
+
+// A refusal of Submit, with the field that it is about.
+absl::Status NameField(const absl::Status& refusal, int64_t min_step) {
+  if (StatusReason(refusal) != "STEP_NOT_REACHED") return refusal;
+  return DetailedError(refusal.code(), "STEP_NOT_REACHED", refusal.message(), {{"field", "weights.min_step"}, {"value", absl::StrCat(min_step)}});
 }
 
 absl::StatusOr<GenerateRequest> ParseGenerate(const ServiceContext& context, const CallbackServerContext& call, absl::string_view method,
@@ -96,13 +105,13 @@ class GroupObserver final : public GenerateObserver {
   UnaryGenerate* Take() { return call_.exchange(nullptr); }
 
   void OnSample(const SampleResult& sample) override {
-    if (HasData(sample)) *result_.add_samples() = ToReply(sample, part_);
+    if (HasData(sample)) *result_.add_samples() = ToReply(sample, &part_);
   }
   void OnDone(const absl::Status& status) override;
 
  private:
   std::atomic<UnaryGenerate*> call_;
-  const ReplyPart part_;
+  ReplyPart part_;
   v1::GenerateResult result_;
 };
 
@@ -121,8 +130,9 @@ class UnaryGenerate final : public ServerUnaryReactor {
     }
     request_id_ = request->request_id;
     observer_ = std::make_shared<GroupObserver>(this, MakeReplyPart(context, *request, with_prompt));
+    const int64_t min_step = request->weights.min_step;
     const absl::Status status = engine_.Submit(*std::move(request), observer_);
-    if (!status.ok() && observer_->Take() != nullptr) Finish(ToGrpcStatus(status));
+    if (!status.ok() && observer_->Take() != nullptr) Finish(ToGrpcStatus(NameField(status, min_step)));
   }
 
   // The engine's thread, after Take().
@@ -179,7 +189,7 @@ class StreamObserver final : public GenerateObserver {
     if (!HasData(sample)) return;
     ++num_delivered_;
     v1::GenerateEvent event;
-    *event.mutable_sample_result() = ToReply(sample, part_);
+    *event.mutable_sample_result() = ToReply(sample, &part_);
     Push(event);
   }
   void OnDone(const absl::Status& status) override {
@@ -214,8 +224,9 @@ class StreamObserver final : public GenerateObserver {
   std::optional<grpc::Status> end_ ABSL_GUARDED_BY(mutex_);
   std::atomic<int64_t> unsent_bytes_ = 0;
   EngineInterface* const engine_;
-  const ReplyPart part_;
-  int num_delivered_ = 0;  // under the engine's lock
+  // Under the engine's lock.
+  ReplyPart part_;
+  int num_delivered_ = 0;
 };
 
 class StreamGenerate final : public ServerWriteReactor<ByteBuffer> {
@@ -229,8 +240,9 @@ class StreamGenerate final : public ServerWriteReactor<ByteBuffer> {
     }
     request_id_ = request->request_id;
     observer_ = std::make_shared<StreamObserver>(this, &engine_, MakeReplyPart(context, *request, with_prompt));
+    const int64_t min_step = request->weights.min_step;
     const absl::Status status = engine_.Submit(*std::move(request), observer_);
-    if (!status.ok()) observer_->End(status);
+    if (!status.ok()) observer_->End(NameField(status, min_step));
   }
 
   void OnWriteDone(bool ok) override {

@@ -22,8 +22,8 @@
 #include "server/blocking_calls.h"
 #include "server/http_endpoints.h"
 #include "server/limits.h"
-#include "server/resume_handle.h"
 #include "server/metrics.h"
+#include "server/resume_handle.h"
 #include "server/service_context.h"
 #include "server/services.h"
 
@@ -283,7 +283,10 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(EngineInterface* engine, c
     if (!root.ok()) return absl::Status(root.status().code(), absl::StrCat("--weights-root: ", root.status().message()));
     weight_options.root = *std::move(root);
   }
-  weight_options.on_end = [metrics = context.metrics](UpdateEnd end, const UpdateTimes& times) { metrics->OnWeightUpdate(end, times); };
+  weight_options.on_end = [metrics = context.metrics, engine](UpdateEnd end, const UpdateTimes& times) {
+    metrics->OnWeightUpdate(end, times);
+    if (end == UpdateEnd::kCommitted) metrics->OnCommit(engine->GetLoads());
+  };
   impl->weights = MakeWeightsService(&context, &impl->blocking_calls, std::move(weight_options));
   impl->control = MakeControlService(&context, &impl->blocking_calls);
   absl::StatusOr<Listener> rollout = Listen(options, "--host/--port", options.port, {"rollout", limits::kRolloutReceiveBytes, limits::kRolloutQuotaBytes},

@@ -32,9 +32,9 @@ struct ListenOptions {
   int64_t weight_staging_bytes = 0;  // WeightSessionOptions::staging_limit_bytes
 };
 
-// Two listeners over one engine: the rollout port (Rollout, Info) and the admin port (Weights, Info), each with grpc.health.v1 and reflection,
-// limits and a memory quota of its own. A thread keeps the health status in step with the engine's. If asked for, a third answers probes and scrapes
-// over HTTP, with threads of its own (docs/operations.md): /metrics, /health and /liveness, /ready, /version.
+// Two listeners over one engine: the rollout port (Rollout, Info) and the admin port (Weights, Control, Info), each with grpc.health.v1 and
+// reflection, limits and a memory quota of its own. A thread keeps the health status in step with the engine's. If asked for, a third listener
+// answers probes and scrapes over HTTP, with threads of its own (docs/operations.md): /metrics, /health and /liveness, /ready, /version.
 // Thread safe.
 class Server {
  public:

@@ -26,8 +26,7 @@ absl::Status ServiceContext::CheckServing() const {
 RequestContext ServiceContext::NewRequestContext() const {
   return {.fresh_request_id = absl::StrCat("req-", absl::Hex(RandomBits(), absl::kZeroPad16), absl::Hex(RandomBits(), absl::kZeroPad16)),
           .fresh_seed = RandomBits(),
-          .deadline = clock.Now() + max_request_time,
-          .target_step = engine->weight_version().target_step};
+          .deadline = clock.Now() + max_request_time};
 }
 
 RequestRules ServiceContext::Rules() const {

@@ -187,16 +187,11 @@ absl::StatusOr<SpeculationParams> ParseSpeculation(const v1::SpeculationParams& 
   return speculation;
 }
 
-absl::StatusOr<WeightPolicy> ParseWeights(const v1::WeightParams& message, int64_t target_step) {
+absl::StatusOr<WeightPolicy> ParseWeights(const v1::WeightParams& message) {
   WeightPolicy policy;
   if (message.has_min_step()) {
-    if (!message.wait_for_step() && target_step < message.min_step()) {
-      return DetailedError(absl::StatusCode::kFailedPrecondition, "STEP_NOT_REACHED",
-                           absl::StrCat("weights.min_step: ", message.min_step(), " is not reached; the target is at step ", target_step,
-                                        " (weights.wait_for_step would wait)"),
-                           {{"field", "weights.min_step"}, {"value", absl::StrCat(message.min_step())}, {"limit", absl::StrCat(target_step)}});
-    }
-    policy.min_step = message.min_step();  // also without waiting: the step may be set back before the request starts
+    policy.min_step = message.min_step();
+    policy.refuse_if_behind = !message.wait_for_step();
   }
   if (message.has_max_step_spread()) {
     if (message.max_step_spread() < 0) return InvalidField("weights.max_step_spread", absl::StrCat(message.max_step_spread()), ">= 0");
@@ -263,7 +258,7 @@ absl::Status ParseResume(const v1::GenerateRequest& message, const RequestRules&
                           absl::StrCat("the prompt of ", first.sample.usage().prompt_tokens(), " ids"));
   }
   BEBOP_RETURN_IF_ERROR(ParseParams(FillUnset(message, first.params), rules, first.params.sampling().seed(), request));
-  BEBOP_RETURN_IF_ERROR(CheckSameParams(ResolvedParams(*request, request->sampling.seed), first.params));
+  BEBOP_RETURN_IF_ERROR(CheckSameParams(ResolvedParams(*request), first.params));
   for (size_t i = 0; i < handles.size(); ++i) {
     BEBOP_ASSIGN_OR_RETURN(SampleResult sample, ToEngine(absl::StrCat("resume[", i, "]"), handles[i], *request, rules.vocab_size));
     request->resume.push_back(std::move(sample));
@@ -381,7 +376,7 @@ absl::StatusOr<GenerateRequest> ToEngine(const v1::GenerateRequest& message, con
   } else {
     BEBOP_RETURN_IF_ERROR(ParseParams(message, rules, context.fresh_seed, &request));
   }
-  BEBOP_ASSIGN_OR_RETURN(request.weights, ParseWeights(message.weights(), context.target_step));
+  BEBOP_ASSIGN_OR_RETURN(request.weights, ParseWeights(message.weights()));
   request.stream_tokens = message.output().stream_tokens();
   request.detach = message.detach();
   request.priority = message.priority();
@@ -552,7 +547,9 @@ v1::SpecStats ToProto(const SpecCounts& counts, int32_t num_positions, bool with
   return stats;
 }
 
-v1::GenerateRequest ResolvedParams(const GenerateRequest& request, uint64_t seed) {
+namespace {
+
+v1::GenerateRequest MakeParams(const GenerateRequest& request, uint64_t seed, const SpeculationParams& speculation_params) {
   v1::GenerateRequest params;
   v1::SamplingParams* sampling = params.mutable_sampling();
   sampling->set_temperature(request.sampling.temperature);
@@ -574,15 +571,23 @@ v1::GenerateRequest ResolvedParams(const GenerateRequest& request, uint64_t seed
   output->set_draft_logprobs(request.output.draft_logprobs);
   output->set_spec_detail(request.output.spec_detail);
   v1::SpeculationParams* speculation = params.mutable_speculation();
-  speculation->set_mode(ToProto(request.speculation.mode));
-  speculation->set_num_draft_tokens(request.speculation.num_draft_tokens);
-  if (request.speculation.synthetic_acceptance >= 0.0) {
-    speculation->set_synthetic_acceptance(static_cast<float>(request.speculation.synthetic_acceptance));
+  speculation->set_mode(ToProto(speculation_params.mode));
+  speculation->set_num_draft_tokens(speculation_params.num_draft_tokens);
+  if (speculation_params.synthetic_acceptance >= 0.0) {
+    speculation->set_synthetic_acceptance(static_cast<float>(speculation_params.synthetic_acceptance));
   }
   return params;
 }
 
-v1::SampleResult ToProto(const SampleResult& sample, const GenerateRequest& request) {
+}  // namespace
+
+v1::GenerateRequest ResolvedParams(const GenerateRequest& request) { return MakeParams(request, request.sampling.seed, request.speculation); }
+
+v1::GenerateRequest AppliedParams(const SampleResult& sample, const GenerateRequest& request) {
+  return MakeParams(request, sample.seed_used, sample.speculation);
+}
+
+v1::SampleResult ToProto(const SampleResult& sample, const v1::GenerateRequest& params) {
   v1::SampleResult result;
   result.set_sample_index(sample.sample_index);
   result.set_seed_used(sample.seed_used);
@@ -598,7 +603,7 @@ v1::SampleResult ToProto(const SampleResult& sample, const GenerateRequest& requ
   usage->set_completion_tokens(static_cast<int32_t>(sample.token_ids.size()));
   usage->set_preemptions(sample.preemptions);
   usage->set_recomputed_tokens(sample.recomputed_tokens);
-  *result.mutable_spec() = ToProto(sample.spec, request.speculation.num_draft_tokens, request.output.spec_detail);
+  *result.mutable_spec() = ToProto(sample.spec, params.speculation().num_draft_tokens(), params.output().spec_detail());
   for (const WeightSpan& span : sample.weight_spans) {
     v1::WeightSpan* out = result.add_weight_spans();
     out->set_step(span.target_step);
@@ -617,10 +622,9 @@ v1::SampleResult ToProto(const SampleResult& sample, const GenerateRequest& requ
   timing->set_ttft(absl::ToDoubleSeconds(sample.time_to_first_token));
   timing->set_e2e(absl::ToDoubleSeconds(sample.total_time));
 
-  v1::GenerateRequest applied = ResolvedParams(request, sample.seed_used);  // a repeat attaches to the first call's seed, not its own
-  result.mutable_applied()->mutable_sampling()->Swap(applied.mutable_sampling());
-  result.mutable_applied()->mutable_stopping()->Swap(applied.mutable_stopping());
-  result.mutable_applied()->mutable_speculation()->Swap(applied.mutable_speculation());
+  *result.mutable_applied()->mutable_sampling() = params.sampling();
+  *result.mutable_applied()->mutable_stopping() = params.stopping();
+  *result.mutable_applied()->mutable_speculation() = params.speculation();
   return result;
 }
 

@@ -39,7 +39,6 @@ struct RequestContext {
   std::string fresh_request_id;  // used when the message has none
   uint64_t fresh_seed = 0;       // used when the message has none
   absl::Time deadline = absl::InfiniteFuture();  // the server's longest wall time per request
-  int64_t target_step = 0;       // of the weights that sample now
 };
 
 // INVALID_ARGUMENT / UNKNOWN_FIELD naming the path and number of the first unknown field anywhere in `message`.
@@ -50,7 +49,7 @@ absl::Status CheckKnownFields(const google::protobuf::Message& message);
 uint64_t BodyHash(const v1::GenerateRequest& message);
 
 // Errors besides InvalidField: FAILED_PRECONDITION NO_TOKENIZER (stop strings), UNIMPLEMENTED NO_DRAFT_LAYER, FAILED_PRECONDITION
-// SYNTHETIC_ACCEPTANCE_DISABLED, FAILED_PRECONDITION STEP_NOT_REACHED, INVALID_ARGUMENT BAD_RESUME_HANDLE and RESUME_MISMATCH.
+// SYNTHETIC_ACCEPTANCE_DISABLED, INVALID_ARGUMENT BAD_RESUME_HANDLE and RESUME_MISMATCH.
 // With resume handles, parameters that the message leaves unset are theirs, not the server's defaults: whatever SetSpeculation or another replica's
 // flags say by now, the sample goes on as it began.
 absl::StatusOr<GenerateRequest> ToEngine(const v1::GenerateRequest& message, const RequestRules& rules, const RequestContext& context);
@@ -82,11 +81,14 @@ absl::StatusOr<SleepTags> ToEngine(const v1::WakeUpRequest& message, const Reque
 absl::StatusOr<absl::Duration> ToEngine(const v1::DrainRequest& message, const RequestRules& rules, absl::Duration fallback);
 v1::ControlState MakeControlState(const EngineControl& control, const EngineLoads& loads, const RequestRules& rules);
 
-// sampling, stopping, output and speculation with nothing left open: what a resume handle remembers. `seed`: the sample's.
-v1::GenerateRequest ResolvedParams(const GenerateRequest& request, uint64_t seed);
+// sampling, stopping, output and speculation with nothing left open: what a resume handle remembers.
+v1::GenerateRequest ResolvedParams(const GenerateRequest& request);
+// The same of the group that `sample` is of, whose caller sent `request`. A repeat attaches to what the first call was given: its seed, and its
+// speculation, which may come from defaults that have changed since. The same for all samples of a group.
+v1::GenerateRequest AppliedParams(const SampleResult& sample, const GenerateRequest& request);
 
-// `request` is the one the sample belongs to. REQUIRES: the sample ended with data (not kNone, kFailed).
-v1::SampleResult ToProto(const SampleResult& sample, const GenerateRequest& request);
+// `params`: AppliedParams. REQUIRES: the sample ended with data (not kNone, kFailed).
+v1::SampleResult ToProto(const SampleResult& sample, const v1::GenerateRequest& params);
 // Values of `partial` from `begin` on.
 v1::TokenChunk ToProto(const SampleResult& partial, int32_t begin);
 v1::SequenceScore ToProto(const ScoreResult& score, const ScoreRequest& request);

@@ -170,6 +170,51 @@ TEST_F(ControlTest, SpeculationIsWhatRequestsGetFromNowOn) {
   expect(control_->SetSpeculation({}), v1::SpeculationParams::OFF, 5);  // what was refused changed nothing
 }
 
+// A repeat is told what its group runs with, whatever the defaults are by now, and its handle goes on with that.
+TEST_F(ControlTest, RepeatsReportTheSpeculationThatRan) {
+  ListenOptions options;
+  options.default_mode = SpeculationMode::kCoupled;
+  options.default_num_draft_tokens = 4;
+  Start(options);
+  v1::GenerateRequest request;
+  request.set_request_id("r");
+  request.add_prompt_token_ids(1);
+  auto first = std::async(std::launch::async, [&] { return client_->Generate(request); });
+  ASSERT_EQ(engine_.WaitForObservers("r").size(), 1u);
+  v1::SetSpeculationRequest off;
+  off.mutable_speculation()->set_mode(v1::SpeculationParams::OFF);
+  ASSERT_TRUE(control_->SetSpeculation(off).ok());
+  auto repeat = std::async(std::launch::async, [&] { return client_->Generate(request); });
+  ASSERT_EQ(engine_.WaitForObservers("r", 2).size(), 2u);
+  SampleResult sample;
+  sample.seed_used = 12;
+  sample.token_ids = {1, 2};
+  sample.finish = FinishReason::kAborted;
+  engine_.Sample("r", sample);
+  engine_.Done("r", absl::OkStatus());
+  const auto result = first.get(), again = repeat.get();
+  ASSERT_TRUE(result.ok()) << result.status();
+  ASSERT_TRUE(again.ok()) << again.status();
+  for (const auto& reply : {*result, *again}) {
+    ASSERT_EQ(reply.samples_size(), 1);
+    EXPECT_EQ(reply.samples(0).applied().speculation().mode(), v1::SpeculationParams::COUPLED);
+    EXPECT_EQ(reply.samples(0).applied().speculation().num_draft_tokens(), 4);
+    EXPECT_EQ(reply.samples(0).applied().sampling().seed(), 12u);
+    EXPECT_EQ(reply.samples(0).spec().drafted_per_pos_size(), 4);
+  }
+  EXPECT_EQ(result->samples(0).resume_handle(), again->samples(0).resume_handle());
+}
+
+TEST_F(ControlTest, StepsThatAreNotReachedAreNamed) {
+  v1::GenerateRequest request;
+  request.add_prompt_token_ids(1);
+  request.mutable_weights()->set_min_step(8);  // the fake engine is at 7
+  const auto details = GetErrorDetails(client_->Generate(request).status());
+  EXPECT_EQ(details.reason, "STEP_NOT_REACHED");
+  EXPECT_EQ(details.metadata.at("field"), "weights.min_step");
+  EXPECT_EQ(details.metadata.at("value"), "8");
+}
+
 TEST_F(ControlTest, SpeculationNeedsADraftLayer) {
   engine_.mutable_info().has_mtp = false;
   Start({});
@@ -194,6 +239,14 @@ TEST_F(ControlTest, DrainIsFinalAndTheProcessGoesOn) {
   late.set_request_id("late");
   EXPECT_EQ(GetErrorDetails(client_->Generate(late).status()).reason, "DRAINING");
   EXPECT_TRUE(control_->ResumeGeneration()->draining());  // other calls are answered meanwhile
+  // Two drains may wait; a third is told at once that the server drains.
+  std::vector<std::future<absl::StatusOr<v1::ControlState>>> more;
+  for (int i = 0; i < 2; ++i) more.push_back(std::async(std::launch::async, [&] { return control_->Drain(drain); }));
+  const auto answered = [](const std::future<absl::StatusOr<v1::ControlState>>& call) {
+    return call.wait_for(std::chrono::seconds(0)) == std::future_status::ready;
+  };
+  EXPECT_TRUE(FakeEngine::WaitUntil([&] { return answered(more[0]) || answered(more[1]) || answered(drained); }));
+  EXPECT_TRUE(engine_.HasOpenRequests());
   SampleResult sample;
   sample.token_ids = {1, 2};
   sample.finish = FinishReason::kDrained;
@@ -203,6 +256,11 @@ TEST_F(ControlTest, DrainIsFinalAndTheProcessGoesOn) {
   ASSERT_TRUE(result.ok()) << result.status();
   EXPECT_EQ(result->samples(0).finish().reason(), v1::Finish::DRAINED);
   EXPECT_FALSE(result->samples(0).resume_handle().empty());
+  for (auto& call : more) {
+    const auto state = call.get();
+    ASSERT_TRUE(state.ok()) << state.status();
+    EXPECT_TRUE(state->draining());
+  }
   const auto state = drained.get();
   ASSERT_TRUE(state.ok()) << state.status();
   EXPECT_TRUE(state->draining());

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <string>
 
-#include "engine/weights/weight_digest.h"
 #include "kernels/common/check.h"
 #include "server/limits.h"
 #include "server/resume_handle.h"
@@ -27,8 +26,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     std::copy(origin.prompt.begin(), origin.prompt.end(), handle.begin() + static_cast<int>(origin.model.size()));
   }
   if (data[0] % 3 > 0) {
-    const Sha256Digest digest = Sha256Of(handle);
-    handle = "BBR1" + std::string(digest.begin(), digest.begin() + 8) + handle;
+    std::string head = "BBR1";
+    const uint64_t checksum = HandleChecksum(handle);
+    for (int shift = 0; shift < 64; shift += 8) head.push_back(static_cast<char>(checksum >> shift));
+    handle = head + handle;
   }
   message.add_resume(handle);
   const auto request = ToEngine(message, rules, FixedContext());
@@ -58,8 +59,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   SampleResult cut = sample;
   cut.finish = FinishReason::kAborted;
   v1::GenerateRequest again = ValidRequest();
-  again.add_resume(EncodeResumeHandle(MakeResumeOrigin(rules.model, request->prompt), ResolvedParams(*request, sample.seed_used), ToProto(cut, *request),
-                                      cut.pending_drafts));
+  const v1::GenerateRequest params = ResolvedParams(*request);
+  again.add_resume(EncodeResumeHandle(MakeResumeOrigin(rules.model, request->prompt), params, ToProto(cut, params), cut.pending_drafts));
   BEBOP_CHECK(ToEngine(again, rules, FixedContext()).ok());
   return 0;
 }

@@ -117,7 +117,7 @@ TEST(ResumeHandle, UnsetParametersAreTheHandles) {
   const v1::GenerateRequest detailed = DetailedRequest();
   const GenerateRequest before = Parse(detailed);
   const GenerateRequest after = Parse(ResumeOf(ValidRequest(), {HandleOf(detailed, CutSample(before, 0))}), other);
-  EXPECT_TRUE(CheckSameParams(ResolvedParams(after, 77), ResolvedParams(before, 77)).ok());
+  EXPECT_TRUE(CheckSameParams(ResolvedParams(after), ResolvedParams(before)).ok());
   EXPECT_EQ(after.stopping.stop_token_ids, before.stopping.stop_token_ids);
   EXPECT_EQ(after.stopping.stop_strings, before.stopping.stop_strings);
   EXPECT_TRUE(after.output.spec_detail);
@@ -216,6 +216,19 @@ TEST(ResumeHandle, DamageIsFound) {
   EXPECT_EQ(Refusal(ResumeOf(message, {handle + "x"})), Pair("BAD_RESUME_HANDLE", "resume[0]"));
 }
 
+TEST(ResumeHandle, ChecksumsTellEveryByteAndTheLength) {
+  for (size_t size = 0; size < 20; ++size) {
+    const std::string bytes(size, '\0');
+    EXPECT_NE(HandleChecksum(bytes), HandleChecksum(std::string(size + 1, '\0'))) << size;
+    for (size_t bit = 0; bit < 8 * size; ++bit) {
+      std::string changed = bytes;
+      changed[bit / 8] = static_cast<char>(1 << (bit % 8));
+      EXPECT_NE(HandleChecksum(bytes), HandleChecksum(changed)) << size << " bytes, bit " << bit;
+    }
+  }
+  EXPECT_NE(HandleChecksum("eight bseven b."), HandleChecksum("seven b.eight b"));  // order counts
+}
+
 // The checksum is no secret: what a forged handle says is checked, too.
 TEST(ResumeHandle, ForgedSamplesAreChecked) {
   const v1::GenerateRequest message = DetailedRequest();
@@ -236,7 +249,7 @@ TEST(ResumeHandle, ForgedSamplesAreChecked) {
       {"tile", [](auto* s) { s->mutable_weight_spans(0)->set_end(0); }},
       {"step", [](auto* s) { s->mutable_weight_spans(0)->set_step(std::numeric_limits<int64_t>::min()); }},
       {"step", [](auto* s) { s->mutable_weight_spans(1)->set_draft_step(std::numeric_limits<int64_t>::max()); }},
-      {"label", [](auto* s) { s->mutable_weight_spans(1)->set_label(std::string(65, 'x')); }},
+      {"label", [](auto* s) { s->mutable_weight_spans(1)->set_label(std::string(limits::kWeightLabelBytes + 1, 'x')); }},
       {"sample_index", [](auto* s) { s->set_sample_index(-1); }},
       {"sample_index", [](auto* s) { s->set_sample_index(1024); }},
       {"seed", [](auto* s) { s->set_seed_used(1); }},
@@ -256,25 +269,25 @@ TEST(ResumeHandle, ForgedSamplesAreChecked) {
       {"recomputed_tokens", [](auto* s) { s->mutable_usage()->set_recomputed_tokens(-1); }},
   };
   const ResumeOrigin origin = MakeResumeOrigin(ResumeRules().model, request.prompt);
-  const v1::SampleResult honest = ToProto(CutSample(request, 0), request);
+  const v1::SampleResult honest = ToProto(CutSample(request, 0), ResolvedParams(request));
   for (const auto& [fault, forge] : forgeries) {
     v1::SampleResult sample = honest;
     forge(&sample);
-    const std::string handle = EncodeResumeHandle(origin, ResolvedParams(request, 77), sample, 0);
+    const std::string handle = EncodeResumeHandle(origin, ResolvedParams(request), sample, 0);
     const absl::Status status = ToEngine(ResumeOf(message, {handle}), ResumeRules(), FixedContext()).status();
     EXPECT_EQ(ErrorReason(status), "BAD_RESUME_HANDLE") << fault << ": " << status;
     EXPECT_TRUE(absl::StrContains(status.message(), fault)) << fault << ": " << status;
   }
   for (const int32_t pending : {3, 9, -1}) {
-    const std::string handle = EncodeResumeHandle(origin, ResolvedParams(request, 77), honest, pending);
+    const std::string handle = EncodeResumeHandle(origin, ResolvedParams(request), honest, pending);
     EXPECT_EQ(Refusal(ResumeOf(message, {handle})), Pair("BAD_RESUME_HANDLE", "resume[0]")) << pending;
   }
   // Parameters out of range are refused as they would be in the request.
-  v1::GenerateRequest params = ResolvedParams(request, 77);
+  v1::GenerateRequest params = ResolvedParams(request);
   params.mutable_sampling()->set_top_p(7.0f);
   v1::GenerateRequest bare = ValidRequest();
   EXPECT_EQ(Refusal(ResumeOf(bare, {EncodeResumeHandle(origin, params, honest, 0)})), Pair("INVALID_FIELD", "sampling.top_p"));
-  params = ResolvedParams(request, 77);
+  params = ResolvedParams(request);
   params.mutable_stopping()->clear_max_new_tokens();
   EXPECT_EQ(Refusal(ResumeOf(bare, {EncodeResumeHandle(origin, params, honest, 0)})), Pair("RESUME_MISMATCH", "stopping.max_new_tokens"));
 }

@@ -77,8 +77,8 @@ inline SampleResult CutSample(const GenerateRequest& request, int32_t index) {
 // The handle that the server sends along with `sample` of the request `message`.
 inline std::string HandleOf(const v1::GenerateRequest& message, const SampleResult& sample) {
   const auto request = ToEngine(message, ResumeRules(), FixedContext());
-  return EncodeResumeHandle(MakeResumeOrigin(ResumeRules().model, request->prompt), ResolvedParams(*request, sample.seed_used),
-                            ToProto(sample, *request), sample.pending_drafts);
+  const v1::GenerateRequest params = ResolvedParams(*request);
+  return EncodeResumeHandle(MakeResumeOrigin(ResumeRules().model, request->prompt), params, ToProto(sample, params), sample.pending_drafts);
 }
 
 }  // namespace bebop::test

@@ -192,12 +192,11 @@ TEST(BodyHash, DependsOnEverythingButTheId) {
 }
 
 TEST(ToEngine, WeightPolicy) {
-  RequestContext context = FixedContext();
-  context.target_step = 7;
   v1::GenerateRequest message = ValidRequest();
-  const auto parse = [&] { return ToEngine(message, SmallRules(), context); };
+  const auto parse = [&] { return ToEngine(message, SmallRules(), FixedContext()); };
   ASSERT_TRUE(parse().ok());
   EXPECT_EQ(parse()->weights.min_step, INT64_MIN);
+  EXPECT_FALSE(parse()->weights.refuse_if_behind);
   EXPECT_EQ(parse()->weights.max_step_spread, INT64_MAX);
   EXPECT_EQ(parse()->weights.on_update, OnUpdate::kAsTheUpdateSays);
   EXPECT_FALSE(parse()->detach);
@@ -215,16 +214,11 @@ TEST(ToEngine, WeightPolicy) {
     message.mutable_weights()->set_on_update(sent);
     EXPECT_EQ(parse()->weights.on_update, parsed);
   }
-  message.mutable_weights()->set_min_step(8);
-  const absl::Status early = parse().status();
-  EXPECT_EQ(early.code(), absl::StatusCode::kFailedPrecondition);
-  EXPECT_EQ(ErrorReason(early), "STEP_NOT_REACHED");
-  EXPECT_EQ(ErrorMetadata(early, "field"), "weights.min_step");
-  EXPECT_EQ(ErrorMetadata(early, "value"), "8");
-  EXPECT_EQ(ErrorMetadata(early, "limit"), "7");
+  EXPECT_TRUE(parse()->weights.refuse_if_behind);
   message.mutable_weights()->set_wait_for_step(true);
   ASSERT_TRUE(parse().ok());
-  EXPECT_EQ(parse()->weights.min_step, 8);
+  EXPECT_EQ(parse()->weights.min_step, 7);
+  EXPECT_FALSE(parse()->weights.refuse_if_behind);
   message.mutable_weights()->set_max_step_spread(-1);
   EXPECT_EQ(ErrorMetadata(parse().status(), "field"), "weights.max_step_spread");
   message.mutable_weights()->set_max_step_spread(1);
@@ -298,7 +292,9 @@ TEST(ToProto, SampleRoundTrip) {
   message.mutable_sampling()->set_top_k(3);
   const auto request = ToEngine(message, SmallRules(), FixedContext());
   ASSERT_TRUE(request.ok());
-  const v1::SampleResult result = ToProto(FullSample(), *request);
+  SampleResult sample = FullSample();
+  sample.speculation = request->speculation;
+  const v1::SampleResult result = ToProto(sample, AppliedParams(sample, *request));
   EXPECT_EQ(result.sample_index(), 2);
   EXPECT_EQ(result.seed_used(), 123u);
   ASSERT_EQ(result.token_ids_size(), 3);
@@ -363,13 +359,13 @@ TEST(ToProto, SparseSample) {
   const auto request = ToEngine(ValidRequest(), SmallRules(), FixedContext());
   SampleResult sample;
   sample.finish = FinishReason::kAborted;
-  v1::SampleResult result = ToProto(sample, *request);
+  v1::SampleResult result = ToProto(sample, AppliedParams(sample, *request));
   EXPECT_EQ(result.weight_spans_size(), 0);  // no tokens: nothing to tile
   EXPECT_EQ(result.finish().matched_case(), v1::Finish::MATCHED_NOT_SET);
   EXPECT_EQ(result.spec().overlap_per_pos_size(), 0);
   sample.finish = FinishReason::kStop;
   sample.stop_string = "x";
-  EXPECT_EQ(ToProto(sample, *request).finish().stop_string(), "x");
+  EXPECT_EQ(ToProto(sample, AppliedParams(sample, *request)).finish().stop_string(), "x");
 }
 
 TEST(ToProto, FinishReasons) {
@@ -381,7 +377,7 @@ TEST(ToProto, FinishReasons) {
   for (const auto& [engine, proto] : reasons) {
     SampleResult sample;
     sample.finish = engine;
-    EXPECT_EQ(ToProto(sample, *request).finish().reason(), proto);
+    EXPECT_EQ(ToProto(sample, AppliedParams(sample, *request)).finish().reason(), proto);
   }
 }
 
