@@ -51,7 +51,7 @@ class ControlService final : public WithRawMethods<v1::Control::Service> {
     });
   }
   ServerUnaryReactor* ResumeGeneration(CallbackServerContext* call, const ByteBuffer* in, ByteBuffer* out) override {
-    return Answer<v1::ResumeGenerationRequest>("ResumeGeneration", call, in, out, [this](const v1::ResumeGenerationRequest& request) {
+    return Answer<v1::ResumeGenerationRequest, /*is_short=*/true>("ResumeGeneration", call, in, out, [this](const v1::ResumeGenerationRequest& request) {
       return State(Validate(request, context_.rules), [this] { return engine_.Resume(); });
     });
   }
@@ -83,7 +83,8 @@ class ControlService final : public WithRawMethods<v1::Control::Service> {
 
  private:
   // Access and parsing at once, `run` on a thread that may wait. `run`: Request -> absl::StatusOr<v1::ControlState>.
-  template <typename Request, typename Run>
+  // `is_short`: it waits for a step at most, and not behind calls that wait for longer.
+  template <typename Request, bool is_short = false, typename Run>
   ServerUnaryReactor* Answer(absl::string_view method, CallbackServerContext* call, const ByteBuffer* in, ByteBuffer* out, Run run) {
     ServerUnaryReactor* reactor = call->DefaultReactor();
     Request request;
@@ -94,11 +95,12 @@ class ControlService final : public WithRawMethods<v1::Control::Service> {
       return reactor;
     }
     // `call` and `out` live until Finish.
-    const bool taken = calls_.Run([call, out, reactor, request = std::move(request), run = std::move(run)] {
+    auto task = [call, out, reactor, request = std::move(request), run = std::move(run)] {
       absl::StatusOr<v1::ControlState> state = absl::CancelledError("the call was cancelled, or its deadline passed, before its turn came");
       if (!call->IsCancelled()) state = run(request);
       reactor->Finish(ToGrpcStatus(state.ok() ? SerializeMessage(*state, out) : state.status()));
-    });
+    };
+    const bool taken = is_short ? calls_.RunShort(std::move(task)) : calls_.Run(std::move(task));
     if (!taken) reactor->Finish(ToGrpcStatus(TooManyCalls("admin calls")));
     return reactor;
   }
