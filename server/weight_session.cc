@@ -326,12 +326,12 @@ absl::StatusOr<WeightSession::OpenPtr> WeightSession::FindAndTakeTurn(const std:
 void WeightSession::End(const OpenPtr& open, UpdateEnd how, const std::string& why, bool has_turn) {
   const OpenPtr keep = open;  // `open` may be open_ itself
   keep->ended = true;
+  last_ended_id_ = keep->request.spec.update_id;
+  last_ended_why_ = why;  // now: those who waited for a turn ask before the end of this one
   changed_.NotifyAll();
   if (!has_turn) {
     while (keep->in_turn) changed_.Wait(&mutex_);
   }
-  last_ended_id_ = keep->request.spec.update_id;
-  last_ended_why_ = why;
   if (on_end_ != nullptr) {
     if (keep->times.stage == absl::ZeroDuration()) keep->times.stage = clock_.Now() - keep->started;
     on_end_(how, keep->times);
