@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "engine/schedule/sequence.h"
+#include "engine/schedule/weight_epochs.h"
 #include "engine/speculative/verify.h"
 #include "gtest/gtest.h"
 #include "kernels/decode/decode.h"
@@ -579,7 +580,7 @@ class Loop {
         Draft(live, entry.pass, logits, &entry.outcome);
       }
       SpecCounts counts;
-      entry.finish = live.sequence->Apply(entry.pass, entry.outcome, &counts);
+      entry.finish = live.sequence->Apply(entry.pass, entry.outcome, WeightEpochs(), &counts);
       if (entry.finish != FinishReason::kNone) {  // the device makes no drafts that nobody will verify
         entry.outcome.num_drafts_made = 0;
         entry.mtp = {};
