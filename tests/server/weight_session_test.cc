@@ -310,14 +310,10 @@ TEST_F(WeightSessionTest, WrongTensorsAreRefused) {
 
 TEST_F(WeightSessionTest, StagingIsBudgeted) {
   EXPECT_EQ(session_->GetInfo(false).staging_limit_bytes, one_copy_ + (16 << 20));
-  WeightSessionOptions options;
-  options.staging_limit_bytes = one_copy_;  // just enough, whatever it takes to keep track
-  MakeSession(std::move(options));
+  MakeSession({.staging_limit_bytes = one_copy_, .root = std::nullopt, .on_end = nullptr});  // just enough, whatever it takes to keep track
   ASSERT_TRUE(session_->Start(Request("one", 5)).ok());
   ASSERT_TRUE(session_->Abort("one").ok());
-  options = {};
-  options.staging_limit_bytes = one_copy_ - 1;
-  MakeSession(std::move(options));
+  MakeSession({.staging_limit_bytes = one_copy_ - 1, .root = std::nullopt, .on_end = nullptr});
   EXPECT_EQ(session_->GetInfo(false).staging_limit_bytes, one_copy_ - 1);
   ExpectError(session_->Start(Request("one", 5)).status(), absl::StatusCode::kResourceExhausted, "STAGING_BUDGET");
   ExpectUntouched();
