@@ -64,7 +64,7 @@ void Print(const GlobalFlags& global, const Reply& reply) {
 
 int RunWeightsPush(WeightsClient* client, const GlobalFlags& global, const WeightsUpdateFlags& flags) {
   std::unique_ptr<Progress> progress;
-  auto last_shown = std::chrono::steady_clock::time_point::min();
+  std::chrono::steady_clock::time_point last_shown;  // the clock's epoch: long ago
   WeightUpdateOptions options = flags.options;
   options.on_progress = [&](int64_t done, int64_t total) {
     if (progress == nullptr) progress = std::make_unique<Progress>("weights push, MiB", total >> 20);
