@@ -50,6 +50,10 @@ std::string LastComponent(const std::string& path) {
 
 absl::Status Overtaken() { return absl::AbortedError("another call has paused or resumed generation meanwhile"); }
 
+absl::Status Failed(const EngineCore& core) {
+  return absl::InternalError(absl::StrCat("the engine has failed: ", core.health().message()));
+}
+
 absl::Status Asleep() {
   return StatusWithReason(absl::StatusCode::kFailedPrecondition, "ASLEEP", "the engine sleeps: wake it up first");
 }
@@ -424,7 +428,7 @@ absl::StatusOr<CommitResult> Engine::CommitWeights(std::unique_ptr<ModelWeights>
   bool began = false;
   const auto attempt = [&](EngineCore& core, ControlState& state) {
     if (!core.health().ok()) {
-      result = absl::InternalError(absl::StrCat("the engine has failed: ", core.health().message()));
+      result = Failed(core);
     } else if (state.sleeping.weights) {
       result = Asleep();
     } else if (state.committing && !began) {
@@ -490,7 +494,7 @@ absl::StatusOr<int32_t> Engine::Pause(PauseMode mode, bool clear_cache, absl::Du
   };
   const auto attempt = [&](EngineCore& core, ControlState& state) {
     if (!core.health().ok()) {
-      ended = absl::InternalError(absl::StrCat("the engine has failed: ", core.health().message()));
+      ended = Failed(core);
       return true;
     }
     if (mode != PauseMode::kWait || !core.RequestsRun()) {
@@ -542,7 +546,7 @@ absl::Status Engine::FlushCache() {
   absl::Status status;
   const absl::Status ran = impl_->OnEngineThread([&](EngineCore& core, Impl::ControlState&) {
     if (!core.health().ok()) {
-      status = absl::InternalError(absl::StrCat("the engine has failed: ", core.health().message()));
+      status = Failed(core);
     } else if (!core.paused()) {
       status = StatusWithReason(absl::StatusCode::kFailedPrecondition, "NOT_PAUSED", "generation runs: pause it first");
     } else {
@@ -562,7 +566,7 @@ absl::Status Engine::Sleep(SleepTags tags) {
   absl::Status ran = impl_->OnEngineThread([&](EngineCore& core, ControlState& state) {
     if (state.moving) return false;
     if (!core.health().ok()) {
-      status = absl::InternalError(absl::StrCat("the engine has failed: ", core.health().message()));
+      status = Failed(core);
       return true;
     }
     if (!core.paused()) {
@@ -620,7 +624,7 @@ absl::Status Engine::WakeUp(SleepTags tags) {
   absl::Status ran = impl_->OnEngineThread([&](EngineCore& core, ControlState& state) {
     if (state.moving) return false;
     if (!core.health().ok()) {
-      status = absl::InternalError(absl::StrCat("the engine has failed: ", core.health().message()));
+      status = Failed(core);
       return true;
     }
     coming = {.weights = tags.weights && state.sleeping.weights, .kv_cache = tags.kv_cache && state.sleeping.kv_cache};
