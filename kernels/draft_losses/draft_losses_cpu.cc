@@ -14,6 +14,11 @@ constexpr int64_t kFloatSums = 256;        // ids that 16 float lanes add up bef
 constexpr float kPadding = -1e30f;
 constexpr float kLargestLogit = 1e29f;  // so that kPadding lies under every maximum
 
+// 2^r on [-1/2, 1/2]: 1 and a polynomial of least largest relative error (Lawson's iteration), from r to r^6.
+constexpr float kExp1 = 0.693147182f, kExp2 = 0.240226477f, kExp3 = 0.0555033237f, kExp4 = 0.00961843692f, kExp5 = 0.0013398875f,
+                kExp6 = 0.00015353362f;
+constexpr float kSmallestExponent = -80.0f;  // of 2: smaller exponentials are 0; all of a vocabulary's would be 2e-19
+
 // What one row's kernels need of both normalizers.
 struct RowConstants {
   float draft_max, draft_scale;  // scale = 1 / sum
