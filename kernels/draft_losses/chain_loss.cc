@@ -4,6 +4,7 @@
 
 #include "kernels/common/check.h"
 #include "kernels/draft_losses/draft_losses.h"
+#include "kernels/draft_losses/draft_losses_row.h"
 
 namespace bebop {
 
@@ -30,34 +31,14 @@ int64_t NumChainTerms(DraftLoss loss, std::span<const int32_t> steps) {
 
 ChainLossResult ChainLoss(const ChainLossArgs& args) {
   BEBOP_CHECK(args.num_steps >= 1 && args.num_bases >= 0);
-  const int64_t num_bases = args.num_bases;
-  const bool chained = args.loss == DraftLoss::kEndToEndTotalVariation;
+  const bool whole = args.loss == DraftLoss::kEndToEndTotalVariation;
   ChainLossResult result;
-  for (int64_t base = 0; base < num_bases; ++base) {
+  for (int64_t base = 0; base < args.num_bases; ++base) {
     const int32_t count = args.steps[base];
-    BEBOP_CHECK(count >= 0 && count <= args.num_steps && (!chained || count == 0 || count == args.num_steps));
-    const DraftLossRow* const rows = args.rows + base;
-    double* const weights = args.row_weights + base;
-    for (int32_t k = 0; k < args.num_steps; ++k) {
-      weights[k * num_bases] = k < count ? args.scale : 0.0;
-      if (k >= count) continue;
-      result.finite = result.finite && rows[k * num_bases].finite;
-      if (!chained) result.loss += args.scale * rows[k * num_bases].loss;
-    }
-    if (!chained || count == 0) continue;
-    // Σ_{j>=i} Π_{k<=j, k≠i} α_k = (Π_{k<i} α_k) · r_i with r_K = 1, r_i = 1 + α_{i+1} r_{i+1}.
-    double tail = 1.0;
-    for (int32_t k = count - 1; k >= 0; --k) {
-      weights[k * num_bases] = args.scale / args.num_steps * tail;
-      tail = 1.0 + rows[k * num_bases].acceptance * tail;
-    }
-    double reached = 1.0, drafts = 0.0;
-    for (int32_t k = 0; k < count; ++k) {
-      weights[k * num_bases] *= reached;
-      reached *= rows[k * num_bases].acceptance;
-      drafts += reached;
-    }
-    result.loss += args.scale * (1.0 - drafts / args.num_steps);
+    BEBOP_CHECK(count >= 0 && count <= args.num_steps && (!whole || count == 0 || count == args.num_steps));
+    const ChainLossResult chain = draft_losses::FinishChain(args, base);
+    result.loss += chain.loss;
+    result.finite = result.finite && chain.finite;
   }
   result.finite = result.finite && std::isfinite(result.loss);
   return result;

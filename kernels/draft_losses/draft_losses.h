@@ -67,8 +67,8 @@ struct DraftLossRow {
 
 struct DraftLossArgs {
   DraftLoss loss = DraftLoss::kTotalVariation;
-  TensorView draft;                                     // z: [R, V] float32, V >= 1
-  TensorView target;                                    // y: [N, V] float32
+  TensorView draft;                                     // z: [R, V] float32 (on the device also bf16), V >= 1
+  TensorView target;                                    // y: [N, V], as `draft`
   const LogitNormalizer* target_normalizers = nullptr;  // [N], of `target`
   const int32_t* target_rows = nullptr;                 // [R]: the row of `target` that judges this draft row; < 0: masked
   const uint32_t* tokens = nullptr;                     // [R]: the data token; cross-entropy alone reads it, at rows not masked
@@ -78,7 +78,7 @@ struct DraftLossArgs {
 struct DraftLossGradientArgs {
   DraftLossArgs forward;                // as the forward pass had it
   const double* row_weights = nullptr;  // [R]: d(loss of the batch) / d(loss of the row); 0 makes a row of zeros
-  TensorView gradient;                  // [R, V] float32; may be `forward.draft` itself, otherwise no overlap
+  TensorView gradient;                  // [R, V]; may be `forward.draft` itself, otherwise no overlap
 };
 
 // Steps of the chains of T packed rows that count. `document_starts`: ascending, first 0, last T, one more than documents. Document row
@@ -121,5 +121,15 @@ void NormalizeWith(InstructionSet set, const TensorView& logits, LogitNormalizer
 void DraftLossForwardWith(InstructionSet set, const DraftLossArgs& args, ThreadPool& pool);
 void DraftLossBackwardWith(InstructionSet set, const DraftLossGradientArgs& args, ThreadPool& pool);
 }  // namespace cpu
+
+namespace cuda {
+// The same on the device, enqueued; everything the arguments point to is device memory. Logits and gradient are float32 or bf16, each in
+// its own dtype, in rows of whole 8 values aligned to 16 bytes; values of target_rows, tokens and steps are not checked. Sums are float
+// over 8 neighbours, then double, in an order that depends on V alone. `result` is one struct.
+void Normalize(const TensorView& logits, LogitNormalizer* normalizers, Stream& stream);
+void DraftLossForward(const DraftLossArgs& args, Stream& stream);
+void ChainLoss(const ChainLossArgs& args, ChainLossResult* result, Stream& stream);
+void DraftLossBackward(const DraftLossGradientArgs& args, Stream& stream);
+}  // namespace cuda
 
 }  // namespace bebop

@@ -9,6 +9,12 @@
 namespace bebop::cpu {
 namespace {
 
+using draft_losses::FinishRow;
+using draft_losses::GradientForm;
+using draft_losses::GradientPlan;
+using draft_losses::PlanGradient;
+using draft_losses::RowSums;
+
 constexpr int64_t kNormalizeBlock = 2048;  // ids read twice, the second time from the first cache
 constexpr int64_t kFloatSums = 256;        // ids that 16 float lanes add up before they go to double: 16 a lane
 constexpr float kPadding = -1e30f;

@@ -35,7 +35,7 @@ Pair MakePair(double draft_logit, double target_logit, const Normalizer& draft, 
 DraftLossRow DraftLossForward(DraftLoss loss, std::span<const double> draft, std::span<const double> target, uint32_t token) {
   BEBOP_CHECK(!draft.empty() && draft.size() == target.size());
   const Normalizer draft_normalizer = Normalize(draft), target_normalizer = Normalize(target);
-  cpu::RowSums sums;
+  draft_losses::RowSums sums;
   for (size_t v = 0; v < draft.size(); ++v) {
     const Pair pair = MakePair(draft[v], target[v], draft_normalizer, target_normalizer);
     sums.overlap += std::min(pair.draft_prob, pair.target_prob);
@@ -49,7 +49,7 @@ DraftLossRow DraftLossForward(DraftLoss loss, std::span<const double> draft, std
   row.draft = {draft_normalizer.sum, static_cast<float>(draft_normalizer.max), true};
   const LogitNormalizer target_out{target_normalizer.sum, static_cast<float>(target_normalizer.max), true};
   const double token_logit = loss == DraftLoss::kCrossEntropy ? draft[token] : 0.0;
-  cpu::FinishRow(loss, sums, target_out, draft_normalizer.max, draft_normalizer.sum, token_logit, &row);
+  draft_losses::FinishRow(loss, sums, target_out, draft_normalizer.max, draft_normalizer.sum, token_logit, &row);
   return row;
 }
 
@@ -58,20 +58,20 @@ void DraftLossBackward(DraftLoss loss, std::span<const double> draft, std::span<
   BEBOP_CHECK(gradient.size() == draft.size());
   const DraftLossRow row = DraftLossForward(loss, draft, target, token);
   const Normalizer draft_normalizer = Normalize(draft), target_normalizer = Normalize(target);
-  const cpu::GradientPlan plan = cpu::PlanGradient(loss, row, weight);
+  const draft_losses::GradientPlan plan = draft_losses::PlanGradient(loss, row, weight);
   for (size_t v = 0; v < draft.size(); ++v) {
     const Pair pair = MakePair(draft[v], target[v], draft_normalizer, target_normalizer);
     switch (plan.form) {
-      case cpu::GradientForm::kDraftMass:
+      case draft_losses::GradientForm::kDraftMass:
         gradient[v] = plan.scale * (pair.draft_prob - (v == token ? 1.0 : 0.0));
         break;
-      case cpu::GradientForm::kDifference:
+      case draft_losses::GradientForm::kDifference:
         gradient[v] = plan.scale * (pair.draft_prob - pair.target_prob);
         break;
-      case cpu::GradientForm::kLogRatio:
+      case draft_losses::GradientForm::kLogRatio:
         gradient[v] = pair.draft_prob * (plan.scale * pair.log_ratio - plan.shift);
         break;
-      case cpu::GradientForm::kCoveredMass:
+      case draft_losses::GradientForm::kCoveredMass:
         gradient[v] = pair.draft_prob * (plan.shift - (pair.draft_prob <= pair.target_prob ? plan.scale : 0.0));
         break;
     }

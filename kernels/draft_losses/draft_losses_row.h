@@ -6,9 +6,9 @@
 
 #include "kernels/draft_losses/draft_losses.h"
 
-// What the float kernels and the double reference share: from the sums of a row to its values, and from these to the few constants of
-// its gradient. Internal to the folder and its tests.
-namespace bebop::cpu {
+// What the CPU's kernels, the device's and the double reference share: from the sums of a row to its values, and from these to the few constants of
+// its gradient; and one chain. Constexpr, so that device code may call it. Internal to the folder and its tests.
+namespace bebop::draft_losses {
 
 // Sums over the vocabulary of pass 2. `log_ratio` is log(q/p).
 struct RowSums {
@@ -21,7 +21,7 @@ struct RowSums {
 };
 
 // Fills everything but row->draft. `token_logit`: z(x), read for cross-entropy alone.
-inline void FinishRow(DraftLoss loss, const RowSums& sums, const LogitNormalizer& target, double draft_max, double draft_sum,
+constexpr void FinishRow(DraftLoss loss, const RowSums& sums, const LogitNormalizer& target, double draft_max, double draft_sum,
                       double token_logit, DraftLossRow* row) {
   row->acceptance = std::min(sums.overlap, 1.0);
   row->covered_mass = std::min(sums.covered, 1.0);
@@ -47,18 +47,48 @@ inline void FinishRow(DraftLoss loss, const RowSums& sums, const LogitNormalizer
       row->loss = -std::log(std::max(row->acceptance, kLkSmallestAcceptance));
       break;
   }
-  // std::max drops a NaN in its second place, so the sums are asked themselves. One test for all: inf - inf and NaN both stay NaN.
+  // std::max drops a NaN in its second place, so the sums are asked themselves.
   const double all = sums.overlap + sums.covered + sums.target_log_ratio + sums.draft_log_ratio + sums.target_shifted +
                      sums.draft_shifted + row->loss;
-  row->finite = std::isfinite(all);
+  row->finite = all - all == 0.0;  // inf - inf is NaN
+}
+
+// One chain of ChainLoss: writes its weights, returns its part of the loss.
+constexpr ChainLossResult FinishChain(const ChainLossArgs& args, int64_t base) {
+  const int64_t num_bases = args.num_bases;
+  const int32_t count = args.steps[base];
+  const DraftLossRow* const rows = args.rows + base;
+  double* const weights = args.row_weights + base;
+  ChainLossResult result;
+  for (int32_t k = 0; k < args.num_steps; ++k) {
+    weights[k * num_bases] = k < count ? args.scale : 0.0;
+    if (k >= count) continue;
+    result.finite = result.finite && rows[k * num_bases].finite;
+    result.loss += args.scale * rows[k * num_bases].loss;
+  }
+  if (args.loss != DraftLoss::kEndToEndTotalVariation || count == 0) return result;
+  // Σ_{j>=i} Π_{k<=j, k≠i} α_k = (Π_{k<i} α_k) · r_i with r_K = 1, r_i = 1 + α_{i+1} r_{i+1}.
+  double tail = 1.0;
+  for (int32_t k = count - 1; k >= 0; --k) {
+    weights[k * num_bases] = args.scale / args.num_steps * tail;
+    tail = 1.0 + rows[k * num_bases].acceptance * tail;
+  }
+  double reached = 1.0, drafts = 0.0;
+  for (int32_t k = 0; k < count; ++k) {
+    weights[k * num_bases] *= reached;
+    reached *= rows[k * num_bases].acceptance;
+    drafts += reached;
+  }
+  result.loss = args.scale * (1.0 - drafts / args.num_steps);
+  return result;
 }
 
 // The four forms of the gradient; all are linear in the row's weight.
 enum class GradientForm : uint8_t {
-  kDraftMass,     // scale q                      (cross-entropy, before the token's own term)
-  kDifference,    // scale (q - p)                (KL)
-  kLogRatio,      // q (scale log_ratio - shift)  (reverse KL)
-  kCoveredMass,   // q (shift - [q <= p] scale)   (TV, e2e TV, LK)
+  kDraftMass,    // scale q                      (cross-entropy, before the token's own term)
+  kDifference,   // scale (q - p)                (KL)
+  kLogRatio,     // q (scale log_ratio - shift)  (reverse KL)
+  kCoveredMass,  // q (shift - [q <= p] scale)   (TV, e2e TV, LK)
 };
 struct GradientPlan {
   GradientForm form = GradientForm::kDraftMass;
@@ -66,7 +96,7 @@ struct GradientPlan {
   double shift = 0.0;
 };
 
-inline GradientPlan PlanGradient(DraftLoss loss, const DraftLossRow& row, double weight) {
+constexpr GradientPlan PlanGradient(DraftLoss loss, const DraftLossRow& row, double weight) {
   switch (loss) {
     case DraftLoss::kCrossEntropy:
       return {GradientForm::kDraftMass, weight, 0.0};
@@ -84,4 +114,4 @@ inline GradientPlan PlanGradient(DraftLoss loss, const DraftLossRow& row, double
   return {GradientForm::kCoveredMass, weight, weight * row.covered_mass};
 }
 
-}  // namespace bebop::cpu
+}  // namespace bebop::draft_losses
