@@ -20,9 +20,9 @@ constexpr int64_t kFloatSums = 256;        // ids that 16 float lanes add up bef
 constexpr float kPadding = -1e30f;
 constexpr float kLargestLogit = 1e29f;  // so that kPadding lies under every maximum
 
-// 2^r on [-1/2, 1/2]: 1 and a polynomial of least largest relative error (Lawson's iteration), from r to r^6.
-constexpr float kExp1 = 0.693147182f, kExp2 = 0.240226477f, kExp3 = 0.0555033237f, kExp4 = 0.00961843692f, kExp5 = 0.0013398875f,
-                kExp6 = 0.00015353362f;
+// 2^r on [-1/2, 1/2], from r^0 to r^6: 1 and a polynomial of least largest relative error (Lawson's iteration).
+constexpr float kExp2Polynomial[7] = {1.0f,          0.693147182f, 0.240226477f, 0.0555033237f,
+                                      0.00961843692f, 0.0013398875f, 0.00015353362f};
 constexpr float kSmallestExponent = -80.0f;  // of 2: smaller exponentials are 0; all of a vocabulary's would be 2e-19
 
 // What one row's kernels need of both normalizers.
