@@ -309,6 +309,10 @@ TEST(DraftLossesTest, BrokenLogitsShow) {
         std::vector<float> bad = good;
         bad[at] = broken;
         for (const auto set : InstructionSets()) {
+          ThreadPool pool(1);
+          LogitNormalizer normalizer;
+          cpu::NormalizeWith(set, FloatMatrix(bad.data(), 1, vocab_size), &normalizer, pool);
+          EXPECT_FALSE(normalizer.finite) << broken;
           for (const DraftLoss loss : kLosses) {
             EXPECT_FALSE(ByKernel(set, loss, bad, good).row.finite) << broken;
             EXPECT_FALSE(ByKernel(set, loss, good, bad).row.finite) << broken;
