@@ -16,6 +16,8 @@ namespace bebop {
 namespace {
 
 constexpr int64_t kSideBytes = 64 << 20;
+// Floats between the places of draft and target in their pages of memory: side by side, short rows (V = 4,096) took 1.4 times as long.
+constexpr size_t kApart = 256;
 
 struct Batch {
   explicit Batch(int64_t vocab_size, DraftLoss loss_kind, int threads)
@@ -26,9 +28,10 @@ struct Batch {
     std::vector<float> first(static_cast<size_t>(vocab + num_rows));
     for (float& logit : first) logit = normal(generator);
     draft.resize(static_cast<size_t>(num_rows * vocab));
-    target.resize(draft.size());
+    target_memory.resize(draft.size() + kApart);
+    target = target_memory.data() + kApart;
     for (int64_t r = 0; r < num_rows; ++r) {
-      std::copy_n(first.begin() + r, vocab, target.begin() + r * vocab);
+      std::copy_n(first.begin() + r, vocab, target + r * vocab);
       std::transform(first.begin() + r, first.begin() + r + vocab, draft.begin() + r * vocab, [](float logit) { return 0.8f * logit; });
     }
     normalizers.resize(static_cast<size_t>(num_rows));
@@ -40,14 +43,15 @@ struct Batch {
     cpu::Normalize(Targets(), normalizers.data(), pool);
     cpu::DraftLossForward(Args(), pool);
   }
-  TensorView Targets() { return FloatMatrix(target.data(), num_rows, vocab); }
+  TensorView Targets() { return FloatMatrix(target, num_rows, vocab); }
   DraftLossArgs Args() {
     return {loss, FloatMatrix(draft.data(), num_rows, vocab), Targets(), normalizers.data(), target_rows.data(), tokens.data(), rows.data()};
   }
   ThreadPool pool;
   const int64_t vocab, num_rows;
   const DraftLoss loss;
-  std::vector<float> draft, target;
+  std::vector<float> draft, target_memory;
+  float* target = nullptr;
   std::vector<LogitNormalizer> normalizers;
   std::vector<DraftLossRow> rows;
   std::vector<int32_t> target_rows;
@@ -74,7 +78,7 @@ void BM_Read(benchmark::State& state) {
       constexpr int kLanes = 32;
       float sums[kLanes] = {};
       const float* const draft = batch.draft.data();
-      const float* const target = batch.target.data();
+      const float* const target = batch.target;
       for (int64_t i = begin * batch.vocab; i + kLanes <= end * batch.vocab; i += kLanes) {
         for (int j = 0; j < kLanes; ++j) sums[j] += draft[i + j] + target[i + j];
       }
@@ -86,7 +90,7 @@ void BM_Update(benchmark::State& state) {
   Measure(state, DraftLoss::kKl, 12, [](Batch& batch) {
     batch.pool.ParallelFor(batch.num_rows, 1, [&](int64_t begin, int64_t end) {
       float* const draft = batch.draft.data();
-      const float* const target = batch.target.data();
+      const float* const target = batch.target;
       for (int64_t i = begin * batch.vocab; i < end * batch.vocab; ++i) draft[i] = (draft[i] - target[i]) * 0.5f;
     });
   });

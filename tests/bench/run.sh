@@ -24,7 +24,7 @@ done
 deploy/install_deps.sh build test
 mkdir -p build/bench
 cmake --preset cpu-release >build/bench/build.log 2>&1 || { tail -30 build/bench/build.log; exit 1; }
-cmake --build --preset cpu-release -j "$(nproc)" --target bebop-server bebop linear_bench ops_bench sampling_bench >>build/bench/build.log 2>&1 ||
+cmake --build --preset cpu-release -j "$(nproc)" --target bebop-server bebop linear_bench ops_bench sampling_bench draft_losses_bench >>build/bench/build.log 2>&1 ||
   { tail -30 build/bench/build.log; exit 1; }
 
 load=$(cut -d' ' -f1 /proc/loadavg)
@@ -44,7 +44,7 @@ cleanup() {
 trap cleanup EXIT
 
 kernels() {
-  for bench in linear_bench ops_bench sampling_bench; do
+  for bench in linear_bench ops_bench sampling_bench draft_losses_bench; do
     echo "== $bench"
     "build/cpu-release/bench/$bench" --benchmark_out="build/bench/$bench.json" --benchmark_out_format=json \
       --benchmark_min_time=0.5 2>/dev/null

@@ -39,6 +39,7 @@ TEST_F(DraftLossesCudaTest, AgreesWithTheReference) {
       Random random(static_cast<uint64_t>(vocab));
       std::vector<float> target = random.Normals(kTargets * vocab, 3.0f), draft = random.Normals(kRows * vocab, 1.0f);
       for (int32_t i = 0; i < kRows * vocab; ++i) draft[i] += target[i % (kTargets * vocab)];
+      std::copy_n(target.begin(), vocab, draft.begin() + 3 * vocab);  // row 3 ties with its target everywhere: S = 1
       if (dtype == DType::kBFloat16) target = RoundToBFloat16(target), draft = RoundToBFloat16(draft);
       const std::vector<int32_t> target_rows = {1, -1, 2, 0}, steps = {2, 1};
       const std::vector<uint32_t> tokens = {3, 4000000000u, static_cast<uint32_t>(vocab - 1), 0};
