@@ -111,7 +111,7 @@ ChainLossResult ChainLoss(const ChainLossArgs& args);
 
 namespace cpu {
 // Rows are independent: a row's result depends on its logits and the instruction set, not on the rows or threads beside it. Exponentials
-// are float: within (1.5 |logit - max| + 4) 2^-24, and 0 under 2^-80. Sums are float over at most 16 values of a lane, then double.
+// are float: within (1.5 |logit - max| + 5) 2^-24, and 0 under 2^-80. Sums are float over at most 16 values of a lane, then double.
 void Normalize(const TensorView& logits, LogitNormalizer* normalizers, ThreadPool& pool);
 void DraftLossForward(const DraftLossArgs& args, ThreadPool& pool);
 void DraftLossBackward(const DraftLossGradientArgs& args, ThreadPool& pool);
