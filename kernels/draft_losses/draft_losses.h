@@ -9,8 +9,8 @@
 #include "kernels/common/tensor_view.h"
 #include "kernels/common/thread_pool.h"
 
-// The losses that train an MTP layer against a frozen target (algorithm.md section 4; arXiv 2606.12370 for e2e TV, arXiv 2602.23881
-// for LK), over the full vocabulary, without ever storing a probability.
+// The losses that train an MTP layer against a frozen target (algorithm.md section 4; arXiv 2606.12370 for e2e TV, arXiv
+// 2602.23881 for LK), over the full vocabulary, without ever storing a probability.
 //
 // Per row, z are the draft's logits and y the target's; q = softmax(z), p = softmax(y), x the data token, all at temperature 1:
 //
@@ -22,8 +22,8 @@
 //   kEndToEndTotalVariation     1 - α (per row)          as kTotalVariation; ChainLoss makes the weights of the rows
 //   kLk                         -log max(α, 1e-6)        that of kTotalVariation over α; 0 where α < 1e-6
 //
-// A batch of T bases (packed documents) and K chain steps takes three passes over the logits, any number of rows at a time, so that
-// logits need not exist for more rows than that:
+// A batch of T bases (packed documents) and K chain steps takes three passes over the logits, any number of rows at a time, so
+// that logits need not exist for more rows than that:
 //   1. Normalize        target rows, once: largest logit and Σ exp.
 //   2. DraftLossForward the same for each draft row, then value, α, S and the quantities that are reported.
 //      ChainLoss        (no vocabulary) the loss of the batch and the weight of every row in its gradient.
@@ -31,7 +31,7 @@
 //
 // Example, for step k of a chunk of bases [first, first + n) of one batch:
 //   cpu::Normalize(target, normalizers, pool);                                                  // once for all steps
-//   cpu::DraftLossForward({loss, draft, target, normalizers, target_rows, tokens, rows}, pool);  // target_rows[i] = first + i + k
+//   cpu::DraftLossForward({loss, draft, target, normalizers, target_rows, tokens, rows}, pool);  // target row first + i + k
 //   const ChainLossResult result = ChainLoss({loss, T, K, all_rows, steps, scale, weights});     // after all steps and chunks
 //   cpu::DraftLossBackward({{loss, draft, target, ...}, weights + ..., draft}, pool);
 //
@@ -43,8 +43,8 @@ enum class DraftLoss : uint8_t { kCrossEntropy, kKl, kReverseKl, kTotalVariation
 // Below this α the LK loss is flat (algorithm.md section 4).
 inline constexpr double kLkSmallestAcceptance = 1e-6;
 
-// softmax(logits)_v = exp(logits_v - max) / sum. `finite`: every logit is finite, and the largest within ±1e29; otherwise the rest is
-// unspecified.
+// softmax(logits)_v = exp(logits_v - max) / sum. `finite`: every logit is finite, and the largest within ±1e29; otherwise the
+// rest is unspecified.
 struct LogitNormalizer {
   double sum = 1.0;
   float max = 0.0f;
@@ -81,9 +81,9 @@ struct DraftLossGradientArgs {
   TensorView gradient;                  // [R, V]; may be `forward.draft` itself, otherwise no overlap
 };
 
-// Steps of the chains of T packed rows that count. `document_starts`: ascending, first 0, last T, one more than documents. Document row
-// t of n judges step k = 1..K of its chain by target row t + k, which must be one of its n rows; cross-entropy also needs the token that
-// follows that row. steps[t] = how many steps do, at most `num_steps`; for kEndToEndTotalVariation all or 0.
+// Steps of the chains of T packed rows that count. `document_starts`: ascending, first 0, last T, one more than documents.
+// Document row t of n judges step k = 1..K of its chain by target row t + k, which must be one of its n rows; cross-entropy also
+// needs the token that follows that row. steps[t] = how many steps do, at most `num_steps`; for kEndToEndTotalVariation all or 0.
 void ChainSteps(DraftLoss loss, int32_t num_steps, std::span<const int32_t> document_starts, std::span<int32_t> steps);
 
 // Terms of the mean: chains with steps for kEndToEndTotalVariation, otherwise single steps.
@@ -105,13 +105,14 @@ struct ChainLossResult {
 };
 
 // kEndToEndTotalVariation: each chain adds 1 - (1/K) Σ_{j<=K} Π_{i<=j} α_i, and row i of it has the weight
-// (1/K) Σ_{j>=i} Π_{k<=j, k≠i} α_k, computed without a division (α may be 0). Others: each step that counts adds its row's loss with
-// weight 1.
+// (1/K) Σ_{j>=i} Π_{k<=j, k≠i} α_k, computed without a division (α may be 0). Others: each step that counts adds its row's loss
+// with weight 1.
 ChainLossResult ChainLoss(const ChainLossArgs& args);
 
 namespace cpu {
-// Rows are independent: a row's result depends on its logits and the instruction set, not on the rows or threads beside it. Exponentials
-// are float: within (1.5 |logit - max| + 5) 2^-24, and 0 under 2^-80. Sums are float over at most 16 values of a lane, then double.
+// Rows are independent: a row's result depends on its logits and the instruction set, not on the rows or threads beside it.
+// Exponentials are float: within (1.5 |logit - max| + 5) 2^-24, and 0 under 2^-80. Sums are float over at most 16 values of a
+// lane, then double.
 void Normalize(const TensorView& logits, LogitNormalizer* normalizers, ThreadPool& pool);
 void DraftLossForward(const DraftLossArgs& args, ThreadPool& pool);
 void DraftLossBackward(const DraftLossGradientArgs& args, ThreadPool& pool);
@@ -123,9 +124,9 @@ void DraftLossBackwardWith(InstructionSet set, const DraftLossGradientArgs& args
 }  // namespace cpu
 
 namespace cuda {
-// The same on the device, enqueued; everything the arguments point to is device memory. Logits and gradient are float32 or bf16, each in
-// its own dtype, in rows of whole 8 values aligned to 16 bytes; values of target_rows, tokens and steps are not checked. Sums are float
-// over 8 neighbours, then double, in an order that depends on V alone. `result` is one struct.
+// The same on the device, enqueued; everything the arguments point to is device memory. Logits and gradient are float32 or bf16,
+// each in its own dtype, in rows of whole 8 values aligned to 16 bytes; values of target_rows, tokens and steps are not checked.
+// Sums are float over 8 neighbours, then double, in an order that depends on V alone. `result` is one struct.
 void Normalize(const TensorView& logits, LogitNormalizer* normalizers, Stream& stream);
 void DraftLossForward(const DraftLossArgs& args, Stream& stream);
 void ChainLoss(const ChainLossArgs& args, ChainLossResult* result, Stream& stream);

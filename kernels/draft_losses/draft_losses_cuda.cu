@@ -8,8 +8,8 @@
 //   ChainLoss   one block over all bases.
 //
 // Bytes of memory a row in bf16: 2 V, 4 V and 6 V; at V = 248,320 and 4,096 rows 2, 4 and 6 GB (estimated: 0.5, 0.9 and 1.4 ms).
-// Some 20, 60 and 45 float operations an id: at full memory speed an SM has about 40 for each two bytes, so all passes are bound by
-// memory or close to it.
+// Some 20, 60 and 45 float operations an id: at full memory speed an SM has about 40 for each two bytes, so all passes are bound
+// by memory or close to it.
 
 #include <algorithm>
 
@@ -100,8 +100,8 @@ __device__ RowConstants MakeConstants(const LogitNormalizer& draft, const LogitN
           static_cast<float>(log(draft.sum) - log(target.sum))};
 }
 
-// What both passes over draft and target need of an id, by the same operations with one rounding each: the S of the forward pass is
-// the sum of just the q for which the backward pass finds q <= p.
+// What both passes over draft and target need of an id, by the same operations with one rounding each: the S of the forward pass
+// is the sum of just the q for which the backward pass finds q <= p.
 struct Pair {
   float draft_shifted, target_shifted;
   float draft_prob, target_prob;

@@ -53,8 +53,8 @@ DraftLossRow DraftLossForward(DraftLoss loss, std::span<const double> draft, std
   return row;
 }
 
-void DraftLossBackward(DraftLoss loss, std::span<const double> draft, std::span<const double> target, uint32_t token, double weight,
-                       std::span<double> gradient) {
+void DraftLossBackward(DraftLoss loss, std::span<const double> draft, std::span<const double> target, uint32_t token,
+                       double weight, std::span<double> gradient) {
   BEBOP_CHECK(gradient.size() == draft.size());
   const DraftLossRow row = DraftLossForward(loss, draft, target, token);
   const Normalizer draft_normalizer = Normalize(draft), target_normalizer = Normalize(target);

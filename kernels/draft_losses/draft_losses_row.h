@@ -6,8 +6,9 @@
 
 #include "kernels/draft_losses/draft_losses.h"
 
-// What the CPU's kernels, the device's and the double reference share: from the sums of a row to its values, and from these to the few constants of
-// its gradient; and one chain. Constexpr, so that device code may call it. Internal to the folder and its tests.
+// What the CPU's kernels, the device's and the double reference share: from the sums of a row to its values, and from these to
+// the few constants of its gradient; and one chain. Constexpr, so that device code may call it. Internal to the folder and its
+// tests.
 namespace bebop::draft_losses {
 
 // Sums over the vocabulary of pass 2. `log_ratio` is log(q/p).

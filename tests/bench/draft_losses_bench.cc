@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The draft losses against the bandwidth of memory. Arguments: V, threads; rows are as many as make 64 MB of logits on each side, so that
-// nothing stays in a cache from one call to the next.
+// The draft losses against the bandwidth of memory. Arguments: V, threads; rows are as many as make 64 MB of logits on each side,
+// so that nothing stays in a cache from one call to the next.
 //
-// Bytes are what must come from or go to memory, each array once: Normalize 4 V a row; forward 8 V (the draft's row is read twice, the
-// second time from a cache); backward 12 V over the draft's logits in place (two rows read, one written). Read and Update are the
-// bounds: the same bytes with next to no arithmetic (a sum of two arrays; a scaled difference stored over the first).
+// Bytes are what must come from or go to memory, each array once: Normalize 4 V a row; forward 8 V (the draft's row is read
+// twice, the second time from a cache); backward 12 V over the draft's logits in place (two rows read, one written). Read and
+// Update are the bounds: the same bytes with next to no arithmetic (a sum of two arrays; a scaled difference stored over the
+// first).
 #include <algorithm>
 #include <random>
 #include <vector>
@@ -16,7 +17,8 @@ namespace bebop {
 namespace {
 
 constexpr int64_t kSideBytes = 64 << 20;
-// Floats between the places of draft and target in their pages of memory: side by side, short rows (V = 4,096) took 1.4 times as long.
+// Floats between the places of draft and target in their pages of memory: side by side, short rows (V = 4,096) took 1.4 times as
+// long.
 constexpr size_t kApart = 256;
 
 struct Batch {
@@ -32,7 +34,8 @@ struct Batch {
     target = target_memory.data() + kApart;
     for (int64_t r = 0; r < num_rows; ++r) {
       std::copy_n(first.begin() + r, vocab, target + r * vocab);
-      std::transform(first.begin() + r, first.begin() + r + vocab, draft.begin() + r * vocab, [](float logit) { return 0.8f * logit; });
+      std::transform(first.begin() + r, first.begin() + r + vocab, draft.begin() + r * vocab,
+                     [](float logit) { return 0.8f * logit; });
     }
     normalizers.resize(static_cast<size_t>(num_rows));
     rows.resize(normalizers.size());
@@ -45,7 +48,8 @@ struct Batch {
   }
   TensorView Targets() { return FloatMatrix(target, num_rows, vocab); }
   DraftLossArgs Args() {
-    return {loss, FloatMatrix(draft.data(), num_rows, vocab), Targets(), normalizers.data(), target_rows.data(), tokens.data(), rows.data()};
+    return {loss,          FloatMatrix(draft.data(), num_rows, vocab), Targets(), normalizers.data(), target_rows.data(),
+            tokens.data(), rows.data()};
   }
   ThreadPool pool;
   const int64_t vocab, num_rows;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs the draft losses over one packed batch, in double and with the float kernels, for draft_losses_test.py to compare:
 //   draft_losses_dump INPUT OUTPUT
-// INPUT: int32 loss, documents, T, K, V; int32 document starts [documents + 1]; int32 tokens [T]; float64 target logits [T, V] and draft
-// logits [K, T, V]. OUTPUT: float64, for the double reference and then for the float kernels: loss; α [K, T]; kl, reverse kl, H(p), H(q)
-// of every row [K, T, 4]; gradient [K, T, V]. Rows that do not count are zeros.
+// INPUT: int32 loss, documents, T, K, V; int32 document starts [documents + 1]; int32 tokens [T]; float64 target logits [T, V]
+// and draft logits [K, T, V]. OUTPUT: float64, for the double reference and then for the float kernels: loss; α [K, T]; kl,
+// reverse kl, H(p), H(q) of every row [K, T, 4]; gradient [K, T, V]. Rows that do not count are zeros.
 #include <algorithm>
 #include <cstdio>
 #include <fstream>

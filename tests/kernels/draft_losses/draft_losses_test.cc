@@ -10,8 +10,8 @@
 #include "kernels/draft_losses/draft_losses_reference.h"
 #include "tests/kernels/kernel_test_util.h"
 
-// Against PyTorch: tests/oracle/draft_losses_test.py. Here: finite differences, hand-computed values, edges, masks, chunks, instruction
-// sets.
+// Against PyTorch: tests/oracle/draft_losses_test.py. Here: finite differences, hand-computed values, edges, masks, chunks,
+// instruction sets.
 namespace bebop {
 namespace {
 
@@ -51,8 +51,8 @@ RowResult ByReference(DraftLoss loss, const std::vector<float>& draft, const std
   return out;
 }
 
-RowResult ByKernel(cpu::InstructionSet set, DraftLoss loss, std::vector<float> draft, std::vector<float> target, uint32_t token = 0,
-                   double weight = 1.0) {
+RowResult ByKernel(cpu::InstructionSet set, DraftLoss loss, std::vector<float> draft, std::vector<float> target,
+                   uint32_t token = 0, double weight = 1.0) {
   ThreadPool pool(1);
   const auto vocab_size = static_cast<int64_t>(draft.size());
   LogitNormalizer normalizer;
@@ -60,7 +60,8 @@ RowResult ByKernel(cpu::InstructionSet set, DraftLoss loss, std::vector<float> d
   const int32_t target_row = 0;
   RowResult out;
   const TensorView logits = FloatMatrix(draft.data(), 1, vocab_size);
-  const DraftLossArgs args = {loss, logits, FloatMatrix(target.data(), 1, vocab_size), &normalizer, &target_row, &token, &out.row};
+  const TensorView targets = FloatMatrix(target.data(), 1, vocab_size);
+  const DraftLossArgs args = {loss, logits, targets, &normalizer, &target_row, &token, &out.row};
   cpu::DraftLossForwardWith(set, args, pool);
   cpu::DraftLossBackwardWith(set, {args, &weight, logits}, pool);
   out.gradient = ToDouble(draft);
@@ -104,7 +105,8 @@ TEST(DraftLossesTest, HandComputed) {
       EXPECT_NEAR(result.row.draft_entropy, 1.5 * log2, 1e-6);
       EXPECT_TRUE(result.row.finite);
       for (size_t v = 0; v < 3; ++v) {
-        EXPECT_NEAR(result.gradient[v], 2 * expected.gradient[v], 2e-6) << "loss " << static_cast<int>(expected.loss) << " id " << v;
+        EXPECT_NEAR(result.gradient[v], 2 * expected.gradient[v], 2e-6)
+            << "loss " << static_cast<int>(expected.loss) << " id " << v;
       }
     }
   }
@@ -264,7 +266,9 @@ TEST(DraftLossesTest, OneHotTarget) {
       const double weight = loss == DraftLoss::kLk ? 1.0 / probs[1] : 1.0;
       EXPECT_NEAR(result.row.acceptance, probs[1], 1e-6);
       EXPECT_EQ(result.row.target_entropy, 0.0);
-      for (size_t v = 0; v < 3; ++v) EXPECT_NEAR(result.gradient[v], -weight * probs[v] * ((v == 1 ? 1.0 : 0.0) - probs[1]), 1e-6);
+      for (size_t v = 0; v < 3; ++v) {
+        EXPECT_NEAR(result.gradient[v], -weight * probs[v] * ((v == 1 ? 1.0 : 0.0) - probs[1]), 1e-6);
+      }
     }
   }
   for (const RowResult& result : Everyway(DraftLoss::kKl, draft, target)) {
