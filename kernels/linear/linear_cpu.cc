@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "kernels/common/check.h"
+#include "kernels/linear/linear_driver.h"
 #include "kernels/linear/linear_tile.h"
 
 namespace bebop::cpu {
@@ -60,7 +61,7 @@ void LinearScratch::Reserve(int64_t rows, int64_t cols) {
   capacity_ = needed;
 }
 
-void LinearWith(InstructionSet set, const LinearArgs& args, LinearScratch& scratch, ThreadPool& pool) {
+void RunLinear(InstructionSet set, const LinearArgs& args, bool accumulate, LinearScratch& scratch, ThreadPool& pool) {
   const PackedMatrix& w = args.w;
   const int64_t rows = args.x.rows;
   BEBOP_CHECK(args.x.cols == w.cols && args.y.rows == rows && args.y.cols == w.rows);
@@ -114,6 +115,7 @@ void LinearWith(InstructionSet set, const LinearArgs& args, LinearScratch& scrat
       tile.y_stride = args.y.row_stride;
       tile.prefetch = tile.weights + (rows >= kFarPrefetchRows ? kFarPrefetchBytes : kNearPrefetchBytes);
       tile.prefetch_step = 64;
+      tile.accumulate = accumulate;
       tiles.stream[rows - 1](tile);
     });
     return;
@@ -133,7 +135,7 @@ void LinearWith(InstructionSet set, const LinearArgs& args, LinearScratch& scrat
       for (int64_t chunk = 0; chunk < chunks; chunk += run_chunks) {
         tile.weights = weights + panel * panel_bytes + chunk * 64;
         tile.num_chunks = std::min(run_chunks, chunks - chunk);
-        tile.accumulate = chunk > 0;
+        tile.accumulate = accumulate || chunk > 0;
         tile.prefetch_step = tile.num_panels * 64 / blocks.count;
         for (int64_t block = 0; block < blocks.count; ++block) {
           const int64_t first = blocks.First(block);
@@ -145,6 +147,10 @@ void LinearWith(InstructionSet set, const LinearArgs& args, LinearScratch& scrat
       }
     }
   });
+}
+
+void LinearWith(InstructionSet set, const LinearArgs& args, LinearScratch& scratch, ThreadPool& pool) {
+  RunLinear(set, args, /*accumulate=*/false, scratch, pool);
 }
 
 void Linear(const LinearArgs& args, LinearScratch& scratch, ThreadPool& pool) {
