@@ -1,0 +1,337 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "engine/training/mtp_block.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "engine/base/status_macros.h"
+#include "kernels/common/check.h"
+#include "kernels/embedding/embedding.h"
+#include "kernels/qk_norm_rope/qk_norm_rope.h"
+#include "kernels/qk_norm_rope/qk_norm_rope_backward.h"
+#include "kernels/rms_norm/rms_norm.h"
+#include "kernels/rms_norm/rms_norm_backward.h"
+#include "kernels/swiglu/swiglu.h"
+#include "kernels/swiglu/swiglu_backward.h"
+
+namespace bebop {
+namespace {
+
+void Copy(const TensorView& from, const TensorView& to) {
+  for (int64_t row = 0; row < from.rows; ++row) {
+    std::memcpy(to.Row<float>(row), from.Row<float>(row), static_cast<size_t>(from.cols) * sizeof(float));
+  }
+}
+void Clear(const TensorView& view) {
+  for (int64_t row = 0; row < view.rows; ++row) std::memset(view.Row<float>(row), 0, static_cast<size_t>(view.cols) * sizeof(float));
+}
+
+// The column ranges of a fused projection.
+struct Projected {
+  TensorView q_gate, k, v;
+};
+Projected Split(const TensorView& projected, const MtpLayout& layout) {
+  return {projected.Columns(0, 2 * layout.query_width), projected.Columns(2 * layout.query_width, layout.kv_width),
+          projected.Columns(2 * layout.query_width + layout.kv_width, layout.kv_width)};
+}
+
+}  // namespace
+
+MtpBlock::MtpBlock(const ModelConfig& config, int64_t max_rows, int32_t max_steps, ThreadPool* pool)
+    : config_(config), layout_(config), max_rows_(max_rows), max_steps_(max_steps), pool_(*pool), saved_(static_cast<size_t>(max_steps)) {}
+
+int64_t MtpBlock::Carve(float* base) {
+  int64_t used = 0;
+  const auto take = [&](int64_t count) {
+    float* const place = base == nullptr ? nullptr : base + used;
+    used += RoundUp(count, 16);  // 64 bytes
+    return place;
+  };
+  const auto matrix = [&](int64_t cols) { return FloatMatrix(take(max_rows_ * cols), max_rows_, cols); };
+  const int64_t hidden = layout_.hidden, query = layout_.query_width, kv = layout_.kv_width;
+  for (Saved& saved : saved_) {
+    for (TensorView* view : {&saved.fused, &saved.attended_stream, &saved.mlp_stream, &saved.hidden}) *view = matrix(hidden);
+    saved.projected = matrix(layout_.qkv_width());
+    for (TensorView* view : {&saved.query, &saved.attended, &saved.gated}) *view = matrix(query);
+    for (TensorView* view : {&saved.key, &saved.dkey, &saved.dvalue}) *view = matrix(kv);
+    saved.log_sum = matrix(config_.num_attention_heads);
+    saved.gate_up = matrix(2 * layout_.ffn);
+  }
+  pair_ = matrix(2 * hidden);
+  embedded_ = matrix(hidden);
+  stream_ = matrix(hidden);
+  wide_ = matrix(std::max(layout_.ffn, query));
+  const auto pack = [&](Packed& packed, int64_t rows, int64_t cols) {
+    constexpr auto kFloatBytes = static_cast<int64_t>(sizeof(float));
+    packed.forward_data = take(PackedBytes(DType::kFloat32, rows, cols) / kFloatBytes);
+    packed.transposed_data = take(PackedBytes(DType::kFloat32, cols, rows) / kFloatBytes);
+  };
+  pack(fc_, hidden, 2 * hidden);
+  pack(qkv_, layout_.qkv_width(), hidden);
+  pack(out_, hidden, query);
+  pack(gate_up_, 2 * layout_.ffn, hidden);
+  pack(down_, hidden, layout_.ffn);
+  return used;
+}
+
+int64_t MtpBlock::Bytes(const ModelConfig& config, int64_t max_rows, int32_t max_steps) {
+  ThreadPool pool(1);
+  return MtpBlock(config, max_rows, max_steps, &pool).Carve(nullptr) * static_cast<int64_t>(sizeof(float));
+}
+
+absl::StatusOr<std::unique_ptr<MtpBlock>> MtpBlock::Create(const ModelConfig& config, int64_t max_rows, int32_t max_steps,
+                                                           DeviceMemory* memory, ThreadPool* pool) {
+  BEBOP_CHECK(max_rows > 0 && max_steps >= 1 && max_steps <= kMaxSteps);
+  if (config.head_dim % 16 != 0) {
+    return absl::UnimplementedError(absl::StrCat("training: head_dim must be a multiple of 16, got ", config.head_dim));
+  }
+  std::unique_ptr<MtpBlock> block(new MtpBlock(config, max_rows, max_steps, pool));
+  const int64_t bytes = block->Carve(nullptr) * static_cast<int64_t>(sizeof(float));
+  BEBOP_ASSIGN_OR_RETURN(block->storage_, memory->Allocate(bytes, "training activations"));
+  block->Carve(static_cast<float*>(block->storage_.get()));
+  block->positions_.resize(static_cast<size_t>(max_rows));
+  block->zeros_.resize(static_cast<size_t>(max_rows));
+  return block;
+}
+
+void MtpBlock::SetParameters(const float* flat) {
+  parameters_ = flat;
+  auto* const weights = const_cast<float*>(flat);  // a view has no const form; packing only reads
+  const auto pack = [&](const TensorView& matrix, Packed& packed) {
+    packed.forward = cpu::PackFloat(matrix, packed.forward_data, pool_);
+    packed.transposed = cpu::PackTransposed(matrix, packed.transposed_data, pool_);
+  };
+  pack(layout_.Fc(weights), fc_);
+  pack(layout_.Qkv(weights), qkv_);
+  pack(layout_.Out(weights), out_);
+  pack(layout_.GateUp(weights), gate_up_);
+  pack(layout_.Down(weights), down_);
+}
+
+MtpBlock::Saved MtpBlock::RowsOf(int32_t step, int64_t rows) const {
+  Saved out = saved_[static_cast<size_t>(step - 1)];
+  for (TensorView* view : {&out.fused, &out.attended_stream, &out.mlp_stream, &out.hidden, &out.projected, &out.query, &out.key,
+                           &out.attended, &out.gated, &out.log_sum, &out.gate_up, &out.dkey, &out.dvalue}) {
+    *view = view->Rows(0, rows);
+  }
+  return out;
+}
+
+void MtpBlock::SetPositions(const MtpBatch& batch, int32_t step) {
+  for (int64_t row = 0; row < batch.num_rows; ++row) positions_[static_cast<size_t>(row)] = batch.row_position[row] + step - 1;
+}
+
+void MtpBlock::Norm(const TensorView& x, int64_t weight, const TensorView& out) {
+  cpu::RmsNorm({.x = x, .residual = {}, .weight = parameters_ + weight, .eps = config_.rms_norm_eps, .out = out}, pool_);
+}
+
+void MtpBlock::NormBackward(const TensorView& x, int64_t weight, const TensorView& dy, const TensorView& dx, bool accumulate,
+                            float* gradients) {
+  cpu::RmsNormBackward({.x = x,
+                        .weight = parameters_ + weight,
+                        .eps = config_.rms_norm_eps,
+                        .dy = dy,
+                        .dx = dx,
+                        .accumulate_dx = accumulate,
+                        .dweight = gradients + weight},
+                       pool_);
+}
+
+void MtpBlock::MatMul(const TensorView& x, const PackedMatrix& w, const TensorView& y) {
+  cpu::Linear({.x = x, .w = w, .y = y}, linear_scratch_, pool_);
+}
+
+void MtpBlock::WeightGradient(const TensorView& x, const TensorView& dy, const TensorView& dw) {
+  cpu::LinearBackwardWeight({.x = x, .dy = dy, .accumulate = true, .dw = dw}, backward_scratch_, pool_);
+}
+
+void MtpBlock::MakeInput(const MtpBatch& batch, int32_t step, const uint32_t* token_ids, const TensorView& embedded,
+                         const TensorView& pair) {
+  cpu::Embedding({.token_ids = token_ids, .table = *batch.embedding, .out = embedded}, pool_);
+  Norm(embedded, layout_.pre_fc_norm_embedding, pair.Columns(0, layout_.hidden));
+  Norm(step == 1 ? batch.target_hidden : RowsOf(step - 1, batch.num_rows).hidden, layout_.pre_fc_norm_hidden,
+       pair.Columns(layout_.hidden, layout_.hidden));
+}
+
+TensorView MtpBlock::hidden(int32_t step) const { return saved_[static_cast<size_t>(step - 1)].hidden; }
+
+void MtpBlock::ForwardStep(const MtpBatch& batch, int32_t step, const uint32_t* token_ids) {
+  const int64_t rows = batch.num_rows;
+  BEBOP_CHECK(parameters_ != nullptr && step >= 1 && step <= max_steps_ && rows <= max_rows_);
+  const Saved saved = RowsOf(step, rows);
+  const Projected projected = Split(saved.projected, layout_);
+  const TensorView pair = pair_.Rows(0, rows), normed = embedded_.Rows(0, rows), update = stream_.Rows(0, rows);
+
+  MakeInput(batch, step, token_ids, normed, pair);
+  MatMul(pair, fc_.forward, saved.fused);
+
+  Norm(saved.fused, layout_.input_norm, normed);
+  MatMul(normed, qkv_.forward, saved.projected);
+  SetPositions(batch, step);
+  const SequenceRows sequence;  // keys and values go to dense matrices, so where the rows belong does not matter
+  cpu::QkNormRope({.batch = {.num_sequences = 1,
+                             .num_rows = static_cast<int32_t>(rows),
+                             .sequences = &sequence,
+                             .row_sequence = zeros_.data(),
+                             .row_position = positions_.data()},
+                   .q_gate = projected.q_gate,
+                   .k = projected.k,
+                   .v = projected.v,
+                   .q_norm = parameters_ + layout_.q_norm,
+                   .k_norm = parameters_ + layout_.k_norm,
+                   .eps = config_.rms_norm_eps,
+                   .num_q_heads = config_.num_attention_heads,
+                   .num_kv_heads = config_.num_key_value_heads,
+                   .head_dim = config_.head_dim,
+                   .rotary_dim = config_.rotary_dim,
+                   .rope_theta = config_.rope_theta,
+                   .q_out = saved.query,
+                   .pages = {},
+                   .dense_k = saved.key,
+                   .dense_v = projected.v},  // stays where it is
+                  pool_);
+  TensorView chain_k[kMaxSteps], chain_v[kMaxSteps];
+  const Saved first = RowsOf(1, rows);
+  for (int32_t s = 2; s <= step; ++s) {
+    const Saved entry = RowsOf(s, rows);
+    chain_k[s - 2] = entry.key;
+    chain_v[s - 2] = Split(entry.projected, layout_).v;
+  }
+  cpu::ChainAttention({.documents = batch.documents,
+                       .num_documents = batch.num_documents,
+                       .q = saved.query,
+                       .q_gate = projected.q_gate,
+                       .base_k = first.key,
+                       .base_v = Split(first.projected, layout_).v,
+                       .num_chain = step - 1,
+                       .chain_k = chain_k,
+                       .chain_v = chain_v,
+                       .num_q_heads = config_.num_attention_heads,
+                       .num_kv_heads = config_.num_key_value_heads,
+                       .head_dim = config_.head_dim,
+                       .attended = saved.attended,
+                       .log_sum = saved.log_sum,
+                       .out = saved.gated},
+                      pool_);
+  // The sum of stream and update happens inside the norm that reads it, in place: in a copy here, as the backward wants both streams.
+  MatMul(saved.gated, out_.forward, update);
+  Copy(saved.fused, saved.attended_stream);
+  cpu::RmsNorm({.x = saved.attended_stream,
+                .residual = update,
+                .weight = parameters_ + layout_.post_attention_norm,
+                .eps = config_.rms_norm_eps,
+                .out = normed},
+               pool_);
+  MatMul(normed, gate_up_.forward, saved.gate_up);
+  const TensorView activated = wide_.Rows(0, rows).Columns(0, layout_.ffn);
+  cpu::SwiGlu({.gate = saved.gate_up.Columns(0, layout_.ffn), .up = saved.gate_up.Columns(layout_.ffn, layout_.ffn), .out = activated},
+              pool_);
+  MatMul(activated, down_.forward, update);
+  Copy(saved.attended_stream, saved.mlp_stream);
+  cpu::RmsNorm({.x = saved.mlp_stream,
+                .residual = update,
+                .weight = parameters_ + layout_.norm,
+                .eps = config_.rms_norm_eps,
+                .out = saved.hidden},
+               pool_);
+}
+
+void MtpBlock::Backward(const MtpBatch& batch, int32_t num_steps, const uint32_t* const* token_ids, const TensorView* dhidden,
+                        float* gradients) {
+  const int64_t rows = batch.num_rows, ffn = layout_.ffn, hidden = layout_.hidden;
+  BEBOP_CHECK(num_steps >= 1 && num_steps <= max_steps_ && rows <= max_rows_);
+  TensorView chain_k[kMaxSteps], chain_v[kMaxSteps], dchain_k[kMaxSteps], dchain_v[kMaxSteps];
+  for (int32_t step = 1; step <= num_steps; ++step) {
+    const Saved saved = RowsOf(step, rows);
+    Clear(saved.dkey);
+    Clear(saved.dvalue);
+    if (step == 1) continue;
+    chain_k[step - 2] = saved.key;
+    chain_v[step - 2] = Split(saved.projected, layout_).v;
+    dchain_k[step - 2] = saved.dkey;
+    dchain_v[step - 2] = saved.dvalue;
+  }
+  const Saved first = RowsOf(1, rows);
+  const TensorView pair = pair_.Rows(0, rows), normed = embedded_.Rows(0, rows), dstream = stream_.Rows(0, rows);
+  const TensorView dnormed = FloatMatrix(static_cast<float*>(pair_.data), rows, hidden);  // while the pair is not needed
+
+  // From the last step to the first: what a step adds to the entries of earlier ones, and to the hidden state before it, is complete
+  // when its turn comes.
+  for (int32_t step = num_steps; step >= 1; --step) {
+    const Saved saved = RowsOf(step, rows);
+    const Projected projected = Split(saved.projected, layout_);
+    NormBackward(saved.mlp_stream, layout_.norm, dhidden[step - 1], dstream, /*accumulate=*/false, gradients);
+
+    const TensorView activated = wide_.Rows(0, rows).Columns(0, ffn);
+    const TensorView gate = saved.gate_up.Columns(0, ffn), up = saved.gate_up.Columns(ffn, ffn);
+    MatMul(dstream, down_.transposed, activated);
+    cpu::SwiGluBackward({.gate = gate, .up = up, .dout = activated, .dgate = gate, .dup = up, .out = activated}, pool_);
+    WeightGradient(activated, dstream, layout_.Down(gradients));
+    Norm(saved.attended_stream, layout_.post_attention_norm, normed);
+    WeightGradient(normed, saved.gate_up, layout_.GateUp(gradients));
+    MatMul(saved.gate_up, gate_up_.transposed, dnormed);
+    NormBackward(saved.attended_stream, layout_.post_attention_norm, dnormed, dstream, /*accumulate=*/true, gradients);
+
+    const TensorView dgated = wide_.Rows(0, rows).Columns(0, layout_.query_width);
+    WeightGradient(saved.gated, dstream, layout_.Out(gradients));
+    MatMul(dstream, out_.transposed, dgated);
+    cpu::ChainAttentionBackward({.forward = {.documents = batch.documents,
+                                             .num_documents = batch.num_documents,
+                                             .q = saved.query,
+                                             .q_gate = projected.q_gate,
+                                             .base_k = first.key,
+                                             .base_v = Split(first.projected, layout_).v,
+                                             .num_chain = step - 1,
+                                             .chain_k = chain_k,
+                                             .chain_v = chain_v,
+                                             .num_q_heads = config_.num_attention_heads,
+                                             .num_kv_heads = config_.num_key_value_heads,
+                                             .head_dim = config_.head_dim,
+                                             .attended = saved.attended,
+                                             .log_sum = saved.log_sum,
+                                             .out = saved.gated},
+                                 .dout = dgated,
+                                 .dq = saved.gated,
+                                 .dq_gate = projected.q_gate,
+                                 .dbase_k = first.dkey,
+                                 .dbase_v = first.dvalue,
+                                 .dchain_k = dchain_k,
+                                 .dchain_v = dchain_v},
+                                pool_);
+    SetPositions(batch, step);
+    cpu::QkNormRopeBackward({.row_position = positions_.data(),
+                             .q_gate = projected.q_gate,
+                             .k = projected.k,
+                             .q_norm = parameters_ + layout_.q_norm,
+                             .k_norm = parameters_ + layout_.k_norm,
+                             .eps = config_.rms_norm_eps,
+                             .num_q_heads = config_.num_attention_heads,
+                             .num_kv_heads = config_.num_key_value_heads,
+                             .head_dim = config_.head_dim,
+                             .rotary_dim = config_.rotary_dim,
+                             .rope_theta = config_.rope_theta,
+                             .dq = saved.gated,
+                             .dk = saved.dkey,
+                             .dq_gate = projected.q_gate,
+                             .dk_out = projected.k,
+                             .dq_norm = gradients + layout_.q_norm,
+                             .dk_norm = gradients + layout_.k_norm},
+                            pool_);
+    Copy(saved.dvalue, projected.v);
+    Norm(saved.fused, layout_.input_norm, normed);
+    WeightGradient(normed, saved.projected, layout_.Qkv(gradients));
+    MatMul(saved.projected, qkv_.transposed, dnormed);
+    NormBackward(saved.fused, layout_.input_norm, dnormed, dstream, /*accumulate=*/true, gradients);
+
+    MakeInput(batch, step, token_ids[step - 1], normed, pair);
+    WeightGradient(pair, dstream, layout_.Fc(gradients));
+    MatMul(dstream, fc_.transposed, pair);
+    NormBackward(normed, layout_.pre_fc_norm_embedding, pair.Columns(0, hidden), {}, /*accumulate=*/false, gradients);
+    NormBackward(step == 1 ? batch.target_hidden : RowsOf(step - 1, rows).hidden, layout_.pre_fc_norm_hidden,
+                 pair.Columns(hidden, hidden), step == 1 ? TensorView{} : dhidden[step - 2], /*accumulate=*/true, gradients);
+  }
+}
+
+}  // namespace bebop
