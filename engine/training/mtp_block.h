@@ -17,7 +17,8 @@
 
 namespace bebop {
 
-// A packed batch of the chains of all bases: row r is a base t of a document. A document with n tokens has the n - 1 rows t = 0 .. n - 2.
+// A packed batch of the chains of all bases: row t of a document is the base t. The last token of a document has no next one; its row
+// may be there, as in the losses' batches, or left out.
 struct MtpBatch {
   const DocumentRows* documents = nullptr;
   int32_t num_documents = 0;

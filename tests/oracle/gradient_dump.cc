@@ -83,7 +83,7 @@ void RunLinear(Case& test) {
   cpu::Linear({.x = View(x, rows), .w = cpu::PackFloat(View(w, outputs), packed.data, test.pool), .y = View(y, rows)}, scratch, test.pool);
   cpu::Linear({.x = View(dy, rows), .w = cpu::PackTransposed(View(w, outputs), transposed.data, test.pool), .y = View(dx, rows)}, scratch,
               test.pool);
-  cpu::LinearBackwardWeight({.x = View(x, rows), .dy = View(dy, rows), .accumulate = true, .dw = View(dw, outputs)}, backward_scratch,
+  cpu::LinearBackwardWeight({.x = View(x, rows), .dy = View(dy, rows), .accumulate = test.Int("accumulate") != 0, .dw = View(dw, outputs)}, backward_scratch,
                             test.pool);
   test.Write("y", y);
   test.Write("dx", dx);

@@ -10,6 +10,7 @@ Exit status: 0 passed, 1 failed, 77 skipped (torch or transformers is missing).
 
 import argparse
 import dataclasses
+import itertools
 import math
 import pathlib
 import subprocess
@@ -86,13 +87,16 @@ def leaf(*tensors):
 
 
 def check_linear(runner, generator):
-    for rows, inputs, outputs in [(1, 16, 16), (7, 40, 24), (33, 257, 65), (512, 32, 48), (1100, 96, 130)]:
+    sizes = [(1, 16, 16), (7, 40, 24), (33, 257, 65), (512, 32, 48), (1100, 96, 130)]
+    for (rows, inputs, outputs), accumulate in itertools.product(sizes, (0, 1)):
         x, w, dy, start = (random(generator, *shape) for shape in [(rows, inputs), (outputs, inputs), (rows, outputs), (outputs, inputs)])
-        results = runner.run("linear", {"x": x, "w": w, "dy": dy, "dw_start": start}, rows=rows, inputs=inputs, outputs=outputs)
+        arrays = {"x": x, "w": w, "dy": dy, "dw_start": start}
+        results = runner.run("linear", arrays, rows=rows, inputs=inputs, outputs=outputs, accumulate=accumulate)
         leaf(x, w)
         y = x @ w.T
         y.backward(dy)
-        runner.judge(f"linear {rows}x{inputs}x{outputs}", results, {"y": y, "dx": x.grad, "dw": start + w.grad}, OPERATOR_TOLERANCE)
+        expected = {"y": y, "dx": x.grad, "dw": accumulate * start + w.grad}
+        runner.judge(f"linear {rows}x{inputs}x{outputs} accumulate {accumulate}", results, expected, OPERATOR_TOLERANCE)
 
 
 def check_rms_norm(runner, generator):
