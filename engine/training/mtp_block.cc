@@ -25,7 +25,8 @@ void Copy(const TensorView& from, const TensorView& to) {
   }
 }
 void Clear(const TensorView& view) {
-  for (int64_t row = 0; row < view.rows; ++row) std::memset(view.Row<float>(row), 0, static_cast<size_t>(view.cols) * sizeof(float));
+  for (int64_t row = 0; row < view.rows; ++row)
+    std::memset(view.Row<float>(row), 0, static_cast<size_t>(view.cols) * sizeof(float));
 }
 
 // The column ranges of a fused projection.
@@ -40,7 +41,12 @@ Projected Split(const TensorView& projected, const MtpLayout& layout) {
 }  // namespace
 
 MtpBlock::MtpBlock(const ModelConfig& config, int64_t max_rows, int32_t max_steps, ThreadPool* pool)
-    : config_(config), layout_(config), max_rows_(max_rows), max_steps_(max_steps), pool_(*pool), saved_(static_cast<size_t>(max_steps)) {}
+    : config_(config),
+      layout_(config),
+      max_rows_(max_rows),
+      max_steps_(max_steps),
+      pool_(*pool),
+      saved_(static_cast<size_t>(max_steps)) {}
 
 int64_t MtpBlock::Carve(float* base) {
   int64_t used = 0;
@@ -215,7 +221,8 @@ void MtpBlock::ForwardStep(const MtpBatch& batch, int32_t step, const uint32_t* 
                        .log_sum = saved.log_sum,
                        .out = saved.gated},
                       pool_);
-  // The sum of stream and update happens inside the norm that reads it, in place: in a copy here, as the backward wants both streams.
+  // The sum of stream and update happens inside the norm that reads it, in place: in a copy here, as the backward wants both
+  // streams.
   MatMul(saved.gated, out_.forward, update);
   Copy(saved.fused, saved.attended_stream);
   cpu::RmsNorm({.x = saved.attended_stream,
@@ -226,8 +233,9 @@ void MtpBlock::ForwardStep(const MtpBatch& batch, int32_t step, const uint32_t* 
                pool_);
   MatMul(normed, gate_up_.forward, saved.gate_up);
   const TensorView activated = wide_.Rows(0, rows).Columns(0, layout_.ffn);
-  cpu::SwiGlu({.gate = saved.gate_up.Columns(0, layout_.ffn), .up = saved.gate_up.Columns(layout_.ffn, layout_.ffn), .out = activated},
-              pool_);
+  cpu::SwiGlu(
+      {.gate = saved.gate_up.Columns(0, layout_.ffn), .up = saved.gate_up.Columns(layout_.ffn, layout_.ffn), .out = activated},
+      pool_);
   MatMul(activated, down_.forward, update);
   Copy(saved.attended_stream, saved.mlp_stream);
   cpu::RmsNorm({.x = saved.mlp_stream,
@@ -257,8 +265,8 @@ void MtpBlock::Backward(const MtpBatch& batch, int32_t num_steps, const uint32_t
   const TensorView pair = pair_.Rows(0, rows), normed = embedded_.Rows(0, rows), dstream = stream_.Rows(0, rows);
   const TensorView dnormed = FloatMatrix(static_cast<float*>(pair_.data), rows, hidden);  // while the pair is not needed
 
-  // From the last step to the first: what a step adds to the entries of earlier ones, and to the hidden state before it, is complete
-  // when its turn comes.
+  // From the last step to the first: what a step adds to the entries of earlier ones, and to the hidden state before it, is
+  // complete when its turn comes.
   for (int32_t step = num_steps; step >= 1; --step) {
     const Saved saved = RowsOf(step, rows);
     const Projected projected = Split(saved.projected, layout_);

@@ -17,8 +17,8 @@
 
 namespace bebop {
 
-// A packed batch of the chains of all bases: row t of a document is the base t. The last token of a document has no next one; its row
-// may be there, as in the losses' batches, or left out.
+// A packed batch of the chains of all bases: row t of a document is the base t. The last token of a document has no next one; its
+// row may be there, as in the losses' batches, or left out.
 struct MtpBatch {
   const DocumentRows* documents = nullptr;
   int32_t num_documents = 0;
@@ -28,10 +28,10 @@ struct MtpBatch {
   const PackedMatrix* embedding = nullptr;
 };
 
-// The MTP layer for training, in float32 on the CPU: the recurrent chain forward with what its backward needs, and that backward with
-// gradients through the hidden states of the chain. Embedding, lm_head and the target's hidden states are frozen. Wiring, rotation
-// positions and attention are those of drafting (algorithm.md sections 3 and 4): step k of base t attends to the step-1 entries of its
-// document up to position t + 1 and to its own entries after.
+// The MTP layer for training, in float32 on the CPU: the recurrent chain forward with what its backward needs, and that backward
+// with gradients through the hidden states of the chain. Embedding, lm_head and the target's hidden states are frozen. Wiring,
+// rotation positions and attention are those of drafting (algorithm.md sections 3 and 4): step k of base t attends to the step-1
+// entries of its document up to position t + 1 and to its own entries after.
 //
 // Results do not depend on the thread count. One caller at a time; `pool` must outlive the block.
 //
@@ -43,30 +43,31 @@ class MtpBlock {
  public:
   static constexpr int32_t kMaxSteps = 8;
 
-  // For batches of up to `max_rows` rows and `max_steps` steps. UNIMPLEMENTED: head_dim is not a multiple of 16. RESOURCE_EXHAUSTED:
-  // not the memory.
+  // For batches of up to `max_rows` rows and `max_steps` steps. UNIMPLEMENTED: head_dim is not a multiple of 16.
+  // RESOURCE_EXHAUSTED: not the memory.
   static absl::StatusOr<std::unique_ptr<MtpBlock>> Create(const ModelConfig& config, int64_t max_rows, int32_t max_steps,
                                                           DeviceMemory* memory, ThreadPool* pool);
-  // Bytes that Create takes: 4·max_rows·(max_steps·(4H + 5·nq·D + 5·nkv·D + nq + 2F) + 4H + max(F, nq·D)), and two packed copies of the
-  // matrices.
+  // Bytes that Create takes: 4·max_rows·(max_steps·(4H + 5·nq·D + 5·nkv·D + nq + 2F) + 4H + max(F, nq·D)), and two packed copies
+  // of the matrices.
   static int64_t Bytes(const ModelConfig& config, int64_t max_rows, int32_t max_steps);
 
   const MtpLayout& layout() const { return layout_; }
 
-  // Takes the values of `flat` [layout().total] for the passes to come: packs the matrices, keeps the pointer for the vectors. Call
-  // again whenever the values have changed.
+  // Takes the values of `flat` [layout().total] for the passes to come: packs the matrices, keeps the pointer for the vectors.
+  // Call again whenever the values have changed.
   void SetParameters(const float* flat);
 
-  // Step `step` = 1 .. max_steps, in order. token_ids [R]: x_{t+step}; rows whose chain has left the document may have any valid id,
-  // as no valid row reads them.
+  // Step `step` = 1 .. max_steps, in order. token_ids [R]: x_{t+step}; rows whose chain has left the document may have any valid
+  // id, as no valid row reads them.
   void ForwardStep(const MtpBatch& batch, int32_t step, const uint32_t* token_ids);
   // [R, H] after mtp.norm, of a step that has run; valid until the next ForwardStep of that step.
   TensorView hidden(int32_t step) const;
 
-  // Adds the gradients of all parameters to `gradients` [layout().total]. token_ids[k-1]: as in ForwardStep. dhidden[k-1] [R, H]: the
-  // gradient of the loss by hidden(k); overwritten with the whole gradient (chain included). Consumes the saved activations.
+  // Adds the gradients of all parameters to `gradients` [layout().total]. token_ids[k-1]: as in ForwardStep. dhidden[k-1] [R, H]:
+  // the gradient of the loss by hidden(k); overwritten with the whole gradient (chain included). Consumes the saved activations.
   // Rows with no gradient at any step must be zero in all of them.
-  void Backward(const MtpBatch& batch, int32_t num_steps, const uint32_t* const* token_ids, const TensorView* dhidden, float* gradients);
+  void Backward(const MtpBatch& batch, int32_t num_steps, const uint32_t* const* token_ids, const TensorView* dhidden,
+                float* gradients);
 
  private:
   // What the backward of a step reads, [max_rows, ...]. projected and gate_up become their gradients.
@@ -92,9 +93,11 @@ class MtpBlock {
   // positions_ <- those of step `step`.
   void SetPositions(const MtpBatch& batch, int32_t step);
   // pair <- the two normed halves of the input of step `step`; embedded <- the embeddings.
-  void MakeInput(const MtpBatch& batch, int32_t step, const uint32_t* token_ids, const TensorView& embedded, const TensorView& pair);
+  void MakeInput(const MtpBatch& batch, int32_t step, const uint32_t* token_ids, const TensorView& embedded,
+                 const TensorView& pair);
   void Norm(const TensorView& x, int64_t weight, const TensorView& out);
-  void NormBackward(const TensorView& x, int64_t weight, const TensorView& dy, const TensorView& dx, bool accumulate, float* gradients);
+  void NormBackward(const TensorView& x, int64_t weight, const TensorView& dy, const TensorView& dx, bool accumulate,
+                    float* gradients);
   void MatMul(const TensorView& x, const PackedMatrix& w, const TensorView& y);
   void WeightGradient(const TensorView& x, const TensorView& dy, const TensorView& dw);
 

@@ -21,9 +21,10 @@ struct MtpTensor {
   int64_t size() const { return rows * cols; }
 };
 
-// How the MTP layer's parameters lie in one flat array, the same for weights, gradients and the optimizer's moments: so the optimizer,
-// the norm of the gradient and a checkpoint know nothing of the network. Matrices are row-major [out, in]; q|k|v and gate|up are
-// neighbours and thereby also one matrix each. Groups start at multiples of 16 floats; `total` floats, padding included, which stays zero.
+// How the MTP layer's parameters lie in one flat array, the same for weights, gradients and the optimizer's moments: so the
+// optimizer, the norm of the gradient and a checkpoint know nothing of the network. Matrices are row-major [out, in]; q|k|v and
+// gate|up are neighbours and thereby also one matrix each. Groups start at multiples of 16 floats; `total` floats, padding
+// included, which stays zero.
 struct MtpLayout {
   explicit MtpLayout(const ModelConfig& config);
 

@@ -15,9 +15,10 @@ struct DocumentRows {
   int64_t num_rows = 0;
 };
 
-// Gated attention of one step of the recurrent MTP chains of all bases at once, for training: no pages, and what the backward needs
-// is kept. Row r of a document is the base r; at step k it attends to the step-1 entries of rows first_row .. r of its document and
-// to its own num_chain = k - 1 later entries, never to another base's (algorithm.md section 4). Step 1 is plain causal attention.
+// Gated attention of one step of the recurrent MTP chains of all bases at once, for training: no pages, and what the backward
+// needs is kept. Row r of a document is the base r; at step k it attends to the step-1 entries of rows first_row .. r of its
+// document and to its own num_chain = k - 1 later entries, never to another base's (algorithm.md section 4). Step 1 is plain
+// causal attention.
 //   attended[r, h] = Σ_j softmax_j(q[r,h]·k_j / √head_dim) v_j;   out[r, h] = sigmoid(gate[r, h])·attended[r, h]
 //   log_sum[r, h] = log Σ_j exp(q[r,h]·k_j / √head_dim)
 // GQA by grouping (kv head = h / (nq/nkv)). All float32, R rows:
@@ -43,13 +44,13 @@ struct ChainAttentionArgs {
   TensorView out;
 };
 
-// Backward of ChainAttention. The probabilities are made again from log_sum (Dao et al., "FlashAttention", 2022, algorithm 4), once
-// over blocks of rows for dq and the chains, once over blocks of keys for dbase_k and dbase_v, so that every sum has one owner and
-// one order.
+// Backward of ChainAttention. The probabilities are made again from log_sum (Dao et al., "FlashAttention", 2022, algorithm 4),
+// once over blocks of rows for dq and the chains, once over blocks of keys for dbase_k and dbase_v, so that every sum has one
+// owner and one order.
 //   forward: the arguments of the forward with its results; `out` is not read
 //   dout [R, nq*head_dim]: overwritten with the gradient of `attended`
-//   dq [R, nq*head_dim], may alias forward.out, and the gate half of each head of dq_gate [R, nq*2*head_dim], may alias q_gate: written
-//   dbase_k, dbase_v, dchain_k[c], dchain_v[c] [R, nkv*head_dim]: added to
+//   dq [R, nq*head_dim], may alias forward.out, and the gate half of each head of dq_gate [R, nq*2*head_dim], may alias q_gate:
+//   written dbase_k, dbase_v, dchain_k[c], dchain_v[c] [R, nkv*head_dim]: added to
 struct ChainAttentionBackwardArgs {
   ChainAttentionArgs forward;
   TensorView dout;

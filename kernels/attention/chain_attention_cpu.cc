@@ -23,14 +23,20 @@ struct ChainTile {
 // One thread's buffers.
 struct ChainScratch {
   explicit ChainScratch(int64_t dim, int64_t group)
-      : keys(dim * kKeyTile), values(dim * kKeyTile), scores(kRowTile * kKeyTile), gradients(kRowTile * kKeyTile),
-        rows(group * kRowTile * dim), maxima(group * kRowTile), sums(group * kRowTile), key_sums(kKeyTile * dim),
+      : keys(dim * kKeyTile),
+        values(dim * kKeyTile),
+        scores(kRowTile * kKeyTile),
+        gradients(kRowTile * kKeyTile),
+        rows(group * kRowTile * dim),
+        maxima(group * kRowTile),
+        sums(group * kRowTile),
+        key_sums(kKeyTile * dim),
         value_sums(kKeyTile * dim) {}
-  std::vector<float> keys, values;            // [dim, kKeyTile], transposed
-  std::vector<float> scores, gradients;       // [kRowTile, kKeyTile]
-  std::vector<float> rows;                    // [group, kRowTile, dim]
-  std::vector<float> maxima, sums;            // [group, kRowTile]
-  std::vector<float> key_sums, value_sums;    // [kKeyTile, dim]
+  std::vector<float> keys, values;          // [dim, kKeyTile], transposed
+  std::vector<float> scores, gradients;     // [kRowTile, kKeyTile]
+  std::vector<float> rows;                  // [group, kRowTile, dim]
+  std::vector<float> maxima, sums;          // [group, kRowTile]
+  std::vector<float> key_sums, value_sums;  // [kKeyTile, dim]
 };
 
 std::vector<ChainTile> MakeTiles(const ChainAttentionArgs& args, int64_t size) {
@@ -63,7 +69,8 @@ void CheckShapes(const ChainAttentionArgs& args) {
 
 // kernel(args, tile, kv head, scratch) for all tiles and kv heads.
 template <typename Args, typename Kernel>
-void RunTiles(const Args& args, const ChainAttentionArgs& shape, const std::vector<ChainTile>& tiles, Kernel kernel, ThreadPool& pool) {
+void RunTiles(const Args& args, const ChainAttentionArgs& shape, const std::vector<ChainTile>& tiles, Kernel kernel,
+              ThreadPool& pool) {
   const auto num_tiles = static_cast<int64_t>(tiles.size());
   // Late tiles of a document see more keys than early ones, so that ranges of tiles would be uneven shares: thread i takes every
   // num_threads-th tile instead.

@@ -42,8 +42,8 @@ class LinearBackwardScratch {
   LinearScratch linear_;
 };
 
-// destination <- packed W [rows, cols] of the float32 matrix `w`, padding included. PackedBytes(kFloat32, rows, cols) bytes, 64-byte
-// aligned.
+// destination <- packed W [rows, cols] of the float32 matrix `w`, padding included. PackedBytes(kFloat32, rows, cols) bytes,
+// 64-byte aligned.
 PackedMatrix PackFloat(const TensorView& w, float* destination, ThreadPool& pool);
 // destination <- packed Wᵀ [w.cols, w.rows], padding included. PackedBytes(kFloat32, w.cols, w.rows) bytes, 64-byte aligned.
 PackedMatrix PackTransposed(const TensorView& w, float* destination, ThreadPool& pool);

@@ -11,8 +11,8 @@
 namespace bebop::cpu {
 namespace {
 
-// Rows whose transposes wait in the scratch at a time: enough that reading and writing dw once a block is small beside its products
-// (2·512 operations for 8 bytes), few enough that the scratch does not grow with the batch.
+// Rows whose transposes wait in the scratch at a time: enough that reading and writing dw once a block is small beside its
+// products (2·512 operations for 8 bytes), few enough that the scratch does not grow with the batch.
 constexpr int64_t kBlockRows = 512;
 // Side of the square that a transposition keeps in L1.
 constexpr int64_t kSquare = 16;
@@ -84,7 +84,8 @@ void LinearBackwardWeight(const LinearBackwardWeightArgs& args, LinearBackwardSc
   BEBOP_CHECK(args.x.dtype == DType::kFloat32 && args.dy.dtype == DType::kFloat32 && args.dw.dtype == DType::kFloat32);
   const int64_t rows = args.x.rows, inputs = args.x.cols, outputs = args.dy.cols;
   if (rows == 0 && !args.accumulate) {
-    for (int64_t row = 0; row < outputs; ++row) std::memset(args.dw.Row<float>(row), 0, static_cast<size_t>(inputs) * sizeof(float));
+    for (int64_t row = 0; row < outputs; ++row)
+      std::memset(args.dw.Row<float>(row), 0, static_cast<size_t>(inputs) * sizeof(float));
   }
   for (int64_t row = 0; row < rows; row += kBlockRows) {
     const int64_t count = std::min(kBlockRows, rows - row);

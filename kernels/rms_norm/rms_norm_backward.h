@@ -7,7 +7,8 @@
 
 namespace bebop {
 
-// Backward of the zero-centred RMSNorm y = x·s·(1 + weight), s = 1 / sqrt(mean(x²) + eps), per row. With n = x·s and g = dy·(1 + weight):
+// Backward of the zero-centred RMSNorm y = x·s·(1 + weight), s = 1 / sqrt(mean(x²) + eps), per row. With n = x·s and g = dy·(1 +
+// weight):
 //   dx (+)= s·(g - n·mean(g·n));   dweight += Σ_rows dy·n.
 //   x, dy, dx: [T, H] float32, dweight: [H] float32. dx may alias dy, not x.
 // The sum of squares is in double, the other row sum in float; dweight sums blocks of 64 rows in order, whatever the threads.

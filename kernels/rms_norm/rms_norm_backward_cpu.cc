@@ -20,7 +20,9 @@ constexpr int64_t kBlockRows = 64;  // rows whose part of dweight is summed befo
 
 namespace bebop::cpu {
 
-void RmsNormBackward(const RmsNormBackwardArgs& args, ThreadPool& pool) { RmsNormBackwardWith(DetectInstructionSet(), args, pool); }
+void RmsNormBackward(const RmsNormBackwardArgs& args, ThreadPool& pool) {
+  RmsNormBackwardWith(DetectInstructionSet(), args, pool);
+}
 
 void RmsNormBackwardWith(InstructionSet set, const RmsNormBackwardArgs& args, ThreadPool& pool) {
   const int64_t rows = args.x.rows, width = args.x.cols, num_blocks = (rows + kBlockRows - 1) / kBlockRows;

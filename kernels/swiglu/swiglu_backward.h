@@ -8,8 +8,8 @@
 namespace bebop {
 
 // Backward of out = SiLU(gate) · up, element by element, with s = sigmoid(gate):
-//   dgate = dout·up·s·(1 + gate·(1 - s));   dup = dout·gate·s;   out = gate·s·up, which the weight gradient of the next product needs
-//   and nobody had to keep.
+//   dgate = dout·up·s·(1 + gate·(1 - s));   dup = dout·gate·s;   out = gate·s·up, which the weight gradient of the next product
+//   needs and nobody had to keep.
 // All [T, F] float32. dgate may alias gate, dup may alias up, out may alias dout.
 struct SwiGluBackwardArgs {
   TensorView gate;

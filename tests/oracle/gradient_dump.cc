@@ -2,8 +2,10 @@
 //
 // gradient_dump OPERATOR FOLDER [KEY=VALUE ...]
 //
-// Runs one backward operator, or the whole MTP chain, on raw arrays in FOLDER (NAME.bin: float32, or uint32 for tokens) and writes its
-// results there as out.NAME.bin, for tests/oracle/gradient_test.py to judge. KEY=VALUE are the shapes; `documents` is a list of row counts.
+// Runs one backward operator, the whole MTP chain, or the optimizer on raw arrays in FOLDER (NAME.bin: float32, or uint32 for
+// tokens) and writes its results there as out.NAME.bin, for tests/oracle/gradient_test.py to judge. KEY=VALUE are the shapes;
+// `documents` is a list of row counts.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -13,6 +15,7 @@
 #include <vector>
 
 #include "engine/training/mtp_block.h"
+#include "engine/training/optimizer.h"
 #include "kernels/attention/chain_attention.h"
 #include "kernels/common/check.h"
 #include "kernels/linear/linear_backward.h"
@@ -45,7 +48,9 @@ struct Case {
     file.write(reinterpret_cast<const char*>(data), static_cast<std::streamsize>(count * static_cast<int64_t>(sizeof(float))));
     BEBOP_CHECK(file.good());
   }
-  void Write(const std::string& name, const std::vector<float>& data) const { Write(name, data.data(), static_cast<int64_t>(data.size())); }
+  void Write(const std::string& name, const std::vector<float>& data) const {
+    Write(name, data.data(), static_cast<int64_t>(data.size()));
+  }
   std::vector<DocumentRows> Documents() const {
     std::vector<DocumentRows> out;
     std::istringstream list(values.at("documents"));
@@ -80,11 +85,13 @@ void RunLinear(Case& test) {
   PackBuffer packed(PackedBytes(DType::kFloat32, outputs, inputs)), transposed(PackedBytes(DType::kFloat32, inputs, outputs));
   cpu::LinearScratch scratch;
   cpu::LinearBackwardScratch backward_scratch;
-  cpu::Linear({.x = View(x, rows), .w = cpu::PackFloat(View(w, outputs), packed.data, test.pool), .y = View(y, rows)}, scratch, test.pool);
-  cpu::Linear({.x = View(dy, rows), .w = cpu::PackTransposed(View(w, outputs), transposed.data, test.pool), .y = View(dx, rows)}, scratch,
+  cpu::Linear({.x = View(x, rows), .w = cpu::PackFloat(View(w, outputs), packed.data, test.pool), .y = View(y, rows)}, scratch,
               test.pool);
-  cpu::LinearBackwardWeight({.x = View(x, rows), .dy = View(dy, rows), .accumulate = test.Int("accumulate") != 0, .dw = View(dw, outputs)}, backward_scratch,
-                            test.pool);
+  cpu::Linear({.x = View(dy, rows), .w = cpu::PackTransposed(View(w, outputs), transposed.data, test.pool), .y = View(dx, rows)},
+              scratch, test.pool);
+  cpu::LinearBackwardWeight(
+      {.x = View(x, rows), .dy = View(dy, rows), .accumulate = test.Int("accumulate") != 0, .dw = View(dw, outputs)},
+      backward_scratch, test.pool);
   test.Write("y", y);
   test.Write("dx", dx);
   test.Write("dw", dw);
@@ -150,7 +157,8 @@ void RunQkNormRope(Case& test) {
 void RunAttention(Case& test) {
   const int64_t rows = test.Int("rows"), q_heads = test.Int("q_heads"), chain = test.Int("chain");
   const std::vector<DocumentRows> documents = test.Documents();
-  std::vector<float> q = test.Read("q"), q_gate = test.Read("q_gate"), k = test.Read("k"), v = test.Read("v"), dout = test.Read("dout");
+  std::vector<float> q = test.Read("q"), q_gate = test.Read("q_gate"), k = test.Read("k"), v = test.Read("v"),
+                     dout = test.Read("dout");
   std::vector<float> attended(q.size()), out(q.size()), log_sum(static_cast<size_t>(rows * q_heads)), dk(k.size()), dv(v.size());
   std::vector<std::vector<float>> chain_k, chain_v, dchain_k, dchain_v;
   std::vector<TensorView> views[4];
@@ -186,14 +194,15 @@ void RunAttention(Case& test) {
   if (set > cpu::DetectInstructionSet()) std::exit(77);
   cpu::ChainAttentionWith(set, forward, test.pool);
   test.Write("out", out);
-  cpu::ChainAttentionBackwardWith(set, {.forward = forward,
-                                        .dout = View(dout, rows),
-                                        .dq = View(out, rows),
-                                        .dq_gate = View(q_gate, rows),
-                                        .dbase_k = View(dk, rows),
-                                        .dbase_v = View(dv, rows),
-                                        .dchain_k = views[2].data(),
-                                        .dchain_v = views[3].data()},
+  cpu::ChainAttentionBackwardWith(set,
+                                  {.forward = forward,
+                                   .dout = View(dout, rows),
+                                   .dq = View(out, rows),
+                                   .dq_gate = View(q_gate, rows),
+                                   .dbase_k = View(dk, rows),
+                                   .dbase_v = View(dv, rows),
+                                   .dchain_k = views[2].data(),
+                                   .dchain_v = views[3].data()},
                                   test.pool);
   test.Write("dq", out);
   test.Write("dq_gate", q_gate);
@@ -205,7 +214,7 @@ void RunAttention(Case& test) {
   }
 }
 
-void RunMtp(Case& test) {
+ModelConfig Config(const Case& test) {
   ModelConfig config;
   config.hidden_size = static_cast<int32_t>(test.Int("hidden"));
   config.intermediate_size = static_cast<int32_t>(test.Int("ffn"));
@@ -216,6 +225,42 @@ void RunMtp(Case& test) {
   config.rotary_dim = static_cast<int32_t>(test.Int("rotary_dim"));
   config.rope_theta = std::stod(test.values.at("theta"));
   config.rms_norm_eps = test.Float("eps");
+  return config;
+}
+
+// One float a parameter, read tensor by tensor.
+std::vector<float> ReadTensors(const Case& test, const MtpLayout& layout, const std::string& suffix = "") {
+  std::vector<float> out(static_cast<size_t>(layout.total));
+  for (const MtpTensor& tensor : layout.tensors) {
+    const std::vector<float> values = test.Read(tensor.name + suffix);
+    BEBOP_CHECK(static_cast<int64_t>(values.size()) == tensor.size());
+    std::copy(values.begin(), values.end(), out.begin() + tensor.offset);
+  }
+  return out;
+}
+
+void RunAdamW(Case& test) {
+  const MtpLayout layout(Config(test));
+  OptimizerOptions options;
+  options.learning_rate = test.Float("rate");
+  options.weight_decay = test.Float("weight_decay");
+  options.clip_norm = test.Float("clip");
+  options.warmup_steps = test.Int("warmup");
+  options.total_steps = test.Int("steps");
+  options.decay = RateDecay::kLinear;
+  AdamW optimizer(layout, options);
+  std::vector<float> parameters = ReadTensors(test, layout);
+  const std::vector<float> start = parameters;
+  for (int64_t step = 1; step <= test.Int("steps"); ++step) {
+    const std::vector<float> gradients = ReadTensors(test, layout, "." + std::to_string(step));
+    optimizer.Step(step, optimizer.Norm(gradients.data(), test.pool), gradients.data(), parameters.data(), test.pool);
+  }
+  for (size_t i = 0; i < start.size(); ++i) parameters[i] -= start[i];
+  for (const MtpTensor& tensor : layout.tensors) test.Write(tensor.name, parameters.data() + tensor.offset, tensor.size());
+}
+
+void RunMtp(Case& test) {
+  const ModelConfig config = Config(test);
   const auto steps = static_cast<int32_t>(test.Int("steps"));
   const std::vector<DocumentRows> documents = test.Documents();
   std::vector<int32_t> positions;
@@ -229,17 +274,14 @@ void RunMtp(Case& test) {
   auto block = MtpBlock::Create(config, rows + 3, steps, memory.get(), &pool);
   BEBOP_CHECK(block.ok());
   const MtpLayout& layout = (*block)->layout();
-  std::vector<float> parameters(static_cast<size_t>(layout.total)), gradients(parameters.size());
-  for (const MtpTensor& tensor : layout.tensors) {
-    const std::vector<float> values = test.Read(tensor.name);
-    BEBOP_CHECK(static_cast<int64_t>(values.size()) == tensor.size());
-    std::copy(values.begin(), values.end(), parameters.begin() + tensor.offset);
-  }
+  const std::vector<float> parameters = ReadTensors(test, layout);
+  std::vector<float> gradients(parameters.size());
   std::vector<float> table = test.Read("embedding"), target_hidden = test.Read("target_hidden"), dhidden = test.Read("dhidden");
   const std::vector<uint32_t> tokens = test.Read<uint32_t>("tokens");
   PackBuffer packed(PackedBytes(DType::kFloat32, config.vocab_size, config.hidden_size));
   const PackedMatrix embedding = cpu::PackFloat(View(table, config.vocab_size), packed.data, pool);
-  const MtpBatch batch = {documents.data(), static_cast<int32_t>(documents.size()), rows, positions.data(), View(target_hidden, rows), &embedding};
+  const MtpBatch batch = {
+      documents.data(), static_cast<int32_t>(documents.size()), rows, positions.data(), View(target_hidden, rows), &embedding};
 
   // Twice: a second pass over used buffers must give the same.
   for (int pass = 0; pass < 2; ++pass) {
@@ -260,9 +302,9 @@ void RunMtp(Case& test) {
 }
 
 int Main(int argc, char** argv) {
-  const std::map<std::string, void (*)(Case&)> operators = {{"linear", RunLinear},           {"rms_norm", RunRmsNorm},
-                                                            {"swiglu", RunSwiGlu},           {"qk_norm_rope", RunQkNormRope},
-                                                            {"attention", RunAttention},     {"mtp", RunMtp}};
+  const std::map<std::string, void (*)(Case&)> operators = {
+      {"linear", RunLinear},       {"rms_norm", RunRmsNorm}, {"swiglu", RunSwiGlu}, {"qk_norm_rope", RunQkNormRope},
+      {"attention", RunAttention}, {"mtp", RunMtp},          {"adamw", RunAdamW}};
   if (argc < 3 || operators.count(argv[1]) == 0) {
     std::fprintf(stderr, "usage: gradient_dump OPERATOR FOLDER [KEY=VALUE ...]\n");
     return 2;

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backward operators and the MTP chain's gradients against PyTorch autograd in float64.
+"""The backward operators and the MTP chain's gradients against PyTorch autograd in float64, and AdamW against torch.optim's.
 
 Operators: each against its formula written in torch. The chain: against the wiring that is the oracle of inference
-(tests/golden/network_oracle.py: transformers' own decoder layer), through all steps and hidden states, for every parameter, with a
-random gradient at every step and packed documents. Judged by the norm of the difference over the norm of the reference, per tensor.
+(tests/golden/network_oracle.py: transformers' own decoder layer), through all steps and hidden states, for every parameter,
+with a random gradient at every step and packed documents. Judged by the norm of the difference over the norm of the
+reference, per tensor.
 
 Exit status: 0 passed, 1 failed, 77 skipped (torch or transformers is missing).
 """
@@ -101,7 +102,8 @@ def check_linear(runner, generator):
 
 def check_rms_norm(runner, generator):
     for rows, width in [(1, 8), (64, 40), (65, 1000), (200, 256)]:
-        x, weight, dy, start = random(generator, rows, width, scale=3), random(generator, width, scale=0.3), random(generator, rows, width), random(generator, rows, width)
+        x, weight = random(generator, rows, width, scale=3), random(generator, width, scale=0.3)
+        dy, start = random(generator, rows, width), random(generator, rows, width)
         results = runner.run("rms_norm", {"x": x, "weight": weight, "dy": dy, "dx_start": start}, rows=rows, eps=EPS)
         leaf(x, weight)
         norm(x, weight).backward(dy)
@@ -133,16 +135,26 @@ def check_qk_norm_rope(runner, generator):
         dq, dk = random(generator, rows, q_heads, dim), random(generator, rows, kv_heads, dim)
         positions = torch.randint(0, 3000, (rows,), generator=generator)
         arrays = {"q_gate": q_gate, "k": k, "q_norm": q_norm, "k_norm": k_norm, "dq": dq, "dk": dk, "positions": positions}
-        results = runner.run("qk_norm_rope", arrays, rows=rows, q_heads=q_heads, kv_heads=kv_heads, head_dim=dim, rotary_dim=rotary, eps=EPS)
+        results = runner.run(
+            "qk_norm_rope", arrays, rows=rows, q_heads=q_heads, kv_heads=kv_heads, head_dim=dim, rotary_dim=rotary, eps=EPS
+        )
         gate = q_gate[..., dim:].clone()
         leaf(q_gate, k, q_norm, k_norm)
-        torch.autograd.backward([rotate(norm(q_gate[..., :dim], q_norm), positions, rotary), rotate(norm(k, k_norm), positions, rotary)], [dq, dk])
-        expected = {"dq_gate": torch.cat([q_gate.grad[..., :dim], gate], -1), "dk": k.grad, "dq_norm": q_norm.grad, "dk_norm": k_norm.grad}
+        outputs = [rotate(norm(q_gate[..., :dim], q_norm), positions, rotary), rotate(norm(k, k_norm), positions, rotary)]
+        torch.autograd.backward(outputs, [dq, dk])
+        dq_gate = torch.cat([q_gate.grad[..., :dim], gate], -1)
+        expected = {"dq_gate": dq_gate, "dk": k.grad, "dq_norm": q_norm.grad, "dk_norm": k_norm.grad}
         runner.judge(f"qk_norm_rope {rows}x{q_heads}/{kv_heads}x{dim}", results, expected, OPERATOR_TOLERANCE)
 
 
 def check_attention(runner, generator):
-    cases = [((1,), 2, 1, 16, 0), ((5, 1, 40), 4, 2, 32, 2), ((150, 64, 33), 6, 2, 48, 3), ((64, 65), 2, 2, 16, 7), ((130,), 4, 1, 64, 0)]
+    cases = [  # documents, query heads, key heads, head_dim, chain entries
+        ((1,), 2, 1, 16, 0),
+        ((5, 1, 40), 4, 2, 32, 2),
+        ((150, 64, 33), 6, 2, 48, 3),
+        ((64, 65), 2, 2, 16, 7),
+        ((130,), 4, 1, 64, 0),
+    ]
     for documents, q_heads, kv_heads, dim, chain in cases:
         for instruction_set in range(3):
             rows = sum(documents)
@@ -155,8 +167,8 @@ def check_attention(runner, generator):
             arrays = {"q": q, "q_gate": torch.cat([q, gate], -1), "k": k, "v": v, "dout": dout}
             arrays |= {f"chain_k{c}": value for c, value in enumerate(chain_k)} | {f"chain_v{c}": value for c, value in enumerate(chain_v)}
             results = runner.run(
-                "attention", arrays, rows=rows, q_heads=q_heads, kv_heads=kv_heads, head_dim=dim, chain=chain, set=instruction_set,
-                documents=",".join(map(str, documents)),
+                "attention", arrays, rows=rows, q_heads=q_heads, kv_heads=kv_heads, head_dim=dim, chain=chain,
+                set=instruction_set, documents=",".join(map(str, documents)),
             )
             if results is None:
                 continue
@@ -179,12 +191,19 @@ def check_attention(runner, generator):
             if documents == (1,):
                 # One key: its weight is 1 whatever the query, and the true gradients are zero.
                 expected = {name: value for name, value in expected.items() if name not in ("dq", "dk")}
-            runner.judge(f"attention {documents} {q_heads}/{kv_heads}x{dim} chain {chain} set {instruction_set}", results, expected, OPERATOR_TOLERANCE)
+            case = f"attention {documents} {q_heads}/{kv_heads}x{dim} chain {chain} set {instruction_set}"
+            runner.judge(case, results, expected, OPERATOR_TOLERANCE)
 
 
 def check_chain(runner, generator):
     specs = {spec.name: spec for spec in network_oracle.SPECS}
-    cases = [("tied_gqa1", 8, (20, 9, 2)), ("untied_gqa2", 5, (75, 12)), ("gqa6_heads3", 3, (40,)), ("real_heads", 2, (34, 5)), ("odd_pattern", 1, (70,))]
+    cases = [  # configuration, steps, tokens of the documents
+        ("tied_gqa1", 8, (20, 9, 2)),
+        ("untied_gqa2", 5, (75, 12)),
+        ("gqa6_heads3", 3, (40,)),
+        ("real_heads", 2, (34, 5)),
+        ("odd_pattern", 1, (70,)),
+    ]
     for name, steps, lengths in cases:
         spec = dataclasses.replace(specs[name], lengths=lengths)
         network = network_oracle.Network(spec, network_oracle.make_weights(spec))
@@ -215,8 +234,8 @@ def check_chain(runner, generator):
                         rows = []
                         for base in range(num_bases):  # true entries up to the base's own, then the chain's
                             chain = torch.stack([inputs[base] for inputs in own])
-                            filler = true_inputs.new_zeros(count - 1 - (base + 1) - len(own) + 1, spec.hidden)
-                            rows.append(torch.cat([true_inputs[: base + 1], chain, filler])[: count - 1 + 1])
+                            filler = true_inputs.new_zeros(count - 1 - base - len(own), spec.hidden)  # causally unseen
+                            rows.append(torch.cat([true_inputs[: base + 1], chain, filler]))
                         at = torch.arange(num_bases)
                         last = network.mtp_layer(torch.stack(rows))[at, at + step - 1]
                     upstream[:num_bases] = random(generator, num_bases, spec.hidden)
@@ -245,12 +264,46 @@ def check_chain(runner, generator):
         runner.judge(f"chain {name}, {steps} steps, documents {lengths}", results, expected, CHAIN_TOLERANCE)
 
 
+def check_adamw(runner, generator):
+    """The change of the parameters over some steps, against torch.optim.AdamW with a warm-up, a linear decay and clipping."""
+    spec = network_oracle.SPECS[1]
+    steps, rate, warmup = 6, 1e-2, 3
+    for weight_decay, clip in [(0.0, 0.0), (0.5, 3.0)]:
+        parameters = {name: random(generator, *shape) for name, shape in network_oracle.mtp_shapes(spec).items()}
+        gradients = [
+            {name: random(generator, *value.shape, scale=0.1 * step) for name, value in parameters.items()} for step in range(steps)
+        ]
+        arrays = dict(parameters)
+        for step, values in enumerate(gradients):
+            arrays |= {f"{name}.{step + 1}": value for name, value in values.items()}
+        results = runner.run(
+            "adamw", arrays, hidden=spec.hidden, ffn=spec.ffn, vocab=spec.vocab, q_heads=spec.q_heads, kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim, rotary_dim=0, theta=spec.theta, eps=EPS, rate=rate, weight_decay=weight_decay, clip=clip,
+            warmup=warmup, steps=steps,
+        )
+        start = {name: value.clone() for name, value in parameters.items()}
+        matrices = [value for value in parameters.values() if value.ndim == 2]
+        vectors = [value for value in parameters.values() if value.ndim == 1]
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=rate)
+        for step, values in enumerate(gradients, start=1):
+            for name, value in parameters.items():
+                value.grad = values[name].clone()
+            if clip > 0:
+                torch.nn.utils.clip_grad_norm_(list(parameters.values()), clip)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (step / warmup if step < warmup else 1 - (step - warmup) / (steps - warmup))
+            optimizer.step()
+        expected = {name: value - start[name] for name, value in parameters.items()}
+        runner.judge(f"adamw decay {weight_decay} clip {clip}", results, expected, OPERATOR_TOLERANCE)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", type=pathlib.Path, required=True, help="the gradient_dump program")
     runner = Runner(parser.parse_args().program)
     generator = torch.Generator().manual_seed(7)
-    for check in (check_linear, check_rms_norm, check_swiglu, check_qk_norm_rope, check_attention, check_chain):
+    for check in (check_linear, check_rms_norm, check_swiglu, check_qk_norm_rope, check_attention, check_chain, check_adamw):
         check(runner, generator)
     for case, (error, name) in runner.worst.items():
         print(f"{case:60s} worst {error:.1e} ({name})")

@@ -52,7 +52,8 @@ class Fixture {
     const int64_t bytes = PackedBytes(DType::kFloat32, config_.vocab_size, config_.hidden_size);
     table_.reset(static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(bytes))));
     ThreadPool pool(1);
-    embedding_ = cpu::PackFloat(FloatMatrix(const_cast<float*>(table.data()), config_.vocab_size, config_.hidden_size), table_.get(), pool);
+    embedding_ = cpu::PackFloat(FloatMatrix(const_cast<float*>(table.data()), config_.vocab_size, config_.hidden_size),
+                                table_.get(), pool);
   }
 
   int64_t num_rows() const { return static_cast<int64_t>(positions_.size()); }
@@ -69,9 +70,12 @@ class Fixture {
     const std::unique_ptr<DeviceMemory> memory = MakeHostMemory();
     auto block = MtpBlock::Create(config_, num_rows() + spare_rows, kSteps, memory.get(), &pool);
     EXPECT_TRUE(block.ok()) << block.status();
-    const MtpBatch batch = {documents_.data(),  static_cast<int32_t>(documents_.size()),
-                            num_rows(),         positions_.data(),
-                            FloatMatrix(target_hidden.data(), num_rows(), config_.hidden_size), &embedding_};
+    const MtpBatch batch = {documents_.data(),
+                            static_cast<int32_t>(documents_.size()),
+                            num_rows(),
+                            positions_.data(),
+                            FloatMatrix(target_hidden.data(), num_rows(), config_.hidden_size),
+                            &embedding_};
     Result result;
     result.gradients.assign(static_cast<size_t>(layout_.total), 0.0f);
     result.dhidden = dhidden;
@@ -139,7 +143,8 @@ TEST(MtpBlockTest, DocumentsAreApartAndLaterRowsAreUnseen) {
   // Gradient at document 0's rows before 20 alone: nothing of later rows or of document 1 may matter.
   for (int64_t step = 0; step < kSteps; ++step) {
     for (int64_t row = 20; row < rows; ++row) {
-      std::memset(&fixture.dhidden[static_cast<size_t>((step * rows + row) * width)], 0, static_cast<size_t>(width) * sizeof(float));
+      std::memset(&fixture.dhidden[static_cast<size_t>((step * rows + row) * width)], 0,
+                  static_cast<size_t>(width) * sizeof(float));
     }
   }
   const Fixture::Result before = fixture.Run(1);
@@ -149,7 +154,8 @@ TEST(MtpBlockTest, DocumentsAreApartAndLaterRowsAreUnseen) {
   for (int64_t step = 0; step < kSteps; ++step) {
     const int64_t at = step * rows * width;
     EXPECT_TRUE(SameBits(&before.hidden[static_cast<size_t>(at)], &after.hidden[static_cast<size_t>(at)], 20 * width)) << step;
-    EXPECT_FALSE(SameBits(&before.hidden[static_cast<size_t>(at + 20 * width)], &after.hidden[static_cast<size_t>(at + 20 * width)], width));
+    EXPECT_FALSE(SameBits(&before.hidden[static_cast<size_t>(at + 20 * width)],
+                          &after.hidden[static_cast<size_t>(at + 20 * width)], width));
   }
   double difference = 0, norm = 0;
   for (size_t i = 0; i < before.gradients.size(); ++i) {
@@ -158,6 +164,14 @@ TEST(MtpBlockTest, DocumentsAreApartAndLaterRowsAreUnseen) {
   }
   EXPECT_GT(norm, 0.0);
   EXPECT_LE(std::sqrt(difference / norm), 1e-7);
+
+  // Nor does document 1 see document 0.
+  for (int64_t i = 0; i < 40 * width; ++i) fixture.target_hidden[static_cast<size_t>(i)] -= 0.5f;
+  const Fixture::Result first_changed = fixture.Run(1);
+  for (int64_t step = 0; step < kSteps; ++step) {
+    const auto at = static_cast<size_t>((step * rows + 40) * width);
+    EXPECT_TRUE(SameBits(&after.hidden[at], &first_changed.hidden[at], 33 * width)) << step;
+  }
 }
 
 // A step along the gradient changes the loss Σ dhidden·hidden by the square of the gradient's norm times the step.

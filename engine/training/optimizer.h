@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "engine/training/mtp_parameters.h"
+#include "kernels/common/thread_pool.h"
+
+namespace bebop {
+
+enum class RateDecay : uint8_t { kNone, kLinear, kCosine };
+
+// The defaults are the paper's recipe (arXiv 2606.12370): a constant rate after the warm-up.
+struct OptimizerOptions {
+  double learning_rate = 3.5e-5;
+  double beta1 = 0.9;
+  double beta2 = 0.999;
+  double epsilon = 1e-8;
+  double weight_decay = 0.0;  // of matrices; norms are not decayed
+  double clip_norm = 1.0;     // gradients of a larger norm are scaled down to it; 0: never
+  int64_t warmup_steps = 0;   // the rate grows linearly up to step warmup_steps
+  int64_t total_steps = 0;    // where kLinear and kCosine reach 0
+  RateDecay decay = RateDecay::kNone;
+};
+
+// The rate of step `step` = 1, 2, ...
+double LearningRate(const OptimizerOptions& options, int64_t step);
+
+// AdamW (Loshchilov, Hutter, "Decoupled weight decay regularization", 2019, algorithm 2) over the flat parameters of MtpLayout,
+// with its moments in float32 and the arithmetic of an element in double. Bits do not depend on the thread count. One caller at a
+// time.
+class AdamW {
+ public:
+  AdamW(const MtpLayout& layout, const OptimizerOptions& options);
+
+  // √Σ gradient², in double over blocks in order. Not finite when a gradient is not: then do not call Step.
+  double Norm(const float* gradients, ThreadPool& pool) const;
+  // The update of step `step` = 1, 2, ... `norm`: of the gradients, for clipping.
+  void Step(int64_t step, double norm, const float* gradients, float* parameters, ThreadPool& pool);
+
+  // What a checkpoint holds, [layout.total] each.
+  std::vector<float>& first_moment() { return first_; }
+  std::vector<float>& second_moment() { return second_; }
+
+ private:
+  const MtpLayout layout_;
+  const OptimizerOptions options_;
+  std::vector<float> first_, second_;
+};
+
+}  // namespace bebop
