@@ -90,7 +90,8 @@ def leaf(*tensors):
 def check_linear(runner, generator):
     sizes = [(1, 16, 16), (7, 40, 24), (33, 257, 65), (512, 32, 48), (1100, 96, 130)]
     for (rows, inputs, outputs), accumulate in itertools.product(sizes, (0, 1)):
-        x, w, dy, start = (random(generator, *shape) for shape in [(rows, inputs), (outputs, inputs), (rows, outputs), (outputs, inputs)])
+        shapes = [(rows, inputs), (outputs, inputs), (rows, outputs), (outputs, inputs)]
+        x, w, dy, start = (random(generator, *shape) for shape in shapes)
         arrays = {"x": x, "w": w, "dy": dy, "dw_start": start}
         results = runner.run("linear", arrays, rows=rows, inputs=inputs, outputs=outputs, accumulate=accumulate)
         leaf(x, w)
@@ -165,7 +166,8 @@ def check_attention(runner, generator):
             dout = random(generator, rows, q_heads, dim)
             q = (q * 2).detach()
             arrays = {"q": q, "q_gate": torch.cat([q, gate], -1), "k": k, "v": v, "dout": dout}
-            arrays |= {f"chain_k{c}": value for c, value in enumerate(chain_k)} | {f"chain_v{c}": value for c, value in enumerate(chain_v)}
+            arrays |= {f"chain_k{c}": value for c, value in enumerate(chain_k)}
+            arrays |= {f"chain_v{c}": value for c, value in enumerate(chain_v)}
             results = runner.run(
                 "attention", arrays, rows=rows, q_heads=q_heads, kv_heads=kv_heads, head_dim=dim, chain=chain,
                 set=instruction_set, documents=",".join(map(str, documents)),
@@ -271,7 +273,8 @@ def check_adamw(runner, generator):
     for weight_decay, clip in [(0.0, 0.0), (0.5, 3.0)]:
         parameters = {name: random(generator, *shape) for name, shape in network_oracle.mtp_shapes(spec).items()}
         gradients = [
-            {name: random(generator, *value.shape, scale=0.1 * step) for name, value in parameters.items()} for step in range(steps)
+            {name: random(generator, *value.shape, scale=0.1 * step) for name, value in parameters.items()}
+            for step in range(steps)
         ]
         arrays = dict(parameters)
         for step, values in enumerate(gradients):
