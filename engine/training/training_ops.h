@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "kernels/adamw/adamw.h"
+#include "kernels/attention/chain_attention.h"
+#include "kernels/common/dtype.h"
+#include "kernels/common/stream.h"
+#include "kernels/common/thread_pool.h"
+#include "kernels/draft_losses/draft_losses.h"
+#include "kernels/embedding/embedding.h"
+#include "kernels/linear/linear.h"
+#include "kernels/linear/linear_backward.h"
+#include "kernels/qk_norm_rope/qk_norm_rope.h"
+#include "kernels/qk_norm_rope/qk_norm_rope_backward.h"
+#include "kernels/rms_norm/rms_norm.h"
+#include "kernels/rms_norm/rms_norm_backward.h"
+#include "kernels/swiglu/swiglu.h"
+#include "kernels/swiglu/swiglu_backward.h"
+
+namespace bebop {
+
+// The operators of a training step on one backend, beside engine/model/ops.h, which has those of the frozen target: the one place of
+// engine/training where a backend is chosen. Contracts are those of the kernels' headers. Activations and gradients are float32 on
+// every backend; on a device products round their operands to bf16 and accumulate in float32, and a call enqueues and returns
+// (SquaredNorm and BatchLoss wait). All pointers are memory of the backend (DeviceMemory), unless a comment says host. One caller at a
+// time.
+class TrainingOps {
+ public:
+  virtual ~TrainingOps() = default;
+
+  // Products. A trained or frozen matrix W [rows, cols], float32 in rows, is packed once a change and then read as often as wanted.
+  virtual int64_t PackedMatrixBytes(int64_t rows, int64_t cols) const = 0;
+  virtual PackedMatrix Pack(const TensorView& w, void* destination) = 0;            // of W
+  virtual PackedMatrix PackTransposed(const TensorView& w, void* destination) = 0;  // of Wᵀ [cols, rows]: dx = Linear(dy, Wᵀ)
+  virtual void Linear(const LinearArgs& args) = 0;
+  virtual void LinearBackwardWeight(const LinearBackwardWeightArgs& args) = 0;
+
+  virtual void Embedding(const EmbeddingArgs& args) = 0;
+  virtual void RmsNorm(const RmsNormArgs& args) = 0;
+  virtual void RmsNormBackward(const RmsNormBackwardArgs& args) = 0;
+  virtual void SwiGlu(const SwiGluArgs& args) = 0;
+  virtual void SwiGluBackward(const SwiGluBackwardArgs& args) = 0;
+  virtual void QkNormRope(const QkNormRopeArgs& args) = 0;
+  virtual void QkNormRopeBackward(const QkNormRopeBackwardArgs& args) = 0;
+  virtual void ChainAttention(const ChainAttentionArgs& args) = 0;
+  virtual void ChainAttentionBackward(const ChainAttentionBackwardArgs& args) = 0;
+  // Row by row, as columns may be a part of wider rows. Same shape, no overlap.
+  virtual void Copy(const TensorView& from, const TensorView& to) = 0;
+  virtual void Clear(const TensorView& view) = 0;
+
+  // Losses over logits of logits_dtype(): kFloat32 on the CPU, kBFloat16 on a device.
+  virtual DType logits_dtype() const = 0;
+  virtual void Normalize(const TensorView& logits, LogitNormalizer* normalizers) = 0;
+  virtual void DraftLossForward(const DraftLossArgs& args) = 0;
+  virtual void DraftLossBackward(const DraftLossGradientArgs& args) = 0;
+  // Writes args.row_weights; waits for and returns the rest.
+  virtual ChainLossResult BatchLoss(const ChainLossArgs& args) = 0;
+
+  // Σ values[i]² over `count` floats in double, in an order that `count` alone decides. Not finite when a value is not.
+  virtual double SquaredNorm(const float* values, int64_t count) = 0;
+  virtual void AdamWUpdate(const AdamWArgs& args) = 0;
+};
+
+// `pool` must outlive it.
+std::unique_ptr<TrainingOps> MakeCpuTrainingOps(ThreadPool* pool);
+// `stream` must outlive it. Only in builds with CUDA.
+std::unique_ptr<TrainingOps> MakeCudaTrainingOps(cuda::Stream* stream);
+
+}  // namespace bebop
