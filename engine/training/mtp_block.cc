@@ -2,32 +2,16 @@
 #include "engine/training/mtp_block.h"
 
 #include <algorithm>
-#include <cstring>
 #include <string>
 
 #include "absl/strings/str_cat.h"
 #include "engine/base/status_macros.h"
 #include "kernels/common/check.h"
-#include "kernels/embedding/embedding.h"
-#include "kernels/qk_norm_rope/qk_norm_rope.h"
-#include "kernels/qk_norm_rope/qk_norm_rope_backward.h"
-#include "kernels/rms_norm/rms_norm.h"
-#include "kernels/rms_norm/rms_norm_backward.h"
-#include "kernels/swiglu/swiglu.h"
-#include "kernels/swiglu/swiglu_backward.h"
 
 namespace bebop {
 namespace {
 
-void Copy(const TensorView& from, const TensorView& to) {
-  for (int64_t row = 0; row < from.rows; ++row) {
-    std::memcpy(to.Row<float>(row), from.Row<float>(row), static_cast<size_t>(from.cols) * sizeof(float));
-  }
-}
-void Clear(const TensorView& view) {
-  for (int64_t row = 0; row < view.rows; ++row)
-    std::memset(view.Row<float>(row), 0, static_cast<size_t>(view.cols) * sizeof(float));
-}
+constexpr int64_t kAlignment = 256;  // of every array: what DeviceMemory gives
 
 // The column ranges of a fused projection.
 struct Projected {
@@ -40,22 +24,25 @@ Projected Split(const TensorView& projected, const MtpLayout& layout) {
 
 }  // namespace
 
-MtpBlock::MtpBlock(const ModelConfig& config, int64_t max_rows, int32_t max_steps, ThreadPool* pool)
+MtpBlock::MtpBlock(const ModelConfig& config, int64_t max_rows, int32_t max_steps, TrainingOps* ops)
     : config_(config),
       layout_(config),
       max_rows_(max_rows),
       max_steps_(max_steps),
-      pool_(*pool),
+      ops_(*ops),
       saved_(static_cast<size_t>(max_steps)) {}
 
-int64_t MtpBlock::Carve(float* base) {
+int64_t MtpBlock::Carve(char* base) {
   int64_t used = 0;
-  const auto take = [&](int64_t count) {
-    float* const place = base == nullptr ? nullptr : base + used;
-    used += RoundUp(count, 16);  // 64 bytes
+  const auto take = [&](int64_t bytes) {
+    char* const place = base == nullptr ? nullptr : base + used;
+    used += RoundUp(bytes, kAlignment);
     return place;
   };
-  const auto matrix = [&](int64_t cols) { return FloatMatrix(take(max_rows_ * cols), max_rows_, cols); };
+  constexpr auto kFloatBytes = static_cast<int64_t>(sizeof(float));
+  const auto matrix = [&](int64_t cols) {
+    return FloatMatrix(reinterpret_cast<float*>(take(max_rows_ * cols * kFloatBytes)), max_rows_, cols);
+  };
   const int64_t hidden = layout_.hidden, query = layout_.query_width, kv = layout_.kv_width;
   for (Saved& saved : saved_) {
     for (TensorView* view : {&saved.fused, &saved.attended_stream, &saved.mlp_stream, &saved.hidden}) *view = matrix(hidden);
@@ -70,35 +57,34 @@ int64_t MtpBlock::Carve(float* base) {
   stream_ = matrix(hidden);
   wide_ = matrix(std::max(layout_.ffn, query));
   const auto pack = [&](Packed& packed, int64_t rows, int64_t cols) {
-    constexpr auto kFloatBytes = static_cast<int64_t>(sizeof(float));
-    packed.forward_data = take(PackedBytes(DType::kFloat32, rows, cols) / kFloatBytes);
-    packed.transposed_data = take(PackedBytes(DType::kFloat32, cols, rows) / kFloatBytes);
+    packed.forward_data = take(ops_.PackedMatrixBytes(rows, cols));
+    packed.transposed_data = take(ops_.PackedMatrixBytes(cols, rows));
   };
   pack(fc_, hidden, 2 * hidden);
   pack(qkv_, layout_.qkv_width(), hidden);
   pack(out_, hidden, query);
   pack(gate_up_, 2 * layout_.ffn, hidden);
   pack(down_, hidden, layout_.ffn);
+  row_sequence_ = reinterpret_cast<int32_t*>(take(max_rows_ * static_cast<int64_t>(sizeof(int32_t))));
+  sequence_ = reinterpret_cast<SequenceRows*>(take(sizeof(SequenceRows)));
   return used;
 }
 
-int64_t MtpBlock::Bytes(const ModelConfig& config, int64_t max_rows, int32_t max_steps) {
-  ThreadPool pool(1);
-  return MtpBlock(config, max_rows, max_steps, &pool).Carve(nullptr) * static_cast<int64_t>(sizeof(float));
+int64_t MtpBlock::Bytes(const ModelConfig& config, int64_t max_rows, int32_t max_steps, TrainingOps* ops) {
+  return MtpBlock(config, max_rows, max_steps, ops).Carve(nullptr);
 }
 
 absl::StatusOr<std::unique_ptr<MtpBlock>> MtpBlock::Create(const ModelConfig& config, int64_t max_rows, int32_t max_steps,
-                                                           DeviceMemory* memory, ThreadPool* pool) {
+                                                           DeviceMemory* memory, TrainingOps* ops) {
   BEBOP_CHECK(max_rows > 0 && max_steps >= 1 && max_steps <= kMaxSteps);
   if (config.head_dim % 16 != 0) {
     return absl::UnimplementedError(absl::StrCat("training: head_dim must be a multiple of 16, got ", config.head_dim));
   }
-  std::unique_ptr<MtpBlock> block(new MtpBlock(config, max_rows, max_steps, pool));
-  const int64_t bytes = block->Carve(nullptr) * static_cast<int64_t>(sizeof(float));
-  BEBOP_ASSIGN_OR_RETURN(block->storage_, memory->Allocate(bytes, "training activations"));
-  block->Carve(static_cast<float*>(block->storage_.get()));
-  block->positions_.resize(static_cast<size_t>(max_rows));
-  block->zeros_.resize(static_cast<size_t>(max_rows));
+  std::unique_ptr<MtpBlock> block(new MtpBlock(config, max_rows, max_steps, ops));
+  BEBOP_ASSIGN_OR_RETURN(block->storage_, memory->Allocate(block->Carve(nullptr), "training activations"));
+  block->Carve(static_cast<char*>(block->storage_.get()));
+  const SequenceRows sequence;
+  memory->CopyIn(block->sequence_, &sequence, sizeof(sequence));
   return block;
 }
 
@@ -106,8 +92,8 @@ void MtpBlock::SetParameters(const float* flat) {
   parameters_ = flat;
   auto* const weights = const_cast<float*>(flat);  // a view has no const form; packing only reads
   const auto pack = [&](const TensorView& matrix, Packed& packed) {
-    packed.forward = cpu::PackFloat(matrix, packed.forward_data, pool_);
-    packed.transposed = cpu::PackTransposed(matrix, packed.transposed_data, pool_);
+    packed.forward = ops_.Pack(matrix, packed.forward_data);
+    packed.transposed = ops_.PackTransposed(matrix, packed.transposed_data);
   };
   pack(layout_.Fc(weights), fc_);
   pack(layout_.Qkv(weights), qkv_);
@@ -125,37 +111,31 @@ MtpBlock::Saved MtpBlock::RowsOf(int32_t step, int64_t rows) const {
   return out;
 }
 
-void MtpBlock::SetPositions(const MtpBatch& batch, int32_t step) {
-  for (int64_t row = 0; row < batch.num_rows; ++row) positions_[static_cast<size_t>(row)] = batch.row_position[row] + step - 1;
-}
-
 void MtpBlock::Norm(const TensorView& x, int64_t weight, const TensorView& out) {
-  cpu::RmsNorm({.x = x, .residual = {}, .weight = parameters_ + weight, .eps = config_.rms_norm_eps, .out = out}, pool_);
+  ops_.RmsNorm({.x = x, .residual = {}, .weight = parameters_ + weight, .eps = config_.rms_norm_eps, .out = out});
 }
 
 void MtpBlock::NormBackward(const TensorView& x, int64_t weight, const TensorView& dy, const TensorView& dx, bool accumulate,
                             float* gradients) {
-  cpu::RmsNormBackward({.x = x,
+  ops_.RmsNormBackward({.x = x,
                         .weight = parameters_ + weight,
                         .eps = config_.rms_norm_eps,
                         .dy = dy,
                         .dx = dx,
                         .accumulate_dx = accumulate,
-                        .dweight = gradients + weight},
-                       pool_);
+                        .dweight = gradients + weight});
 }
 
 void MtpBlock::MatMul(const TensorView& x, const PackedMatrix& w, const TensorView& y) {
-  cpu::Linear({.x = x, .w = w, .y = y}, linear_scratch_, pool_);
+  ops_.Linear({.x = x, .w = w, .y = y});
 }
 
 void MtpBlock::WeightGradient(const TensorView& x, const TensorView& dy, const TensorView& dw) {
-  cpu::LinearBackwardWeight({.x = x, .dy = dy, .accumulate = true, .dw = dw}, backward_scratch_, pool_);
+  ops_.LinearBackwardWeight({.x = x, .dy = dy, .accumulate = true, .dw = dw});
 }
 
-void MtpBlock::MakeInput(const MtpBatch& batch, int32_t step, const uint32_t* token_ids, const TensorView& embedded,
-                         const TensorView& pair) {
-  cpu::Embedding({.token_ids = token_ids, .table = *batch.embedding, .out = embedded}, pool_);
+void MtpBlock::MakeInput(const MtpBatch& batch, int32_t step, const TensorView& embedded, const TensorView& pair) {
+  ops_.Embedding({.token_ids = batch.token_ids + (step - 1) * batch.num_rows, .table = batch.embedding, .out = embedded});
   Norm(embedded, layout_.pre_fc_norm_embedding, pair.Columns(0, layout_.hidden));
   Norm(step == 1 ? batch.target_hidden : RowsOf(step - 1, batch.num_rows).hidden, layout_.pre_fc_norm_hidden,
        pair.Columns(layout_.hidden, layout_.hidden));
@@ -163,25 +143,24 @@ void MtpBlock::MakeInput(const MtpBatch& batch, int32_t step, const uint32_t* to
 
 TensorView MtpBlock::hidden(int32_t step) const { return saved_[static_cast<size_t>(step - 1)].hidden; }
 
-void MtpBlock::ForwardStep(const MtpBatch& batch, int32_t step, const uint32_t* token_ids) {
+void MtpBlock::ForwardStep(const MtpBatch& batch, int32_t step) {
   const int64_t rows = batch.num_rows;
   BEBOP_CHECK(parameters_ != nullptr && step >= 1 && step <= max_steps_ && rows <= max_rows_);
   const Saved saved = RowsOf(step, rows);
   const Projected projected = Split(saved.projected, layout_);
   const TensorView pair = pair_.Rows(0, rows), normed = embedded_.Rows(0, rows), update = stream_.Rows(0, rows);
 
-  MakeInput(batch, step, token_ids, normed, pair);
+  MakeInput(batch, step, normed, pair);
   MatMul(pair, fc_.forward, saved.fused);
 
   Norm(saved.fused, layout_.input_norm, normed);
   MatMul(normed, qkv_.forward, saved.projected);
-  SetPositions(batch, step);
-  const SequenceRows sequence;  // keys and values go to dense matrices, so where the rows belong does not matter
-  cpu::QkNormRope({.batch = {.num_sequences = 1,
+  // Keys and values go to dense matrices, so which sequence the rows belong to does not matter.
+  ops_.QkNormRope({.batch = {.num_sequences = 1,
                              .num_rows = static_cast<int32_t>(rows),
-                             .sequences = &sequence,
-                             .row_sequence = zeros_.data(),
-                             .row_position = positions_.data()},
+                             .sequences = sequence_,
+                             .row_sequence = row_sequence_,
+                             .row_position = batch.row_position + (step - 1) * rows},
                    .q_gate = projected.q_gate,
                    .k = projected.k,
                    .v = projected.v,
@@ -196,8 +175,7 @@ void MtpBlock::ForwardStep(const MtpBatch& batch, int32_t step, const uint32_t* 
                    .q_out = saved.query,
                    .pages = {},
                    .dense_k = saved.key,
-                   .dense_v = projected.v},  // stays where it is
-                  pool_);
+                   .dense_v = projected.v});  // stays where it is
   TensorView chain_k[kMaxSteps], chain_v[kMaxSteps];
   const Saved first = RowsOf(1, rows);
   for (int32_t s = 2; s <= step; ++s) {
@@ -205,7 +183,7 @@ void MtpBlock::ForwardStep(const MtpBatch& batch, int32_t step, const uint32_t* 
     chain_k[s - 2] = entry.key;
     chain_v[s - 2] = Split(entry.projected, layout_).v;
   }
-  cpu::ChainAttention({.documents = batch.documents,
+  ops_.ChainAttention({.documents = batch.documents,
                        .num_documents = batch.num_documents,
                        .q = saved.query,
                        .q_gate = projected.q_gate,
@@ -219,42 +197,37 @@ void MtpBlock::ForwardStep(const MtpBatch& batch, int32_t step, const uint32_t* 
                        .head_dim = config_.head_dim,
                        .attended = saved.attended,
                        .log_sum = saved.log_sum,
-                       .out = saved.gated},
-                      pool_);
+                       .out = saved.gated});
   // The sum of stream and update happens inside the norm that reads it, in place: in a copy here, as the backward wants both
   // streams.
   MatMul(saved.gated, out_.forward, update);
-  Copy(saved.fused, saved.attended_stream);
-  cpu::RmsNorm({.x = saved.attended_stream,
+  ops_.Copy(saved.fused, saved.attended_stream);
+  ops_.RmsNorm({.x = saved.attended_stream,
                 .residual = update,
                 .weight = parameters_ + layout_.post_attention_norm,
                 .eps = config_.rms_norm_eps,
-                .out = normed},
-               pool_);
+                .out = normed});
   MatMul(normed, gate_up_.forward, saved.gate_up);
   const TensorView activated = wide_.Rows(0, rows).Columns(0, layout_.ffn);
-  cpu::SwiGlu(
-      {.gate = saved.gate_up.Columns(0, layout_.ffn), .up = saved.gate_up.Columns(layout_.ffn, layout_.ffn), .out = activated},
-      pool_);
+  ops_.SwiGlu(
+      {.gate = saved.gate_up.Columns(0, layout_.ffn), .up = saved.gate_up.Columns(layout_.ffn, layout_.ffn), .out = activated});
   MatMul(activated, down_.forward, update);
-  Copy(saved.attended_stream, saved.mlp_stream);
-  cpu::RmsNorm({.x = saved.mlp_stream,
+  ops_.Copy(saved.attended_stream, saved.mlp_stream);
+  ops_.RmsNorm({.x = saved.mlp_stream,
                 .residual = update,
                 .weight = parameters_ + layout_.norm,
                 .eps = config_.rms_norm_eps,
-                .out = saved.hidden},
-               pool_);
+                .out = saved.hidden});
 }
 
-void MtpBlock::Backward(const MtpBatch& batch, int32_t num_steps, const uint32_t* const* token_ids, const TensorView* dhidden,
-                        float* gradients) {
+void MtpBlock::Backward(const MtpBatch& batch, int32_t num_steps, const TensorView* dhidden, float* gradients) {
   const int64_t rows = batch.num_rows, ffn = layout_.ffn, hidden = layout_.hidden;
   BEBOP_CHECK(num_steps >= 1 && num_steps <= max_steps_ && rows <= max_rows_);
   TensorView chain_k[kMaxSteps], chain_v[kMaxSteps], dchain_k[kMaxSteps], dchain_v[kMaxSteps];
   for (int32_t step = 1; step <= num_steps; ++step) {
     const Saved saved = RowsOf(step, rows);
-    Clear(saved.dkey);
-    Clear(saved.dvalue);
+    ops_.Clear(saved.dkey);
+    ops_.Clear(saved.dvalue);
     if (step == 1) continue;
     chain_k[step - 2] = saved.key;
     chain_v[step - 2] = Split(saved.projected, layout_).v;
@@ -275,7 +248,7 @@ void MtpBlock::Backward(const MtpBatch& batch, int32_t num_steps, const uint32_t
     const TensorView activated = wide_.Rows(0, rows).Columns(0, ffn);
     const TensorView gate = saved.gate_up.Columns(0, ffn), up = saved.gate_up.Columns(ffn, ffn);
     MatMul(dstream, down_.transposed, activated);
-    cpu::SwiGluBackward({.gate = gate, .up = up, .dout = activated, .dgate = gate, .dup = up, .out = activated}, pool_);
+    ops_.SwiGluBackward({.gate = gate, .up = up, .dout = activated, .dgate = gate, .dup = up, .out = activated});
     WeightGradient(activated, dstream, layout_.Down(gradients));
     Norm(saved.attended_stream, layout_.post_attention_norm, normed);
     WeightGradient(normed, saved.gate_up, layout_.GateUp(gradients));
@@ -285,7 +258,7 @@ void MtpBlock::Backward(const MtpBatch& batch, int32_t num_steps, const uint32_t
     const TensorView dgated = wide_.Rows(0, rows).Columns(0, layout_.query_width);
     WeightGradient(saved.gated, dstream, layout_.Out(gradients));
     MatMul(dstream, out_.transposed, dgated);
-    cpu::ChainAttentionBackward({.forward = {.documents = batch.documents,
+    ops_.ChainAttentionBackward({.forward = {.documents = batch.documents,
                                              .num_documents = batch.num_documents,
                                              .q = saved.query,
                                              .q_gate = projected.q_gate,
@@ -306,10 +279,8 @@ void MtpBlock::Backward(const MtpBatch& batch, int32_t num_steps, const uint32_t
                                  .dbase_k = first.dkey,
                                  .dbase_v = first.dvalue,
                                  .dchain_k = dchain_k,
-                                 .dchain_v = dchain_v},
-                                pool_);
-    SetPositions(batch, step);
-    cpu::QkNormRopeBackward({.row_position = positions_.data(),
+                                 .dchain_v = dchain_v});
+    ops_.QkNormRopeBackward({.row_position = batch.row_position + (step - 1) * rows,
                              .q_gate = projected.q_gate,
                              .k = projected.k,
                              .q_norm = parameters_ + layout_.q_norm,
@@ -325,15 +296,14 @@ void MtpBlock::Backward(const MtpBatch& batch, int32_t num_steps, const uint32_t
                              .dq_gate = projected.q_gate,
                              .dk_out = projected.k,
                              .dq_norm = gradients + layout_.q_norm,
-                             .dk_norm = gradients + layout_.k_norm},
-                            pool_);
-    Copy(saved.dvalue, projected.v);
+                             .dk_norm = gradients + layout_.k_norm});
+    ops_.Copy(saved.dvalue, projected.v);
     Norm(saved.fused, layout_.input_norm, normed);
     WeightGradient(normed, saved.projected, layout_.Qkv(gradients));
     MatMul(saved.projected, qkv_.transposed, dnormed);
     NormBackward(saved.fused, layout_.input_norm, dnormed, dstream, /*accumulate=*/true, gradients);
 
-    MakeInput(batch, step, token_ids[step - 1], normed, pair);
+    MakeInput(batch, step, normed, pair);
     WeightGradient(pair, dstream, layout_.Fc(gradients));
     MatMul(dstream, fc_.transposed, pair);
     NormBackward(normed, layout_.pre_fc_norm_embedding, pair.Columns(0, hidden), {}, /*accumulate=*/false, gradients);

@@ -9,36 +9,38 @@
 #include "engine/config/model_config.h"
 #include "engine/memory/device_memory.h"
 #include "engine/training/mtp_parameters.h"
+#include "engine/training/training_ops.h"
 #include "kernels/attention/chain_attention.h"
+#include "kernels/common/ragged_batch.h"
 #include "kernels/common/tensor_view.h"
-#include "kernels/common/thread_pool.h"
-#include "kernels/linear/linear.h"
-#include "kernels/linear/linear_backward.h"
+#include "kernels/linear/packed_matrix.h"
 
 namespace bebop {
 
 // A packed batch of the chains of all bases: row t of a document is the base t. The last token of a document has no next one; its
-// row may be there, as in the losses' batches, or left out.
+// row may be there, as in the losses' batches, or left out. Everything is memory of the backend.
 struct MtpBatch {
-  const DocumentRows* documents = nullptr;
+  const DocumentRows* documents = nullptr;  // ascending, every row in one
   int32_t num_documents = 0;
   int64_t num_rows = 0;                   // R
-  const int32_t* row_position = nullptr;  // [R] position of step 1, t + 1; step k is at t + k
+  const uint32_t* token_ids = nullptr;    // [K, R] step k of base t reads x_{t+k}, at k - 1; rows whose chain has left the document
+                                          // may have any valid id, as no row that counts reads them
+  const int32_t* row_position = nullptr;  // [K, R] the position of that token, t + k
   TensorView target_hidden;               // [R, H] float32: h_t, after the model's final norm
-  const PackedMatrix* embedding = nullptr;
+  PackedMatrix embedding;
 };
 
-// The MTP layer for training, in float32 on the CPU: the recurrent chain forward with what its backward needs, and that backward
+// The MTP layer for training, in float32: the recurrent chain forward with what its backward needs, and that backward
 // with gradients through the hidden states of the chain. Embedding, lm_head and the target's hidden states are frozen. Wiring,
 // rotation positions and attention are those of drafting (algorithm.md sections 3 and 4): step k of base t attends to the step-1
 // entries of its document up to position t + 1 and to its own entries after.
 //
-// Results do not depend on the thread count. One caller at a time; `pool` must outlive the block.
+// Results do not depend on the thread count. One caller at a time; `ops` must outlive the block.
 //
 //   block->SetParameters(weights);
-//   for (int step = 1; step <= num_steps; ++step) block->ForwardStep(batch, step, tokens of step);
+//   for (int step = 1; step <= num_steps; ++step) block->ForwardStep(batch, step);
 //   ... losses read block->hidden(step), write dhidden[step - 1] ...
-//   block->Backward(batch, num_steps, tokens, dhidden, gradients);
+//   block->Backward(batch, num_steps, dhidden, gradients);
 class MtpBlock {
  public:
   static constexpr int32_t kMaxSteps = 8;
@@ -46,10 +48,10 @@ class MtpBlock {
   // For batches of up to `max_rows` rows and `max_steps` steps. UNIMPLEMENTED: head_dim is not a multiple of 16.
   // RESOURCE_EXHAUSTED: not the memory.
   static absl::StatusOr<std::unique_ptr<MtpBlock>> Create(const ModelConfig& config, int64_t max_rows, int32_t max_steps,
-                                                          DeviceMemory* memory, ThreadPool* pool);
-  // Bytes that Create takes: 4·max_rows·(max_steps·(4H + 5·nq·D + 5·nkv·D + nq + 2F) + 4H + max(F, nq·D)), and two packed copies
+                                                          DeviceMemory* memory, TrainingOps* ops);
+  // Bytes that Create takes: 4·max_rows·(max_steps·(4H + 5·nq·D + 5·nkv·D + nq + 2F) + 4H + max(F, nq·D) + 1), and two packed copies
   // of the matrices.
-  static int64_t Bytes(const ModelConfig& config, int64_t max_rows, int32_t max_steps);
+  static int64_t Bytes(const ModelConfig& config, int64_t max_rows, int32_t max_steps, TrainingOps* ops);
 
   const MtpLayout& layout() const { return layout_; }
 
@@ -57,17 +59,15 @@ class MtpBlock {
   // Call again whenever the values have changed.
   void SetParameters(const float* flat);
 
-  // Step `step` = 1 .. max_steps, in order. token_ids [R]: x_{t+step}; rows whose chain has left the document may have any valid
-  // id, as no valid row reads them.
-  void ForwardStep(const MtpBatch& batch, int32_t step, const uint32_t* token_ids);
+  // Step `step` = 1 .. max_steps, in order.
+  void ForwardStep(const MtpBatch& batch, int32_t step);
   // [R, H] after mtp.norm, of a step that has run; valid until the next ForwardStep of that step.
   TensorView hidden(int32_t step) const;
 
-  // Adds the gradients of all parameters to `gradients` [layout().total]. token_ids[k-1]: as in ForwardStep. dhidden[k-1] [R, H]:
+  // Adds the gradients of all parameters to `gradients` [layout().total]. dhidden[k-1] [R, H]:
   // the gradient of the loss by hidden(k); overwritten with the whole gradient (chain included). Consumes the saved activations.
   // Rows with no gradient at any step must be zero in all of them.
-  void Backward(const MtpBatch& batch, int32_t num_steps, const uint32_t* const* token_ids, const TensorView* dhidden,
-                float* gradients);
+  void Backward(const MtpBatch& batch, int32_t num_steps, const TensorView* dhidden, float* gradients);
 
  private:
   // What the backward of a step reads, [max_rows, ...]. projected and gate_up become their gradients.
@@ -82,19 +82,16 @@ class MtpBlock {
   };
   struct Packed {
     PackedMatrix forward, transposed;
-    float* forward_data = nullptr;
-    float* transposed_data = nullptr;
+    char* forward_data = nullptr;
+    char* transposed_data = nullptr;
   };
 
-  MtpBlock(const ModelConfig& config, int64_t max_rows, int32_t max_steps, ThreadPool* pool);
-  // Places everything from `base` on; returns the floats it takes.
-  int64_t Carve(float* base);
+  MtpBlock(const ModelConfig& config, int64_t max_rows, int32_t max_steps, TrainingOps* ops);
+  // Places everything from `base` on; returns the bytes it takes.
+  int64_t Carve(char* base);
   Saved RowsOf(int32_t step, int64_t rows) const;
-  // positions_ <- those of step `step`.
-  void SetPositions(const MtpBatch& batch, int32_t step);
   // pair <- the two normed halves of the input of step `step`; embedded <- the embeddings.
-  void MakeInput(const MtpBatch& batch, int32_t step, const uint32_t* token_ids, const TensorView& embedded,
-                 const TensorView& pair);
+  void MakeInput(const MtpBatch& batch, int32_t step, const TensorView& embedded, const TensorView& pair);
   void Norm(const TensorView& x, int64_t weight, const TensorView& out);
   void NormBackward(const TensorView& x, int64_t weight, const TensorView& dy, const TensorView& dx, bool accumulate,
                     float* gradients);
@@ -105,14 +102,13 @@ class MtpBlock {
   const MtpLayout layout_;
   const int64_t max_rows_;
   const int32_t max_steps_;
-  ThreadPool& pool_;
+  TrainingOps& ops_;
   std::shared_ptr<void> storage_;
   std::vector<Saved> saved_;
   Packed fc_, qkv_, out_, gate_up_, down_;
   TensorView pair_, embedded_, stream_, wide_;  // scratch: [2H], [H], [H], [max(F, nq·D)]
-  std::vector<int32_t> positions_, zeros_;
-  cpu::LinearScratch linear_scratch_;
-  cpu::LinearBackwardScratch backward_scratch_;
+  int32_t* row_sequence_ = nullptr;  // zeros: all rows belong to *sequence_
+  SequenceRows* sequence_ = nullptr;
   const float* parameters_ = nullptr;
 };
 

@@ -5,12 +5,9 @@
 #include <cmath>
 #include <numbers>
 
+#include "engine/base/status_macros.h"
+
 namespace bebop {
-namespace {
-
-constexpr int64_t kBlock = 16 * 1024;  // floats whose squares are summed before the blocks are
-
-}  // namespace
 
 double LearningRate(const OptimizerOptions& options, int64_t step) {
   if (step < options.warmup_steps)
@@ -22,46 +19,39 @@ double LearningRate(const OptimizerOptions& options, int64_t step) {
   return options.learning_rate * 0.5 * (1.0 + std::cos(std::numbers::pi * share));
 }
 
-AdamW::AdamW(const MtpLayout& layout, const OptimizerOptions& options)
-    : layout_(layout),
-      options_(options),
-      first_(static_cast<size_t>(layout.total), 0.0f),
-      second_(static_cast<size_t>(layout.total), 0.0f) {}
+AdamW::AdamW(const MtpLayout& layout, const OptimizerOptions& options, TrainingOps* ops)
+    : layout_(layout), options_(options), ops_(*ops) {}
 
-double AdamW::Norm(const float* gradients, ThreadPool& pool) const {
-  const int64_t num_blocks = (layout_.total + kBlock - 1) / kBlock;
-  std::vector<double> sums(static_cast<size_t>(num_blocks), 0.0);
-  pool.ParallelFor(num_blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      double sum = 0;
-      const int64_t last = std::min(layout_.total, (block + 1) * kBlock);
-      for (int64_t i = block * kBlock; i < last; ++i) sum += double{gradients[i]} * gradients[i];
-      sums[static_cast<size_t>(block)] = sum;
-    }
-  });
-  double total = 0;
-  for (const double sum : sums) total += sum;
-  return std::sqrt(total);
+absl::StatusOr<std::unique_ptr<AdamW>> AdamW::Create(const MtpLayout& layout, const OptimizerOptions& options, DeviceMemory* memory,
+                                                     TrainingOps* ops) {
+  std::unique_ptr<AdamW> optimizer(new AdamW(layout, options, ops));
+  const int64_t bytes = 2 * layout.total * static_cast<int64_t>(sizeof(float));
+  BEBOP_ASSIGN_OR_RETURN(optimizer->storage_, memory->Allocate(bytes, "optimizer moments"));
+  optimizer->first_ = static_cast<float*>(optimizer->storage_.get());
+  optimizer->second_ = optimizer->first_ + layout.total;
+  return optimizer;
 }
 
-void AdamW::Step(int64_t step, double norm, const float* gradients, float* parameters, ThreadPool& pool) {
-  const double clip = options_.clip_norm > 0 && norm > options_.clip_norm ? options_.clip_norm / norm : 1.0;
+double AdamW::Norm(const float* gradients) { return std::sqrt(ops_.SquaredNorm(gradients, layout_.total)); }
+
+void AdamW::Step(int64_t step, double norm, const float* gradients, float* parameters) {
   const double rate = LearningRate(options_, step);
-  const double first_correction = 1.0 - std::pow(options_.beta1, static_cast<double>(step));
-  const double second_correction = 1.0 - std::pow(options_.beta2, static_cast<double>(step));
+  AdamWArgs args;
+  args.clip = options_.clip_norm > 0 && norm > options_.clip_norm ? options_.clip_norm / norm : 1.0;
+  args.rate = rate;
+  args.beta1 = options_.beta1;
+  args.beta2 = options_.beta2;
+  args.epsilon = options_.epsilon;
+  args.first_correction = 1.0 - std::pow(options_.beta1, static_cast<double>(step));
+  args.second_correction = 1.0 - std::pow(options_.beta2, static_cast<double>(step));
   for (const MtpTensor& tensor : layout_.tensors) {
-    const double keep = tensor.is_vector ? 1.0 : 1.0 - rate * options_.weight_decay;
-    pool.ParallelFor(tensor.size(), kBlock, [&](int64_t begin, int64_t end) {
-      for (int64_t i = tensor.offset + begin; i < tensor.offset + end; ++i) {
-        const double gradient = clip * gradients[i];
-        const double first = options_.beta1 * first_[static_cast<size_t>(i)] + (1.0 - options_.beta1) * gradient;
-        const double second = options_.beta2 * second_[static_cast<size_t>(i)] + (1.0 - options_.beta2) * gradient * gradient;
-        first_[static_cast<size_t>(i)] = static_cast<float>(first);
-        second_[static_cast<size_t>(i)] = static_cast<float>(second);
-        const double denominator = std::sqrt(second / second_correction) + options_.epsilon;
-        parameters[i] = static_cast<float>(keep * parameters[i] - rate * (first / first_correction) / denominator);
-      }
-    });
+    args.parameters = parameters + tensor.offset;
+    args.first = first_ + tensor.offset;
+    args.second = second_ + tensor.offset;
+    args.gradients = gradients + tensor.offset;
+    args.count = tensor.size();
+    args.keep = tensor.is_vector ? 1.0 : 1.0 - rate * options_.weight_decay;
+    ops_.AdamWUpdate(args);
   }
 }
 

@@ -2,10 +2,12 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
+#include <memory>
 
+#include "absl/status/statusor.h"
+#include "engine/memory/device_memory.h"
 #include "engine/training/mtp_parameters.h"
-#include "kernels/common/thread_pool.h"
+#include "engine/training/training_ops.h"
 
 namespace bebop {
 
@@ -27,26 +29,32 @@ struct OptimizerOptions {
 // The rate of step `step` = 1, 2, ...
 double LearningRate(const OptimizerOptions& options, int64_t step);
 
-// AdamW (Loshchilov, Hutter, "Decoupled weight decay regularization", 2019, algorithm 2) over the flat parameters of MtpLayout,
-// with its moments in float32 and the arithmetic of an element in double. Bits do not depend on the thread count. One caller at a
-// time.
+// AdamW (kernels/adamw) over the flat parameters of MtpLayout, with its moments in float32 and in the backend's memory. Bits do not
+// depend on the thread count. One caller at a time.
 class AdamW {
  public:
-  AdamW(const MtpLayout& layout, const OptimizerOptions& options);
+  // The moments are zero. `memory` and `ops` must outlive it. RESOURCE_EXHAUSTED: not the memory.
+  static absl::StatusOr<std::unique_ptr<AdamW>> Create(const MtpLayout& layout, const OptimizerOptions& options, DeviceMemory* memory,
+                                                       TrainingOps* ops);
 
-  // √Σ gradient², in double over blocks in order. Not finite when a gradient is not: then do not call Step.
-  double Norm(const float* gradients, ThreadPool& pool) const;
-  // The update of step `step` = 1, 2, ... `norm`: of the gradients, for clipping.
-  void Step(int64_t step, double norm, const float* gradients, float* parameters, ThreadPool& pool);
+  // √Σ gradient². Not finite when a gradient is not: then do not call Step.
+  double Norm(const float* gradients);
+  // The update of step `step` = 1, 2, ... `norm`: of the gradients, for clipping. All pointers are memory of the backend.
+  void Step(int64_t step, double norm, const float* gradients, float* parameters);
 
-  // What a checkpoint holds, [layout.total] each.
-  std::vector<float>& first_moment() { return first_; }
-  std::vector<float>& second_moment() { return second_; }
+  // What a checkpoint holds, [layout.total] each, memory of the backend.
+  float* first_moment() { return first_; }
+  float* second_moment() { return second_; }
 
  private:
+  AdamW(const MtpLayout& layout, const OptimizerOptions& options, TrainingOps* ops);
+
   const MtpLayout layout_;
   const OptimizerOptions options_;
-  std::vector<float> first_, second_;
+  TrainingOps& ops_;
+  std::shared_ptr<void> storage_;
+  float* first_ = nullptr;
+  float* second_ = nullptr;
 };
 
 }  // namespace bebop

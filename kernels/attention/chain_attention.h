@@ -49,8 +49,9 @@ struct ChainAttentionArgs {
 // owner and one order.
 //   forward: the arguments of the forward with its results; `out` is not read
 //   dout [R, nq*head_dim]: overwritten with the gradient of `attended`
-//   dq [R, nq*head_dim], may alias forward.out, and the gate half of each head of dq_gate [R, nq*2*head_dim], may alias q_gate:
-//   written dbase_k, dbase_v, dchain_k[c], dchain_v[c] [R, nkv*head_dim]: added to
+//   dq [R, nq*head_dim]: written; may alias forward.out
+//   dq_gate [R, nq*2*head_dim]: the gate half of each head is written; may alias q_gate
+//   dbase_k, dbase_v, dchain_k[c], dchain_v[c] [R, nkv*head_dim]: added to
 struct ChainAttentionBackwardArgs {
   ChainAttentionArgs forward;
   TensorView dout;

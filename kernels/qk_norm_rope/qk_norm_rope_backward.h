@@ -13,9 +13,10 @@ namespace bebop {
 // backward is that of RmsNormBackward over each head.
 //   q_gate: [T, nq * 2*head_dim] and k: [T, nkv * head_dim], what the forward read
 //   dq, dk: [T, nq*head_dim], [T, nkv*head_dim], gradients after norm and rotation
-//   dq_gate: [T, nq * 2*head_dim], may alias q_gate: the query half of each head is written, the gate half (AttentionBackward's)
-//   is not touched dk_out: [T, nkv*head_dim]; may alias dk or k dq_norm, dk_norm: [head_dim], added to; sums of blocks of 64 rows
-//   in order, whatever the threads
+//   dq_gate: [T, nq * 2*head_dim], may alias q_gate: the query half of each head is written, the gate half is not touched (it is
+//     ChainAttentionBackward's)
+//   dk_out: [T, nkv*head_dim]; may alias dk or k
+//   dq_norm, dk_norm: [head_dim], added to; sums of blocks of 64 rows in order, whatever the threads
 // All float32; head_dim <= 256.
 struct QkNormRopeBackwardArgs {
   const int32_t* row_position = nullptr;  // [T]

@@ -60,7 +60,8 @@ void Chain(State& state) {
   const int64_t rows = state.range(2), length = state.range(3), width = config.hidden_size;
   const auto steps = static_cast<int32_t>(state.range(4));
   const std::unique_ptr<DeviceMemory> memory = MakeHostMemory();
-  auto block = MtpBlock::Create(config, rows, steps, memory.get(), &pool);
+  const std::unique_ptr<TrainingOps> ops = MakeCpuTrainingOps(&pool);
+  auto block = MtpBlock::Create(config, rows, steps, memory.get(), ops.get());
   if (!block.ok()) return state.SkipWithError(block.status().ToString().c_str());
   const MtpLayout& layout = (*block)->layout();
   const std::vector<float> parameters = Values(layout.total), start = Values(steps * rows * width);
@@ -70,20 +71,24 @@ void Chain(State& state) {
   std::vector<DocumentRows> documents;
   std::vector<int32_t> positions;
   for (int64_t row = 0; row < rows; row += length) documents.push_back({row, length});
-  for (int64_t row = 0; row < rows; ++row) positions.push_back(static_cast<int32_t>(row % length + 1));
-  const std::vector<uint32_t> tokens(static_cast<size_t>(rows), 3);
-  const std::vector<const uint32_t*> ids(static_cast<size_t>(steps), tokens.data());
-  const MtpBatch batch = {documents.data(), static_cast<int32_t>(documents.size()),         rows,
-                          positions.data(), FloatMatrix(target_hidden.data(), rows, width), &embedding};
+  for (int64_t i = 0; i < steps * rows; ++i) positions.push_back(static_cast<int32_t>(i % rows % length + i / rows + 1));
+  const std::vector<uint32_t> tokens(static_cast<size_t>(steps * rows), 3);
+  const MtpBatch batch = {.documents = documents.data(),
+                          .num_documents = static_cast<int32_t>(documents.size()),
+                          .num_rows = rows,
+                          .token_ids = tokens.data(),
+                          .row_position = positions.data(),
+                          .target_hidden = FloatMatrix(target_hidden.data(), rows, width),
+                          .embedding = embedding};
   const auto pass = [&] {
     dhidden = start;
     (*block)->SetParameters(parameters.data());
     std::vector<TensorView> views;
     for (int32_t step = 1; step <= steps; ++step) {
-      (*block)->ForwardStep(batch, step, tokens.data());
+      (*block)->ForwardStep(batch, step);
       views.push_back(FloatMatrix(dhidden.data() + (step - 1) * rows * width, rows, width));
     }
-    (*block)->Backward(batch, steps, ids.data(), views.data(), gradients.data());
+    (*block)->Backward(batch, steps, views.data(), gradients.data());
   };
   pass();  // touches the pages
   for ([[maybe_unused]] auto _ : state) pass();

@@ -248,12 +248,15 @@ void RunAdamW(Case& test) {
   options.warmup_steps = test.Int("warmup");
   options.total_steps = test.Int("steps");
   options.decay = RateDecay::kLinear;
-  AdamW optimizer(layout, options);
+  const std::unique_ptr<TrainingOps> ops = MakeCpuTrainingOps(&test.pool);
+  const std::unique_ptr<DeviceMemory> memory = MakeHostMemory();
+  auto optimizer = AdamW::Create(layout, options, memory.get(), ops.get());
+  BEBOP_CHECK(optimizer.ok());
   std::vector<float> parameters = ReadTensors(test, layout);
   const std::vector<float> start = parameters;
   for (int64_t step = 1; step <= test.Int("steps"); ++step) {
     const std::vector<float> gradients = ReadTensors(test, layout, "." + std::to_string(step));
-    optimizer.Step(step, optimizer.Norm(gradients.data(), test.pool), gradients.data(), parameters.data(), test.pool);
+    (*optimizer)->Step(step, (*optimizer)->Norm(gradients.data()), gradients.data(), parameters.data());
   }
   for (size_t i = 0; i < start.size(); ++i) parameters[i] -= start[i];
   for (const MtpTensor& tensor : layout.tensors) test.Write(tensor.name, parameters.data() + tensor.offset, tensor.size());
@@ -268,10 +271,11 @@ void RunMtp(Case& test) {
     for (int32_t row = 0; row < document.num_rows; ++row) positions.push_back(row + 1);
   }
   const auto rows = static_cast<int64_t>(positions.size());
+  for (int64_t i = rows; i < steps * rows; ++i) positions.push_back(positions[static_cast<size_t>(i - rows)] + 1);
 
   const std::unique_ptr<DeviceMemory> memory = MakeHostMemory();
-  ThreadPool& pool = test.pool;
-  auto block = MtpBlock::Create(config, rows + 3, steps, memory.get(), &pool);
+  const std::unique_ptr<TrainingOps> ops = MakeCpuTrainingOps(&test.pool);
+  auto block = MtpBlock::Create(config, rows + 3, steps, memory.get(), ops.get());
   BEBOP_CHECK(block.ok());
   const MtpLayout& layout = (*block)->layout();
   const std::vector<float> parameters = ReadTensors(test, layout);
@@ -279,24 +283,27 @@ void RunMtp(Case& test) {
   std::vector<float> table = test.Read("embedding"), target_hidden = test.Read("target_hidden"), dhidden = test.Read("dhidden");
   const std::vector<uint32_t> tokens = test.Read<uint32_t>("tokens");
   PackBuffer packed(PackedBytes(DType::kFloat32, config.vocab_size, config.hidden_size));
-  const PackedMatrix embedding = cpu::PackFloat(View(table, config.vocab_size), packed.data, pool);
-  const MtpBatch batch = {
-      documents.data(), static_cast<int32_t>(documents.size()), rows, positions.data(), View(target_hidden, rows), &embedding};
+  const PackedMatrix embedding = ops->Pack(View(table, config.vocab_size), packed.data);
+  const MtpBatch batch = {.documents = documents.data(),
+                          .num_documents = static_cast<int32_t>(documents.size()),
+                          .num_rows = rows,
+                          .token_ids = tokens.data(),
+                          .row_position = positions.data(),
+                          .target_hidden = View(target_hidden, rows),
+                          .embedding = embedding};
 
   // Twice: a second pass over used buffers must give the same.
   for (int pass = 0; pass < 2; ++pass) {
     std::fill(gradients.begin(), gradients.end(), 0.0f);
     std::vector<float> gradient = dhidden;
     (*block)->SetParameters(parameters.data());
-    std::vector<const uint32_t*> step_tokens;
     std::vector<TensorView> step_gradients;
     for (int32_t step = 1; step <= steps; ++step) {
-      step_tokens.push_back(tokens.data() + (step - 1) * rows);
       step_gradients.push_back(FloatMatrix(gradient.data() + (step - 1) * rows * config.hidden_size, rows, config.hidden_size));
-      (*block)->ForwardStep(batch, step, step_tokens.back());
+      (*block)->ForwardStep(batch, step);
       test.Write("hidden" + std::to_string(step), (*block)->hidden(step).Row<float>(0), rows * config.hidden_size);
     }
-    (*block)->Backward(batch, steps, step_tokens.data(), step_gradients.data(), gradients.data());
+    (*block)->Backward(batch, steps, step_gradients.data(), gradients.data());
   }
   for (const MtpTensor& tensor : layout.tensors) test.Write(tensor.name, gradients.data() + tensor.offset, tensor.size());
 }

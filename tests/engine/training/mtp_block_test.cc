@@ -40,9 +40,11 @@ class Fixture {
  public:
   explicit Fixture(std::vector<int64_t> lengths) : config_(SmallConfig()), layout_(config_) {
     for (const int64_t length : lengths) {
-      documents_.push_back({num_rows(), length});
+      documents_.push_back({num_rows_, length});
+      num_rows_ += length;
       for (int32_t row = 0; row < length; ++row) positions_.push_back(row + 1);
     }
+    for (int64_t i = 0, rows = num_rows(); i < (kSteps - 1) * rows; ++i) positions_.push_back(positions_[static_cast<size_t>(i)] + 1);
     Random random(11);
     parameters = random.Normals(layout_.total, 0.3f);
     target_hidden = random.Normals(num_rows() * config_.hidden_size);
@@ -56,7 +58,7 @@ class Fixture {
                                 table_.get(), pool);
   }
 
-  int64_t num_rows() const { return static_cast<int64_t>(positions_.size()); }
+  int64_t num_rows() const { return num_rows_; }
   const MtpLayout& layout() const { return layout_; }
   int64_t row_floats() const { return config_.hidden_size; }
 
@@ -68,29 +70,29 @@ class Fixture {
   Result Run(int threads, int64_t spare_rows = 0) {
     ThreadPool pool(threads);
     const std::unique_ptr<DeviceMemory> memory = MakeHostMemory();
-    auto block = MtpBlock::Create(config_, num_rows() + spare_rows, kSteps, memory.get(), &pool);
+    const std::unique_ptr<TrainingOps> ops = MakeCpuTrainingOps(&pool);
+    auto block = MtpBlock::Create(config_, num_rows() + spare_rows, kSteps, memory.get(), ops.get());
     EXPECT_TRUE(block.ok()) << block.status();
-    const MtpBatch batch = {documents_.data(),
-                            static_cast<int32_t>(documents_.size()),
-                            num_rows(),
-                            positions_.data(),
-                            FloatMatrix(target_hidden.data(), num_rows(), config_.hidden_size),
-                            &embedding_};
+    const MtpBatch batch = {.documents = documents_.data(),
+                            .num_documents = static_cast<int32_t>(documents_.size()),
+                            .num_rows = num_rows(),
+                            .token_ids = tokens.data(),
+                            .row_position = positions_.data(),
+                            .target_hidden = FloatMatrix(target_hidden.data(), num_rows(), config_.hidden_size),
+                            .embedding = embedding_};
     Result result;
     result.gradients.assign(static_cast<size_t>(layout_.total), 0.0f);
     result.dhidden = dhidden;
     (*block)->SetParameters(parameters.data());
-    std::vector<const uint32_t*> ids;
     std::vector<TensorView> gradients;
     const int64_t size = num_rows() * config_.hidden_size;
     for (int32_t step = 1; step <= kSteps; ++step) {
-      ids.push_back(tokens.data() + (step - 1) * num_rows());
       gradients.push_back(FloatMatrix(result.dhidden.data() + (step - 1) * size, num_rows(), config_.hidden_size));
-      (*block)->ForwardStep(batch, step, ids.back());
+      (*block)->ForwardStep(batch, step);
       const float* hidden = (*block)->hidden(step).Row<float>(0);
       result.hidden.insert(result.hidden.end(), hidden, hidden + size);
     }
-    (*block)->Backward(batch, kSteps, ids.data(), gradients.data(), result.gradients.data());
+    (*block)->Backward(batch, kSteps, gradients.data(), result.gradients.data());
     return result;
   }
 
@@ -104,7 +106,8 @@ class Fixture {
   const ModelConfig config_;
   const MtpLayout layout_;
   std::vector<DocumentRows> documents_;
-  std::vector<int32_t> positions_;
+  int64_t num_rows_ = 0;
+  std::vector<int32_t> positions_;  // [kSteps, R]
   std::unique_ptr<float, Free> table_;
   PackedMatrix embedding_;
 };
@@ -206,7 +209,8 @@ TEST(MtpBlockTest, RefusesHeadsThatItsTilesCannotTake) {
   config.head_dim = 24;
   ThreadPool pool(1);
   const std::unique_ptr<DeviceMemory> memory = MakeHostMemory();
-  const auto block = MtpBlock::Create(config, 8, 1, memory.get(), &pool);
+  const std::unique_ptr<TrainingOps> ops = MakeCpuTrainingOps(&pool);
+  const auto block = MtpBlock::Create(config, 8, 1, memory.get(), ops.get());
   EXPECT_EQ(block.status().code(), absl::StatusCode::kUnimplemented);
   EXPECT_NE(std::string(block.status().message()).find("24"), std::string::npos);
 }
@@ -214,10 +218,12 @@ TEST(MtpBlockTest, RefusesHeadsThatItsTilesCannotTake) {
 TEST(MtpBlockTest, BytesFollowTheFormula) {
   const ModelConfig config = SmallConfig();
   const int64_t hidden = 40, ffn = 56, query = 64, kv = 32, heads = 4, rows = 1024;
-  // The formula of docs/training.md, exact where rows are a multiple of 16.
+  ThreadPool pool(1);
+  const std::unique_ptr<TrainingOps> ops = MakeCpuTrainingOps(&pool);
+  // The formula of docs/training.md, exact where rows are a multiple of 64.
   for (const int32_t steps : {1, 4}) {
-    EXPECT_EQ(MtpBlock::Bytes(config, 2 * rows, steps) - MtpBlock::Bytes(config, rows, steps),
-              4 * rows * (steps * (4 * hidden + 5 * query + 5 * kv + heads + 2 * ffn) + 4 * hidden + std::max(ffn, query)));
+    EXPECT_EQ(MtpBlock::Bytes(config, 2 * rows, steps, ops.get()) - MtpBlock::Bytes(config, rows, steps, ops.get()),
+              4 * rows * (steps * (4 * hidden + 5 * query + 5 * kv + heads + 2 * ffn) + 4 * hidden + std::max(ffn, query) + 1));
   }
 }
 
