@@ -32,6 +32,7 @@ from typing import Any
 import bebop
 import bundled
 import episodes
+import keep
 import learner
 import numpy as np
 import torch
@@ -195,7 +196,9 @@ def show_evaluation(version: int, result: dict[str, Any]) -> None:
 
 async def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
-    policy = learner.Learner(arguments.model, arguments.lr, arguments.clip_low, arguments.clip_high)
+    policy = learner.Learner(arguments.model, arguments.lr, arguments.clip_low, arguments.clip_high, arguments.entropy_bonus)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
+    keeper = keep.Keeper(arguments.keep, arguments.keep_every, policy, settings) if arguments.keep else None
     log = Log(arguments.log)
     async with bebop.AsyncClient(arguments.server, arguments.admin, token_file=arguments.token_file) as client:
         await client.wait_until_serving(60)
@@ -208,8 +211,7 @@ async def run(arguments: argparse.Namespace) -> None:
             speculation["num_draft_tokens"] = arguments.num_draft_tokens
         player = episodes.Player(client, policy.tokenizer, temperature=1.0, max_new_tokens=arguments.max_new_tokens, speculation=speculation)
         rollouts = Rollouts(player, arguments, first)
-        log.write("run", arguments={name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()},
-                  version=version, load=os.getloadavg()[0])
+        log.write("run", arguments=settings, version=version, load=os.getloadavg()[0])
 
         async def evaluation() -> None:
             begin = time.monotonic()
@@ -218,6 +220,8 @@ async def run(arguments: argparse.Namespace) -> None:
             show_evaluation(version, result)
 
         try:
+            if keeper:
+                keeper.reached(version)
             if arguments.eval:
                 await evaluation()
             begin = started = time.monotonic()
@@ -235,6 +239,9 @@ async def run(arguments: argparse.Namespace) -> None:
                 record = {"step": steps, "version": version, "lr": arguments.lr * lr_share, **summarize(groups, version), **trained}
                 version, steps = version + 1, steps + 1
                 rollouts.advance(version)
+                if keeper:
+                    keeper.add(groups)
+                    await asyncio.to_thread(keeper.reached, version)
                 record |= {"rollout_seconds": taken - started, "train_seconds": ready - taken, "sync_seconds": pushed - ready,
                            "step_seconds": pushed - started, "swap_seconds": update.swap_seconds, "kept_samples": update.kept_samples,
                            "recomputed_samples": update.recomputed_samples, "ended_samples": update.ended_samples,
@@ -246,10 +253,14 @@ async def run(arguments: argparse.Namespace) -> None:
                       f"{record['rollout_seconds']:.2f} + {record['train_seconds']:.2f} + {record['sync_seconds']:.2f}", flush=True)
                 started = time.monotonic()
             await rollouts.stop()
+            if keeper:
+                keeper.end(version)
             if arguments.eval:
                 await evaluation()
         finally:
             await rollouts.stop()
+            if keeper:
+                keeper.close()
             if arguments.save:
                 policy.save(arguments.save)
             log.close()
@@ -289,12 +300,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=at_least(1, int), default=10, help="steps until the learning rate is whole")
     parser.add_argument("--clip-low", type=float, default=0.2)
     parser.add_argument("--clip-high", type=float, default=0.28)
+    parser.add_argument("--entropy-bonus", type=float, default=0.0, help="times the entropy in nats a token, added to the objective")
     parser.add_argument("--threads", type=at_least(1, int), default=1, help="of the learner")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval", type=at_least(0, int), default=600, help="held-out problems of every task, before and after; 0: none")
     parser.add_argument("--label", help="name of the pushed versions")
     parser.add_argument("--log", type=Path, help="JSON lines")
     parser.add_argument("--save", type=Path, help="folder for the trained checkpoint")
+    parser.add_argument("--keep", type=Path, help="an empty folder for checkpoints along the way and the rollouts between them")
+    parser.add_argument("--keep-every", type=at_least(1, int), default=50, help="versions from one kept checkpoint to the next")
     return parser.parse_args(argv)
 
 

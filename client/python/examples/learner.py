@@ -82,8 +82,9 @@ class Learner:
     The MTP layer is not trained: it is pushed along as it is, so that target and draft always have one version.
     """
 
-    def __init__(self, model: Path, lr: float, clip_low: float, clip_high: float) -> None:
+    def __init__(self, model: Path, lr: float, clip_low: float, clip_high: float, entropy_bonus: float = 0.0) -> None:
         self._model, self._lr, self._clip_low, self._clip_high = model, lr, clip_low, clip_high
+        self._entropy_bonus = entropy_bonus
         weights, self.config, self.tokenizer = data.load_model(model)
         self._dtypes = {name: tensor.dtype for name, tensor in load_file(model / "model.safetensors").items()}
         self.weights = weights
@@ -98,20 +99,26 @@ class Learner:
     def _served(self) -> modeling.Weights:
         return {name: weight.detach().to(self._dtypes[name]).float().requires_grad_() for name, weight in self._trained.items()}
 
-    def logprobs(self, weights: modeling.Weights, batch: data.Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability [N] of every counted token, and where it is predicted [B, T] (one position before it)."""
+    def _distributions(self, weights: modeling.Weights, batch: data.Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities [N, V] where a counted token is predicted, that token [N], and where that is [B, T] (one position before it)."""
         hidden = modeling.backbone(weights, batch.tokens, batch.positions, batch.documents, self.config, CHUNK)
         targets, counted = data.targets_at(batch, 1)
-        logits = modeling.logits_of(weights, hidden[counted])
-        return logits.log_softmax(-1).gather(-1, targets[counted].unsqueeze(-1)).squeeze(-1), counted
+        return modeling.logits_of(weights, hidden[counted]).log_softmax(-1), targets[counted], counted
+
+    def logprobs(self, weights: modeling.Weights, batch: data.Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability [N] of every counted token, and where it is predicted [B, T]."""
+        log_probs, tokens, counted = self._distributions(weights, batch)
+        return log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), counted
 
     def step(self, groups: Sequence[Group], lr_share: float = 1.0) -> dict[str, Any]:
         """One optimizer step at `lr_share` of the learning rate.
 
-        The loss is the mean over all sampled tokens of the groups. Groups whose rewards are all equal add nothing to it, and are not computed.
+        The loss is the mean over all sampled tokens of the groups. Groups whose rewards are all equal add nothing to it, and are not computed, unless
+        there is an entropy bonus: that is the same mean, of the entropy of what each token is drawn from now, and has a gradient everywhere.
         """
         items = [(episode, float(advantage)) for group in groups
-                 for episode, advantage in zip(group.episodes, advantages_of([episode.reward for episode in group.episodes])) if advantage != 0]
+                 for episode, advantage in zip(group.episodes, advantages_of([episode.reward for episode in group.episodes]))
+                 if advantage != 0 or self._entropy_bonus != 0]
         stats: dict[str, Any] = {"trained_episodes": len(items), "trained_tokens": sum(int(item[0].trained.sum()) for item in items)}
         if not items:
             return stats
@@ -119,12 +126,15 @@ class Learner:
         served = self._served()
         ratios, clipped, loss_sum = [], 0, 0.0
         for packed in pack(items):
-            new, counted = self.logprobs(served, packed.batch)
+            log_probs, tokens, counted = self._distributions(served, packed.batch)
+            new = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
             old = modeling.shift_left(packed.old_logprobs, 1)[counted]
             advantage = modeling.shift_left(packed.advantages, 1)[counted]
             ratio = (new - old).exp()
             bounded = ratio.clamp(1 - self._clip_low, 1 + self._clip_high)
             loss = -torch.minimum(ratio * advantage, bounded * advantage).sum() / num_tokens
+            if self._entropy_bonus != 0:
+                loss = loss + self._entropy_bonus * (log_probs.exp() * log_probs).sum() / num_tokens
             loss.backward()
             loss_sum += loss.item()
             clipped += int((bounded * advantage < ratio * advantage).sum())

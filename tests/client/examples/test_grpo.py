@@ -26,6 +26,7 @@ import bebop  # noqa: E402
 import bundled  # noqa: E402
 import episodes  # noqa: E402
 import grpo_async  # noqa: E402
+import keep  # noqa: E402
 import learner  # noqa: E402
 
 torch.set_num_threads(1)
@@ -115,6 +116,25 @@ def test_groups_without_signal_are_not_computed(policy):
     assert all(torch.equal(before[name], tensor) for name, tensor in policy.tensors())
 
 
+def entropy_of(policy, one):
+    (packed,) = learner.pack([(one, 1.0)])
+    with torch.no_grad():
+        hidden = bundled.modeling.backbone(policy.weights, packed.batch.tokens, packed.batch.positions, packed.batch.documents, policy.config, 32)
+        _, counted = bundled.data.targets_at(packed.batch, 1)
+        return torch.distributions.Categorical(logits=bundled.modeling.logits_of(policy.weights, hidden[counted])).entropy().mean().item()
+
+
+@pytest.mark.parametrize("bonus", [0.1, -0.1])
+def test_an_entropy_bonus_moves_entropy_where_rewards_do_not(bonus):
+    policy = learner.Learner(bundled.MODEL, 3e-5, 0.2, 0.28, bonus)
+    ones = [with_own_logprobs(policy, episode(40, 20, 1.0, first=first)) for first in (100, 300)]
+    before = [entropy_of(policy, one) for one in ones]
+    stats = policy.step([episodes.Group(0, "math", "add2", ones)])
+    # Rewards are equal and ratios are 1, so the loss is the bonus of the entropy, summed over the tokens and divided by their number.
+    assert stats["trained_tokens"] == 40 and stats["loss"] == pytest.approx(-bonus * sum(before) / 2, rel=1e-3)
+    assert (sum(entropy_of(policy, one) for one in ones) - sum(before)) / bonus > 0.1
+
+
 def test_pushed_tensors_are_the_checkpoints(policy):
     from safetensors.torch import load_file
 
@@ -183,6 +203,75 @@ def test_a_sample_that_the_server_cut_short_is_not_judged(policy, reason):
     problem = tools_problem("lookup")
     group, _ = play(policy, problem, [problem.completion(0)[:-20]], reason=reason)
     assert [one.judged for one in group.episodes] == [False]
+
+
+def test_every_turn_is_a_document_of_which_the_turn_counts(policy):
+    problem = tools_problem()
+    group, client = play(policy, problem, [problem.completion(turn) for turn in range(3)])
+    (one,) = group.episodes
+    said = [policy.tokenizer.encode(problem.completion(turn)).ids for turn in range(3)]
+    # What the server was given and what it answered, turn by turn.
+    expected = [(prompt + answer, len(prompt)) for prompt, answer in zip(client.prompts, said)]
+    assert list(keep.documents_of(one)) == expected
+    assert list(keep.documents_of(episode(10, 0))) == []
+    assert list(keep.documents_of(episode(5, 2, first=7))) == [([7, 8, 9, 10, 11], 3)]
+
+
+def keep_steps(keeper, policy, versions):
+    """A batch of one group before each of `versions`; the episodes' tokens and the weights tell the batches apart."""
+    for version in versions:
+        ones = [dataclasses.replace(episode(10, 4, reward, first=version), entropies=np.full(10, version / 10, np.float32)) for reward in (0.0, 1.0)]
+        keeper.add([episodes.Group(0, "math", "add2", ones)])
+        policy.weights["model.language_model.norm.weight"].detach().fill_(version)
+        keeper.reached(version)
+
+
+def test_kept_checkpoints_and_the_rollouts_between_them(policy, tmp_path):
+    folder = tmp_path / "kept"
+    keeper = keep.Keeper(folder, 3, policy, {"seed": 7})
+    keeper.reached(5)  # a run on a server that is at version 5 already
+    keep_steps(keeper, policy, range(6, 13))
+    assert not json.loads((folder / "manifest.json").read_text())["ended"]
+    keeper.end(12)
+    keeper.close()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["ended"] and manifest["arguments"] == {"seed": 7} and manifest["every"] == 3
+    assert [entry["version"] for entry in manifest["kept"]] == [5, 8, 11, 12]
+    assert "rollouts" not in manifest["kept"][0]
+    for before, entry in zip(manifest["kept"], manifest["kept"][1:]):
+        versions = range(before["version"] + 1, entry["version"] + 1)
+        lines = [json.loads(line) for line in (folder / entry["rollouts"]).read_text().splitlines()]
+        assert lines == [{"token_ids": list(range(version, version + 10)), "loss_start": 6} for version in versions for _ in range(2)]
+        steps = len(versions)
+        assert [entry[name] for name in ("steps", "episodes", "documents", "tokens", "loss_tokens")] == [steps, 2 * steps, 2 * steps, 20 * steps, 8 * steps]
+        assert entry["reward"] == 0.5 and entry["entropy"] == pytest.approx(np.mean(versions) / 10, rel=1e-6)
+        saved = learner.Learner(folder / entry["checkpoint"], 0, 0.2, 0.2)
+        assert (saved.weights["model.language_model.norm.weight"] == entry["version"]).all()
+    named = {entry[name] for entry in manifest["kept"] for name in ("checkpoint", "rollouts") if name in entry}
+    assert {path.name for path in folder.iterdir()} == named | {"manifest.json"}  # and nothing half done
+    with pytest.raises(ValueError, match="kept is not empty: it has manifest.json"):
+        keep.Keeper(folder, 3, policy, {})
+
+
+def test_a_run_that_breaks_leaves_whole_files_only(policy, tmp_path, monkeypatch):
+    keeper = keep.Keeper(tmp_path, 2, policy, {})
+    keeper.reached(0)
+    keep_steps(keeper, policy, (1, 2))
+    good = (tmp_path / "manifest.json").read_text()
+    whole = {path.name for path in tmp_path.iterdir()}
+    save = policy.save
+
+    def full(directory):
+        save(directory)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(policy, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        keep_steps(keeper, policy, (3, 4))
+    keeper.close()
+    assert (tmp_path / "manifest.json").read_text() == good
+    assert {path.name for path in tmp_path.iterdir()} - whole == {"version-000004.tmp"}
+    assert len((tmp_path / "rollouts-000000-000002.jsonl").read_text().splitlines()) == 4
 
 
 def test_mix_names_tasks_and_kinds():
@@ -316,7 +405,9 @@ STEP_FIELDS = {"reward", "reward_by_task", "entropy", "accept_length", "tokens",
 
 
 def test_on_policy_steps(server, tmp_path):
-    records = train(server, tmp_path, "--steps", "3", "--max-staleness", "0", "--speculation", "coupled", "--save", str(tmp_path / "trained"))
+    kept = tmp_path / "kept"
+    records = train(server, tmp_path, "--steps", "3", "--max-staleness", "0", "--speculation", "coupled", "--save", str(tmp_path / "trained"),
+                    "--keep", str(kept), "--keep-every", "2")
     assert [(step["version"], step["new_version"]) for step in records["step"]] == [(0, 1), (1, 2), (2, 3)]
     assert [record["version"] for record in records["eval"]] == [0, 3]
     assert all(record["reward"]["all"]["n"] == 12 for record in records["eval"])
@@ -330,6 +421,16 @@ def test_on_policy_steps(server, tmp_path):
             # The server samples with the very weights that the learner computes with: what is left is the order of additions.
             assert step["ratio_min"] == pytest.approx(1, abs=1e-3) and step["ratio_max"] == pytest.approx(1, abs=1e-3)
             assert math.isfinite(step["loss"]) and step["clip_fraction"] == 0 and step["grad_norm"] > 0
+    # What was kept: versions 0, 2 and 3, and every token that the steps between them report.
+    manifest = json.loads((kept / "manifest.json").read_text())
+    assert manifest["ended"] and [entry["version"] for entry in manifest["kept"]] == [0, 2, 3]
+    for entry, steps in zip(manifest["kept"][1:], (records["step"][:2], records["step"][2:])):
+        lines = [json.loads(line) for line in (kept / entry["rollouts"]).read_text().splitlines()]
+        assert len(lines) == sum(step["turns"] for step in steps) == entry["documents"]
+        assert sum(len(line["token_ids"]) - line["loss_start"] for line in lines) == sum(step["tokens"] for step in steps)
+        assert entry["entropy"] == pytest.approx(sum(step["entropy"] * step["tokens"] for step in steps) / entry["loss_tokens"], rel=1e-5)
+    for entry, same_as in ((manifest["kept"][0], bundled.MODEL), (manifest["kept"][2], tmp_path / "trained")):
+        assert (kept / entry["checkpoint"] / "model.safetensors").read_bytes() == (same_as / "model.safetensors").read_bytes()
     # What the server holds now is what the learner saved.
     trained = learner.Learner(tmp_path / "trained", lr=0, clip_low=0.2, clip_high=0.2)
     with bebop.Client(server[0], server[1]) as client:
@@ -364,3 +465,5 @@ def test_refusals_end_the_run_with_a_message(server, capsys):
     assert re.search(r"error: .*max_new_tokens", capsys.readouterr().err)
     assert grpo_async.main([*arguments, "--mix", "poem"]) == 1
     assert "error: mix: unknown task 'poem'" in capsys.readouterr().err
+    assert grpo_async.main([*arguments, "--keep", str(EXAMPLES)]) == 1
+    assert "examples is not empty" in capsys.readouterr().err
