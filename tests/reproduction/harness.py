@@ -73,6 +73,7 @@ class Server:
             raise RuntimeError(f"{' '.join(command)} ended with status {self._process.wait()} before it was ready" + (f"; see {log}" if log else ""))
         self.rollout, self.admin = ready.groups()
         self.client = bebop.Client(self.rollout, self.admin)
+        self.process_id = self._process.pid
         self.loaded: str | None = None  # what load_draft was last given
 
     def __enter__(self) -> Server:
@@ -134,14 +135,15 @@ def decode(server: Server, prompts: Sequence[Prompt], options: Decoding, *, in_f
 def counts_of(group: bebop.GroupResult) -> dict[str, Any]:
     """The server's counts summed over a group's samples.
 
-    tokens: emitted. steps: verifications. drafted, accepted, overlap [num_draft_tokens]: of SpecStats (position i counts the verifications that
-    reached draft i); overlap is there with spec_detail. entropy: sum over the emitted tokens in nats, with entropy. Sums, so that any
-    set of records can be added up.
+    tokens: emitted. steps: verifications. drafts: all that were verified. drafted, accepted, overlap [num_draft_tokens]: of SpecStats (position i
+    counts the verifications that reached draft i); overlap is there with spec_detail. entropy: sum over the emitted tokens in nats, with
+    entropy. Sums, so that any set of records can be added up.
     """
     specs = [sample.spec for sample in group.samples]
     counts: dict[str, Any] = {
         "tokens": sum(len(sample.token_ids) for sample in group.samples),
         "steps": sum(spec.num_spec_steps for spec in specs),
+        "drafts": sum(spec.num_draft_tokens for spec in specs),
         "drafted": [int(value) for value in sum(spec.drafted_per_pos for spec in specs)],
         "accepted": [int(value) for value in sum(spec.accepted_per_pos for spec in specs)],
     }

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Means, intervals and tests. All intervals are 95 %."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+DRAWS = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A value with its interval; nan bounds where one observation gives none."""
+
+    mean: float
+    low: float
+    high: float
+
+    def scaled(self, factor: float) -> Estimate:
+        return Estimate(self.mean * factor, self.low * factor, self.high * factor)
+
+    @property
+    def half(self) -> float:
+        return (self.high - self.low) / 2
+
+    def as_dict(self) -> dict[str, float]:
+        return dataclasses.asdict(self)
+
+
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """Mean of one value a seed, with Student's interval."""
+    array = np.asarray(values, np.float64)
+    mean = float(array.mean())
+    if len(array) < 2:
+        return Estimate(mean, math.nan, math.nan)
+    half = float(stats.t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / math.sqrt(len(array)))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def bootstrap_difference(numerators: np.ndarray, denominators: np.ndarray, base_numerators: np.ndarray, base_denominators: np.ndarray) -> Estimate:
+    """Difference of two ratios of sums, prompts drawn again jointly for both sides and all seeds.
+
+    Arrays are [seeds, prompts]; each side's value is the mean over seeds of sum(numerators) / sum(denominators). The interval is that of prompts
+    alone; seeds stay as they are.
+    """
+    count = numerators.shape[1]
+    weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), DRAWS).T  # [prompts, DRAWS]
+
+    def value(top: np.ndarray, bottom: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        return (top @ draws / (bottom @ draws)).mean(0)
+
+    everything = np.ones((count, 1))
+    mean = (value(numerators, denominators, everything) - value(base_numerators, base_denominators, everything))[0]
+    draws = value(numerators, denominators, weights) - value(base_numerators, base_denominators, weights)
+    return Estimate(float(mean), *(float(bound) for bound in np.percentile(draws, [2.5, 97.5])))
+
+
+def self_normalized(differences: Sequence[float]) -> float:
+    """z of the sum of independent differences whose expectation is 0 each, whatever their variances: sum / sqrt(sum of squares)."""
+    array = np.asarray(differences, np.float64)
+    scale = math.sqrt(float((array**2).sum()))
+    return float(array.sum()) / scale if scale > 0 else 0.0
+
+
+def slope(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> float:
+    """Least-squares slope of y over x with an intercept a group."""
+    x, y = x.astype(np.float64).copy(), y.astype(np.float64).copy()
+    for group in np.unique(groups):
+        here = groups == group
+        x[here] -= x[here].mean()
+        y[here] -= y[here].mean()
+    return float((x * y).sum() / (x * x).sum())
+
+
+def correlation(x: np.ndarray, y: np.ndarray) -> Estimate:
+    """Pearson's r with Fisher's interval."""
+    r = float(np.corrcoef(x, y)[0, 1])
+    if len(x) < 4:
+        return Estimate(r, math.nan, math.nan)
+    half = 1.96 / math.sqrt(len(x) - 3)
+    return Estimate(r, *(float(np.tanh(np.arctanh(min(max(r, -0.999999), 0.999999)) + sign * half)) for sign in (-1, 1)))

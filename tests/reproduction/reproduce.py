@@ -1,0 +1,106 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Trains MTP heads with every loss, measures them by real decoding, and makes the tables and plots of docs/reproduction.md.
+
+    reproduce.py [--scale quick|full|gpu] [--work DIR] [--only STAGE ...] [--publish]
+
+Stages, in order: rollouts, train, decode, score, throughput, analyse. Each keeps what it has done in --work and goes on from there when it is
+called again. `--only analyse` makes tables and plots again in seconds from records that are there.
+
+Needs a build with bebop-server and bebop-train-mtp and the packages of tests/requirements.txt; tests/reproduction/run.sh sees to both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import client_site
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+MODEL = ROOT / "tests/models/bebop-tiny"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Stages: rollouts, train, decode, score, throughput, analyse.")
+    parser.add_argument("--scale", choices=("quick", "full", "gpu"), default="full", help="quick: a smoke test; full: the page; gpu: a large checkpoint")
+    parser.add_argument("--quick", action="store_const", const="quick", dest="scale", help="--scale quick")
+    parser.add_argument("--work", type=Path, help="where everything is kept; default build/reproduction/SCALE")
+    parser.add_argument("--only", action="append", metavar="STAGE", help="one stage; repeatable")
+    parser.add_argument("--publish", action="store_true", help="rewrite the tables of docs/reproduction.md and the plots beside it")
+    parser.add_argument("--bin", type=Path, default=ROOT / "build/cpu-release/bin", help="the built programs")
+    parser.add_argument("--model", type=Path, default=MODEL, help="checkpoint folder with mtp.* tensors")
+    parser.add_argument("--start", type=Path, help="head that training starts from: safetensors file or checkpoint folder; default: the model's own")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    return parser.parse_args(arguments)
+
+
+def check_same_run(work: Path, identity: dict[str, object]) -> None:
+    """Refuses a work folder of other settings: records of two settings must not mix."""
+    path = work / "run.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for name in sorted(set(before) | set(identity)):
+            if before.get(name) != identity.get(name):
+                raise ValueError(f"{work}: was made with {name} = {before.get(name)}, now it is {identity.get(name)}; take another --work")
+    else:
+        path.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    arguments = parse()
+    missing = client_site.missing_packages()
+    if missing:
+        print(f"skipped: {sys.executable} has no {', '.join(missing)} (pip install -r tests/requirements.txt)", file=sys.stderr)
+        return 77
+    work = (arguments.work or ROOT / "build/reproduction" / arguments.scale).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    client_site.add(work / "client")
+    # These import bebop, which is there from here on.
+    import analyse
+    import heads
+    import measures
+    from settings import SCALES, Context, Programs
+
+    started = time.monotonic()
+
+    def say(message: str) -> None:
+        print(f"[{time.monotonic() - started:5.0f} s] {message}", flush=True)
+
+    stages: dict[str, Callable[[Context], None]] = {
+        "rollouts": heads.make_rollouts,
+        "train": heads.train_all,
+        "decode": measures.measure_decoding,
+        "score": measures.measure_scores,
+        "throughput": measures.measure_throughput,
+        "analyse": lambda context: analyse.run(context, publish=ROOT / "docs" if arguments.publish else None),
+    }
+    unknown = [name for name in arguments.only or () if name not in stages]
+    if unknown:
+        print(f"error: --only: no stage {unknown[0]!r}; known: {', '.join(stages)}", file=sys.stderr)
+        return 2
+    settings = SCALES[arguments.scale]
+    try:
+        programs = Programs.of(arguments.bin.resolve())
+        identity = {"model": str(arguments.model), "start": str(arguments.start), "device": arguments.device, **dataclasses.asdict(settings)}
+        check_same_run(work, json.loads(json.dumps(identity)))
+        context = Context(settings, work, arguments.model.resolve(), (arguments.start or arguments.model).resolve(), arguments.device, programs, say)
+        for name, stage in stages.items():
+            if not arguments.only or name in arguments.only:
+                begin = time.monotonic()
+                stage(context)
+                say(f"{name}: {time.monotonic() - begin:.0f} s")
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
