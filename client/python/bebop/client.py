@@ -12,7 +12,7 @@ import grpc
 
 from bebop import requests
 from bebop.control import ControlState, pause_request, speculation_request, tag_list
-from bebop.errors import BebopError, from_rpc_error
+from bebop.errors import BebopError
 from bebop.results import Admitted, GroupResult, SampleResult, SequenceScore, TokenChunk
 from bebop.rpc import health_pb2
 from bebop.transport import CHANNEL_OPTIONS, UNSET, Deadline, Endpoint, RetryPolicy, Tls, read_token, require_admin
@@ -59,7 +59,7 @@ class Client:
     def __init__(self, rollout: str = "127.0.0.1:50051", admin: str | None = None, *, tls: Tls | None = None, token: str | None = None,
                  token_file: str | None = None, timeout: float | None = None, retry: RetryPolicy | None = RetryPolicy()):
         token = read_token(token, token_file)
-        self._setup(Endpoint(rollout, tls, token), Endpoint(admin, tls, token) if admin else None, timeout, retry)
+        self._setup(Endpoint(rollout, tls, token), Endpoint(admin, tls, token, "admin") if admin else None, timeout, retry)
 
     def _setup(self, server: Endpoint, admin: Endpoint | None, timeout: float | None, retry: RetryPolicy | None) -> None:
         self._state = (server, admin, timeout, retry)
@@ -97,24 +97,29 @@ class Client:
               retry: RetryPolicy | None = UNSET) -> Any:
         policy = self._retry if retry is UNSET else retry
         deadline = Deadline(self._timeout if timeout is None else timeout)
-        metadata = (endpoint or self._server).metadata()
+        endpoint = endpoint or self._server
+        metadata = endpoint.metadata()
         attempt = 0
         while True:
             attempt += 1
             try:
                 return method(request, timeout=deadline.remaining(), metadata=metadata)
             except grpc.RpcError as rpc_error:
-                error = from_rpc_error(rpc_error)
+                error = endpoint.error(rpc_error)
                 delay = policy.delay(error, attempt, deadline.elapsed()) if policy else None
                 if delay is None or not deadline.allows(delay):
                     raise error from None
                 time.sleep(delay)
 
-    def _once(self) -> Client:
-        """This client, on the same connections, but trying each call once."""
+    def _with_retry(self, retry: RetryPolicy | None) -> Client:
+        """This client, on the same connections."""
         twin = object.__new__(Client)
-        twin.__dict__.update(self.__dict__, _retry=None)
+        twin.__dict__.update(self.__dict__, _retry=retry)
         return twin
+
+    def _once(self) -> Client:
+        """The same, but trying each call once."""
+        return self._with_retry(None)
 
     @property
     def weights(self) -> Weights:
@@ -177,7 +182,7 @@ class Client:
                 if event is not None and (events or isinstance(event, SampleResult)):
                     yield event
         except grpc.RpcError as rpc_error:
-            raise from_rpc_error(rpc_error) from None
+            raise self._server.error(rpc_error) from None
         finally:
             call.cancel()
 

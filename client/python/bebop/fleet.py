@@ -35,6 +35,8 @@ from bebop.weights import (NamedTensors, PushFailed, UpdateOptions, UpdatePlan, 
                            push_all, push_all_async, result_of)
 
 _PROBE_SECONDS = 2.0
+# How long a call to all replicas tries to reach one: what is gone should not hold up those that are there.
+_CONNECT_SECONDS = 2.0
 _SETTLE_SECONDS = 5.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
 
@@ -64,7 +66,7 @@ class FleetUpdateError(FleetError):
     Attributes:
       stage: "start", "push" or "finish". Before "finish" no replica has the new weights.
       updated, unchanged, unknown: addresses, by what is loaded there now: the new weights, the old ones, or nobody knows. Those of `unknown` are
-        out of rotation until their weights agree with a replica's in rotation.
+        out of rotation until their weights agree with a replica's in rotation; before "finish" they are those that could not be asked.
       versions: WeightInfo by address; None for unknown.
     """
 
@@ -261,14 +263,31 @@ class _FleetBase:
         """Addresses that get requests now."""
         return [replica.address for replica in self._rotation.replicas if replica.ready]
 
-    def _results(self, what: str, outcomes: Mapping[str, Any]) -> dict[str, Any]:
+    def _briefly(self, client: Any) -> Any:
+        """`client`, which soon gives up on a server that cannot be reached."""
+        retry = client._retry
+        return client if retry is None else client._with_retry(dataclasses.replace(retry, connect_seconds=min(retry.connect_seconds, _CONNECT_SECONDS)))
+
+    def _note(self, outcomes: Mapping[str, Any]) -> tuple[dict[str, BebopError], dict[str, Any]]:
+        """Errors and results by address; who could not be reached is taken out of rotation."""
         errors, results = _split(outcomes)
         for replica in self._rotation.replicas:
             if replica.address in errors and errors[replica.address].code == "UNAVAILABLE":
                 self._rotation.suspend(replica)
+        return errors, results
+
+    def _results(self, what: str, outcomes: Mapping[str, Any]) -> dict[str, Any]:
+        errors, results = self._note(outcomes)
         if errors:
             raise FleetError(what, errors, results)
         return results
+
+    def _infos(self, outcomes: Mapping[str, Any], update_id: str) -> dict[str, WeightInfo]:
+        """What an update begins with: an answer of every replica."""
+        errors, infos = self._note(outcomes)
+        if errors:
+            raise FleetUpdateError("start", errors, infos, {address: infos.get(address) for address in outcomes}, update_id)
+        return infos
 
     def _give_up_or_wait(self, error: BebopError | None, attempt: int, deadline: Deadline) -> float:
         """Seconds until all are tried again; raises when no repeat can help."""
@@ -286,7 +305,8 @@ class Fleet(_FleetBase):
     generate, generate_stream, score: one replica each. A replica that is unreachable, drains or has a full queue is passed over, unless something
     was delivered already. With affinity="..." the same replica as long as it is in rotation, however full it is. That saves no computation: servers
     keep no cache from one request to the next.
-    pause, resume, sleep, ...: every replica; results by address. FleetError when some failed, after all were asked.
+    pause, resume, sleep, ...: every replica; results by address. FleetError when some failed, after all were asked; one that cannot be reached is
+    tried for 2 s. To go on without it, make a fleet of the others' clients.
     weights.update: every replica; all or, if one fails before the last step, none.
     """
 
@@ -400,7 +420,10 @@ class Fleet(_FleetBase):
     # ---- every replica ----
 
     def _all(self, what: str, call: Callable[[Client], Any]) -> dict[str, Any]:
-        return self._results(what, _each(self._rotation.replicas, call))
+        return self._results(what, self._ask(call))
+
+    def _ask(self, call: Callable[[Client], Any]) -> dict[str, Any]:
+        return _each(self._rotation.replicas, lambda client: call(self._briefly(client)))
 
     def abort(self, request_ids: str | Sequence[str], *, timeout: float | None = None) -> list[str]:
         """As Client.abort, wherever the requests are."""
@@ -448,7 +471,7 @@ class Fleet(_FleetBase):
 
     def health(self, service: str = "", *, timeout: float | None = 5.0) -> dict[str, str]:
         """"SERVING" or "NOT_SERVING" by address, or the code of the failure; raises nothing."""
-        answers = _each(self._rotation.replicas, lambda client: client.health(service, timeout=timeout))
+        answers = self._ask(lambda client: client.health(service, timeout=timeout))
         return {address: answer.code if isinstance(answer, BebopError) else answer for address, answer in answers.items()}
 
     def wait_until_serving(self, timeout: float = 300.0) -> None:
@@ -588,7 +611,8 @@ class FleetWeights:
 
     def _run(self, options: UpdateOptions, named_tensors: NamedTensors | None, path: str | None = None) -> dict[str, UpdateResult]:
         fleet, deadline = self._fleet, Deadline(options.timeout)
-        stages = _UpdateStages(fleet._rotation, options, self.info(tensors=True, timeout=deadline.remaining()), named_tensors)
+        answers = fleet._ask(lambda client: client.weights.info(tensors=True, timeout=deadline.remaining()))
+        stages = _UpdateStages(fleet._rotation, options, fleet._infos(answers, options.update_id), named_tensors)
         plan = stages.plan
         try:
             fleet._all("start", lambda client: _start(stages, client, deadline.remaining()))
@@ -742,7 +766,10 @@ class AsyncFleet(_FleetBase):
     # ---- every replica ----
 
     async def _all(self, what: str, call: Callable[[AsyncClient], Awaitable[Any]]) -> dict[str, Any]:
-        return self._results(what, await _each_async(self._rotation.replicas, call))
+        return self._results(what, await self._ask(call))
+
+    async def _ask(self, call: Callable[[AsyncClient], Awaitable[Any]]) -> dict[str, Any]:
+        return await _each_async(self._rotation.replicas, lambda client: call(self._briefly(client)))
 
     async def abort(self, request_ids: str | Sequence[str], *, timeout: float | None = None) -> list[str]:
         """As Fleet.abort."""
@@ -791,7 +818,7 @@ class AsyncFleet(_FleetBase):
 
     async def health(self, service: str = "", *, timeout: float | None = 5.0) -> dict[str, str]:
         """As Fleet.health."""
-        answers = await _each_async(self._rotation.replicas, lambda client: client.health(service, timeout=timeout))
+        answers = await self._ask(lambda client: client.health(service, timeout=timeout))
         return {address: answer.code if isinstance(answer, BebopError) else answer for address, answer in answers.items()}
 
     async def wait_until_serving(self, timeout: float = 300.0) -> None:
@@ -843,7 +870,8 @@ class AsyncFleetWeights:
 
     async def _run(self, options: UpdateOptions, named_tensors: Any, path: str | None = None) -> dict[str, UpdateResult]:
         fleet, deadline = self._fleet, Deadline(options.timeout)
-        stages = _UpdateStages(fleet._rotation, options, await self.info(tensors=True, timeout=deadline.remaining()), named_tensors)
+        answers = await fleet._ask(lambda client: client.weights.info(tensors=True, timeout=deadline.remaining()))
+        stages = _UpdateStages(fleet._rotation, options, fleet._infos(answers, options.update_id), named_tensors)
         plan = stages.plan
         try:
             await fleet._all("start", lambda client: _start_async(stages, client, deadline.remaining()))

@@ -7,12 +7,13 @@ import dataclasses
 import math
 import os
 import random
+import re
 import time
 from typing import Any
 
 import grpc
 
-from bebop.errors import BebopError
+from bebop.errors import BebopError, from_rpc_error
 
 # Replies are as large as what was asked for; the server's own limit decides what may be sent. A proxy of the environment is for the web.
 CHANNEL_OPTIONS = [
@@ -70,16 +71,44 @@ class Tls:
         return grpc.ssl_channel_credentials(read(self.ca), read(self.key), read(self.certificate))
 
 
+def check_address(name: str, address: str) -> None:
+    """Raises ValueError for what would otherwise be tried again and again: a web address, or one without a port."""
+    scheme, colons, rest = address.partition("://")
+    if colons and scheme not in _SCHEMES:
+        raise ValueError(f"{name}: {address!r}: expected HOST:PORT, without {scheme}://")
+    if address.partition(":")[0] in _SCHEMES and not re.fullmatch(r"[^:]+:\d+", address):
+        return  # gRPC knows what it means
+    port = re.fullmatch(r"(?:\[[^\[\]]+\]|[^:/\[\]]+):(\d{1,5})", address)
+    if port is None or not 0 < int(port[1]) < 65536:
+        raise ValueError(f"{name}: {address!r}: expected HOST:PORT, or [IPV6]:PORT, with a port from 1 to 65535")
+
+
+# Of gRPC's names that are no host: https://github.com/grpc/grpc/blob/master/doc/naming.md
+_SCHEMES = frozenset({"dns", "unix", "unix-abstract", "vsock", "ipv4", "ipv6", "xds"})
+
+
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
-    """Everything needed to connect; plain data, so that clients can be pickled."""
+    """Everything needed to connect; plain data, so that clients can be pickled. `port`: which of a server's two it is, "rollout" or "admin"."""
 
     address: str
     tls: Tls | None = None
     token: str | None = dataclasses.field(default=None, repr=False)
+    port: str = "rollout"
+
+    def __post_init__(self):
+        check_address(self.port, self.address)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
+    def error(self, rpc_error: grpc.RpcError) -> BebopError:
+        """The exception for what grpc raised of a call there."""
+        error = from_rpc_error(rpc_error)
+        if error.code == "UNIMPLEMENTED" and not error.message:  # a server of ours would say more
+            other = "admin" if self.port == "rollout" else "rollout"
+            error.message = f"{self.address} does not serve this call: it was given as the {self.port} port; is it the {other} port?"
+        return error
 
 
 def require_admin(admin: Endpoint | None) -> Endpoint:

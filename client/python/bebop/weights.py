@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 import grpc
 
-from bebop.errors import BebopError, FailedPreconditionError, from_rpc_error
+from bebop.errors import BebopError, FailedPreconditionError
 from bebop.progress import Progress, open_progress
 from bebop.requests import enum_value
 from bebop.tensors import ELEMENT_BYTES, ComponentDigest, WireTensor, is_draft, is_vision, plain_name, to_host
@@ -496,7 +496,7 @@ class Push:
                     step()
                 return
             except grpc.RpcError as rpc_error:
-                error = from_rpc_error(rpc_error)
+                error = require_admin(self._client._admin).error(rpc_error)
             except BebopError as failure:
                 error = failure
             self.close()

@@ -202,6 +202,33 @@ def test_calls_wait_for_a_server_that_starts_later(prompt):
         assert time.monotonic() - begin < 20
 
 
+@pytest.mark.parametrize("kind", [bebop.Client, bebop.AsyncClient, bebop.Fleet])
+@pytest.mark.parametrize("address", ["http://127.0.0.1:50051", "https://host:50051", "grpc://host:1", "nonsense", "host:", "host:port", "host:70000", "::1:50051",
+                                     "host:50051/path", ""])
+def test_what_is_no_address_is_refused_before_anything_is_sent(kind, address):
+    make = (lambda: kind([address])) if kind is bebop.Fleet else (lambda: kind(address))
+    with pytest.raises(ValueError, match="rollout: .*expected HOST:PORT"):
+        make()
+    if kind is not bebop.Fleet and address:
+        with pytest.raises(ValueError, match="admin: "):
+            kind("127.0.0.1:50051", address)
+
+
+@pytest.mark.parametrize("address", ["host:1", "a.b.c:65535", "[::1]:50051", "unix:/tmp/socket", "dns:///host:50051", "ipv4:127.0.0.1:50051", "dns:50051"])
+def test_what_is_an_address(address):
+    bebop.Client(address, address).close()
+
+
+def test_swapped_ports_are_named(server, prompt):
+    with bebop.Client(server.admin, server.rollout, timeout=20) as swapped:
+        for call, port in ((swapped.weights.info, server.rollout), (swapped.pause, server.rollout),
+                           (lambda: swapped.generate(prompt), server.admin), (lambda: list(swapped.generate_stream(prompt)), server.admin)):
+            with pytest.raises(bebop.UnimplementedError) as info:
+                call()
+            assert info.value.message.startswith(port + " does not serve this call")
+            assert info.value.message.endswith("is it the rollout port?" if port == server.rollout else "is it the admin port?")
+
+
 def test_what_is_tried_again_and_how_long():
     policy = RetryPolicy(connect_seconds=30, initial_seconds=1, max_seconds=4)
     unreachable = bebop.UnavailableError("connection refused")

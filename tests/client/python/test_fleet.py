@@ -23,6 +23,23 @@ from test_weights import loaded, random_tensors
 HASTY = RetryPolicy(connect_seconds=0.3, initial_seconds=0.01, max_seconds=0.05)
 
 
+KINDS = ["Client", "AsyncClient", "Fleet", "AsyncFleet"]
+
+
+def through(kind, fakes, call, retry=None):
+    """What `call` returns for a client of that kind, blocking or not; fleets have all fakes, clients the first."""
+    where = [([(fake.address, fake.address) for fake in fakes],), (fakes[0].address, fakes[0].address)][kind in KINDS[:2]]
+    if not kind.startswith("Async"):
+        with getattr(bebop, kind)(*where, timeout=20, retry=retry) as client:
+            return call(client)
+
+    async def run():
+        async with getattr(bebop, kind)(*where, timeout=20, retry=retry) as client:
+            return await call(client)
+
+    return asyncio.run(run())
+
+
 @pytest.fixture
 def fakes():
     running = [FakeServer() for _ in range(3)]
@@ -196,6 +213,36 @@ def test_a_failure_before_the_last_step_leaves_all_as_they_were(fakes, fleet, or
     assert fleet.in_rotation == fleet.addresses
 
 
+@pytest.mark.parametrize("kind", KINDS[2:])
+def test_a_dead_replica_is_named_at_once(fakes, kind):
+    """With the retries of the default policy, which try one server for 30 s."""
+    fakes[1].stop()
+    addresses = [fake.address for fake in fakes]
+    for what in ("weights.update", "pause"):
+        call = (lambda fleet: fleet.weights.update(random_tensors(7), 5)) if what == "weights.update" else (lambda fleet: fleet.pause())
+        begin = time.monotonic()
+        with pytest.raises(bebop.FleetError) as info:
+            through(kind, fakes, call, retry=RetryPolicy())
+        assert time.monotonic() - begin < 10
+        error = info.value
+        assert list(error.errors) == [addresses[1]] and error.code == "UNAVAILABLE" and addresses[1] in str(error)
+        assert isinstance(error, bebop.FleetUpdateError) == (what == "weights.update")
+        assert ("weight update (start)" if what == "weights.update" else "pause") in str(error)
+    assert error.what == "pause" and sorted(error.results) == sorted(addresses[::2])
+    for fake in fakes[::2]:
+        assert fake.calls == [] and fake.step == 0  # no update began
+
+
+def test_of_a_dead_replica_nobody_knows_the_weights(fakes, fleet):
+    fakes[1].stop()
+    with pytest.raises(bebop.FleetUpdateError) as info:
+        fleet.weights.update(random_tensors(7), 5)
+    assert info.value.unchanged == fleet.addresses[::2] and info.value.unknown == [fleet.addresses[1]] and info.value.updated == []
+    assert fleet.in_rotation == fleet.addresses[::2]
+    with bebop.Fleet([client for client in fleet.clients if client._server.address in info.value.unchanged]) as rest:
+        assert sorted(rest.weights.update(random_tensors(7), 5)) == sorted(rest.addresses)
+
+
 def test_a_replica_that_dies_while_tensors_come_ends_the_update(fakes, fleet):
     named = random_tensors(4)
 
@@ -260,23 +307,6 @@ def test_a_replica_of_unknown_version_is_out_until_it_agrees(fakes):
                 time.sleep(0.05)
     finally:
         odd.stop()
-
-
-KINDS = ["Client", "AsyncClient", "Fleet", "AsyncFleet"]
-
-
-def through(kind, fakes, call):
-    """What `call` returns for a client of that kind, blocking or not; fleets have all fakes, clients the first."""
-    where = [([(fake.address, fake.address) for fake in fakes],), (fakes[0].address, fakes[0].address)][kind in KINDS[:2]]
-    if not kind.startswith("Async"):
-        with getattr(bebop, kind)(*where, timeout=20, retry=None) as client:
-            return call(client)
-
-    async def run():
-        async with getattr(bebop, kind)(*where, timeout=20, retry=None) as client:
-            return await call(client)
-
-    return asyncio.run(run())
 
 
 @pytest.mark.parametrize("kind", KINDS)
