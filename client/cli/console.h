@@ -49,7 +49,7 @@ class Progress {
  public:
   Progress(std::string what, int64_t total);
   ~Progress();  // removes the line
-  void Show(int64_t done);
+  void Show(int64_t done, const std::string& more = {});
 
  private:
   const std::string what_;

@@ -52,13 +52,8 @@ void AddMode(CLI::App* verb, std::function<void(SpeculationParams::Mode)> set) {
       ->check(CLI::IsMember(names));
 }
 
-CLI::App* AddGenerate(CLI::App* app, bebop::GenerateFlags* flags) {
-  CLI::App* verb = app->add_subcommand("generate", "Continue a prompt");
-  auto* const request = &flags->request;
-  verb->add_option_function<std::string>("TEXT", [flags](const std::string& text) { flags->text = text; }, "The prompt as text");
-  verb->add_option("--token-ids", flags->token_ids, "The prompt as token ids, \"1 2 3\"");
-  verb->add_flag("--parse-special", flags->parse_special, "Special tokens written in TEXT become their ids");
-  AddBatch(verb, &flags->batch);
+// What `generate` and `rollouts` ask for, but for the seed.
+void AddRequest(CLI::App* verb, bebop::v1::GenerateRequest* request) {
   verb->add_option_function<int32_t>("-n,--num-samples", [request](int32_t n) { request->set_num_samples(n); }, "Samples of the prompt");
   verb->add_option_function<int32_t>("--max-new-tokens", [request](int32_t n) { request->mutable_stopping()->set_max_new_tokens(n); }, "");
   verb->add_option_function<int32_t>("--min-new-tokens", [request](int32_t n) { request->mutable_stopping()->set_min_new_tokens(n); }, "");
@@ -66,7 +61,6 @@ CLI::App* AddGenerate(CLI::App* app, bebop::GenerateFlags* flags) {
   verb->add_option_function<float>("--top-p", [request](float x) { request->mutable_sampling()->set_top_p(x); }, "");
   verb->add_option_function<int32_t>("--top-k", [request](int32_t n) { request->mutable_sampling()->set_top_k(n); }, "");
   verb->add_option_function<float>("--min-p", [request](float x) { request->mutable_sampling()->set_min_p(x); }, "");
-  AddSeed(verb, "", [request](uint64_t n) { request->mutable_sampling()->set_seed(n); });
   verb->add_option_function<std::vector<std::string>>(
           "--stop",
           [request](const std::vector<std::string>& stops) {
@@ -86,7 +80,28 @@ CLI::App* AddGenerate(CLI::App* app, bebop::GenerateFlags* flags) {
   AddMode(verb, [request](SpeculationParams::Mode mode) { request->mutable_speculation()->set_mode(mode); });
   verb->add_option_function<int32_t>("--num-draft-tokens", [request](int32_t n) { request->mutable_speculation()->set_num_draft_tokens(n); }, "");
   verb->add_flag_callback("--logprobs", [request] { request->mutable_output()->set_logprobs(true); }, "");
+}
+
+CLI::App* AddGenerate(CLI::App* app, bebop::GenerateFlags* flags) {
+  CLI::App* verb = app->add_subcommand("generate", "Continue a prompt");
+  auto* const request = &flags->request;
+  verb->add_option_function<std::string>("TEXT", [flags](const std::string& text) { flags->text = text; }, "The prompt as text");
+  verb->add_option("--token-ids", flags->token_ids, "The prompt as token ids, \"1 2 3\"");
+  verb->add_flag("--parse-special", flags->parse_special, "Special tokens written in TEXT become their ids");
+  AddBatch(verb, &flags->batch);
+  AddRequest(verb, request);
+  AddSeed(verb, "", [request](uint64_t n) { request->mutable_sampling()->set_seed(n); });
   verb->add_flag("--stream", flags->stream, "Show tokens as they come");
+  return verb;
+}
+
+CLI::App* AddRollouts(CLI::App* app, bebop::RolloutsFlags* flags) {
+  CLI::App* verb = app->add_subcommand("rollouts", "Training data from a file of prompts; a run that was interrupted goes on");
+  verb->add_option("--prompts", flags->prompts, "One GenerateRequest a line in JSON; the flags fill what a line leaves unset")->required();
+  verb->add_option("--out", flags->out, "One GenerateResult a line, with its prompt; beside it FILE.run, which says what made it")->required();
+  verb->add_option("--concurrency", flags->concurrency, "How many are in flight")->check(CLI::Range(1, 1024))->capture_default_str();
+  AddSeed(verb, "Of the run: each prompt gets one of its own from it; default: a fresh one, kept in FILE.run", [flags](uint64_t n) { flags->seed = n; });
+  AddRequest(verb, &flags->request);
   return verb;
 }
 
@@ -235,6 +250,7 @@ int main(int argc, char** argv) {
   global.server = FromEnvironment("BEBOP_SERVER", global.server);
   std::string admin = FromEnvironment("BEBOP_ADMIN", "127.0.0.1:50052");
   bebop::GenerateFlags generate;
+  bebop::RolloutsFlags rollouts;
   bebop::ScoreFlags score;
   bebop::TokenizeFlags tokenize;
   bebop::DetokenizeFlags detokenize;
@@ -259,6 +275,7 @@ int main(int argc, char** argv) {
   app.add_option("--token-file", token_file, "File with the token to show to the server, and nothing else (or BEBOP_TOKEN_FILE)");
   app.add_flag("--json", global.json, "JSON, one object a line");
   CLI::App* generate_verb = AddGenerate(&app, &generate);
+  CLI::App* rollouts_verb = AddRollouts(&app, &rollouts);
   CLI::App* score_verb = AddScore(&app, &score);
   CLI::App* tokenize_verb = app.add_subcommand("tokenize", "Text to token ids");
   tokenize_verb->add_option_function<std::string>("TEXT", [&](const std::string& text) { tokenize.text = text; }, "");
@@ -318,6 +335,7 @@ int main(int argc, char** argv) {
   }
   bebop::Client client(options);
   if (generate_verb->parsed()) return bebop::RunGenerate(&client, global, generate);
+  if (rollouts_verb->parsed()) return bebop::RunRollouts(&client, global, rollouts);
   if (score_verb->parsed()) return bebop::RunScore(&client, global, score);
   if (tokenize_verb->parsed()) return bebop::RunTokenize(&client, global, tokenize);
   if (detokenize_verb->parsed()) return bebop::RunDetokenize(&client, global, detokenize);
