@@ -36,9 +36,9 @@ double SquaredNorm(const float* values, int64_t count, ThreadPool& pool);
 }  // namespace cpu
 
 namespace cuda {
-// Enqueued; `args` points to device memory.
+// Enqueued; `args` points to device memory, aligned to 16 bytes.
 void AdamWUpdate(const AdamWArgs& args, Stream& stream);
-// Enqueued; *result and `values` are device memory. The order of the sum is decided by `count`.
+// Enqueued; *result and `values` are device memory, `values` aligned to 16 bytes. The order of the sum is decided by `count`.
 void SquaredNorm(const float* values, int64_t count, double* result, Stream& stream);
 }  // namespace cuda
 

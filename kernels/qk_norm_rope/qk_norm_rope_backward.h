@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels/common/cpu_features.h"
+#include "kernels/common/stream.h"
 #include "kernels/common/tensor_view.h"
 #include "kernels/common/thread_pool.h"
 
@@ -44,4 +45,10 @@ void QkNormRopeBackward(const QkNormRopeBackwardArgs& args, ThreadPool& pool);
 // The same with a chosen instruction set (tests). REQUIRES: the processor has it.
 void QkNormRopeBackwardWith(InstructionSet set, const QkNormRopeBackwardArgs& args, ThreadPool& pool);
 }  // namespace cpu
+
+namespace cuda {
+// Enqueues the same on the device: head_dim a multiple of 8, rows and norms aligned to 16 bytes. All sums are float32, in an order that T
+// and the numbers of heads decide; the partial ones are in the stream's workspace.
+void QkNormRopeBackward(const QkNormRopeBackwardArgs& args, Stream& stream);
+}  // namespace cuda
 }  // namespace bebop

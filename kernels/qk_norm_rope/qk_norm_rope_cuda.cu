@@ -3,20 +3,15 @@
 // four heads of one row. In bf16 a row moves (nq + 2·nkv)·D·4 bytes, 24 KiB in the 4B model: latency bound in a decode step,
 // memory bound in prefill.
 //
-// Angles. The header asks for angle, cos and sin in double. The frequencies come from the host (the same pow as on the CPU), in
-// turns, so that the range reduction is a subtraction of integers, which is exact. What is left, an eighth of a turn at most,
-// takes two short polynomials in double: no call with a slow path for large arguments. The angle is off by 3·2^-53 of itself
-// (2^-31 rad at position 2^20), the polynomials by 2^-37, so cos and sin are the correctly rounded floats but for ties. Every
-// block of a row computes them again, a thread for each pair and hidden behind the loads: cheaper than passing them on through
-// memory.
-
-#include <cmath>
+// Angles: rotation_cuda.cuh. Every block of a row computes them again, a thread for each pair and hidden behind the loads: cheaper
+// than passing them on through memory.
 
 #include "kernels/common/check.h"
 #include "kernels/common/cuda_stream.h"
 #include "kernels/common/gpu.h"
 #include "kernels/common/gpu_vector.h"
 #include "kernels/qk_norm_rope/qk_norm_rope.h"
+#include "kernels/qk_norm_rope/rotation_cuda.cuh"
 
 namespace bebop::cuda {
 namespace {
@@ -26,42 +21,7 @@ using gpu::kVector;
 constexpr int kWarp = 32;
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kMaxHeadDim = 256;  // one vector a lane
-static_assert(kMaxHeadDim == kWarp * kVector);
-
-// Of pair i: turns that a position advances by.
-struct Frequencies {
-  double turns[kMaxHeadDim / 2];
-};
-
-// cos and sin of 2π·turns.
-__device__ void CosSinOfTurns(double turns, float* cosine, float* sine) {
-  const double quarter = rint(turns * 4.0);
-  // |angle| <= π/4. The difference is exact: both are multiples of the last place of `turns`.
-  const double angle = (turns - quarter * 0.25) * 6.283185307179586477;
-  const double square = angle * angle;
-  // Taylor; the first terms left out, angle^14 / 14! and angle^15 / 15!, are below 2^-41.
-  double c = 1.0 / 479001600.0;
-  c = fma(c, square, -1.0 / 3628800.0);
-  c = fma(c, square, 1.0 / 40320.0);
-  c = fma(c, square, -1.0 / 720.0);
-  c = fma(c, square, 1.0 / 24.0);
-  c = fma(c, square, -0.5);
-  c = fma(c, square, 1.0);
-  double s = 1.0 / 6227020800.0;
-  s = fma(s, square, -1.0 / 39916800.0);
-  s = fma(s, square, 1.0 / 362880.0);
-  s = fma(s, square, -1.0 / 5040.0);
-  s = fma(s, square, 1.0 / 120.0);
-  s = fma(s, square, -1.0 / 6.0);
-  s = fma(s * square, angle, angle);
-  // Quarter turns: (c, s) -> (-s, c).
-  const double remainder = quarter - 4.0 * floor(quarter * 0.25);
-  const bool swap = remainder == 1.0 || remainder == 3.0;
-  const double cos_value = swap ? s : c, sin_value = swap ? c : s;
-  *cosine = static_cast<float>(remainder == 1.0 || remainder == 2.0 ? -cos_value : cos_value);
-  *sine = static_cast<float>(remainder == 2.0 || remainder == 3.0 ? -sin_value : sin_value);
-}
+static_assert(kMaxHeadDim == kWarp * kVector);  // one vector a lane
 
 // Block (x, y): row x, heads [y * kWarps, (y + 1) * kWarps) of the query heads followed by the key heads.
 template <typename T>
@@ -155,10 +115,7 @@ void QkNormRope(const QkNormRopeArgs& args, Stream& stream) {
     BEBOP_CHECK(args.pages.dtype == dtype && args.pages.num_kv_heads == args.num_kv_heads && args.pages.head_dim == dim);
   }
   if (rows == 0) return;
-  Frequencies frequencies = {};
-  for (int32_t i = 0; i < args.rotary_dim / 2; ++i) {
-    frequencies.turns[i] = std::pow(args.rope_theta, -2.0 * i / args.rotary_dim) / 6.283185307179586477;
-  }
+  const Frequencies frequencies = MakeFrequencies(args.rotary_dim, args.rope_theta);
   const auto kernel = dtype == DType::kFloat32 ? QkNormRopeKernel<float> : QkNormRopeKernel<BFloat16>;
   const int blocks = (args.num_q_heads + args.num_kv_heads + kWarps - 1) / kWarps;
   BEBOP_CUDA_TRY(stream, gpu::Launch(kernel, dim3(static_cast<unsigned>(rows), static_cast<unsigned>(blocks)), dim3(kThreads), 0,

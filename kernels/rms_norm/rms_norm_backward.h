@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/common/cpu_features.h"
+#include "kernels/common/stream.h"
 #include "kernels/common/tensor_view.h"
 #include "kernels/common/thread_pool.h"
 
@@ -28,4 +29,10 @@ void RmsNormBackward(const RmsNormBackwardArgs& args, ThreadPool& pool);
 // The same with a chosen instruction set (tests). REQUIRES: the processor has it.
 void RmsNormBackwardWith(InstructionSet set, const RmsNormBackwardArgs& args, ThreadPool& pool);
 }  // namespace cpu
+
+namespace cuda {
+// Enqueues the same on the device: H a multiple of 8, rows and weight aligned to 16 bytes. All sums are float32, in an order that T and H
+// decide; the partial ones are in the stream's workspace.
+void RmsNormBackward(const RmsNormBackwardArgs& args, Stream& stream);
+}  // namespace cuda
 }  // namespace bebop

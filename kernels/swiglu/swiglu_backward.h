@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/common/cpu_features.h"
+#include "kernels/common/stream.h"
 #include "kernels/common/tensor_view.h"
 #include "kernels/common/thread_pool.h"
 
@@ -25,4 +26,9 @@ void SwiGluBackward(const SwiGluBackwardArgs& args, ThreadPool& pool);
 // The same with a chosen instruction set (tests). REQUIRES: the processor has it.
 void SwiGluBackwardWith(InstructionSet set, const SwiGluBackwardArgs& args, ThreadPool& pool);
 }  // namespace cpu
+
+namespace cuda {
+// Enqueues the same on the device: F a multiple of 8, rows aligned to 16 bytes.
+void SwiGluBackward(const SwiGluBackwardArgs& args, Stream& stream);
+}  // namespace cuda
 }  // namespace bebop
