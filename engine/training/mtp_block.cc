@@ -70,8 +70,8 @@ int64_t MtpBlock::Carve(char* base) {
   return used;
 }
 
-int64_t MtpBlock::Bytes(const ModelConfig& config, int64_t max_rows, int32_t max_steps, TrainingOps* ops) {
-  return MtpBlock(config, max_rows, max_steps, ops).Carve(nullptr);
+int64_t MtpBlock::Bytes(const ModelConfig& config, int64_t max_rows, int32_t max_steps, const TrainingOps& ops) {
+  return MtpBlock(config, max_rows, max_steps, const_cast<TrainingOps*>(&ops)).Carve(nullptr);  // which only asks for sizes
 }
 
 absl::StatusOr<std::unique_ptr<MtpBlock>> MtpBlock::Create(const ModelConfig& config, int64_t max_rows, int32_t max_steps,

@@ -51,7 +51,7 @@ class MtpBlock {
                                                           DeviceMemory* memory, TrainingOps* ops);
   // Bytes that Create takes: 4·max_rows·(max_steps·(4H + 5·nq·D + 5·nkv·D + nq + 2F) + 4H + max(F, nq·D) + 1), and two packed copies
   // of the matrices.
-  static int64_t Bytes(const ModelConfig& config, int64_t max_rows, int32_t max_steps, TrainingOps* ops);
+  static int64_t Bytes(const ModelConfig& config, int64_t max_rows, int32_t max_steps, const TrainingOps& ops);
 
   const MtpLayout& layout() const { return layout_; }
 

@@ -14,6 +14,7 @@
 #include "engine/training/training_data.h"
 #include "engine/training/training_ops.h"
 #include "engine/weights/model_weights.h"
+#include "kernels/common/dtype.h"
 #include "kernels/draft_losses/draft_losses.h"
 
 namespace bebop {
@@ -22,7 +23,7 @@ struct TrainerOptions {
   DraftLoss loss = DraftLoss::kEndToEndTotalVariation;
   int32_t num_steps_ahead = 5;  // K: steps of the chain, forward and backward; 1 .. 8
   int64_t batch_tokens = 2048;  // most rows of a batch
-  // Rows of logits that exist at a time; 0: as many as fit in some tens of MB.
+  // Rows of logits that exist at a time, targets and drafts of all steps; >= 2K; 0: as many as fit in some tens of MB.
   int64_t chunk_rows = 0;
   // An experiment of the paper (Fig. 14b), not for use: p and q are restricted to the target's K largest logits of a place and
   // renormalised; 0: full vocabulary.
@@ -62,9 +63,11 @@ class MtpTrainer {
                                                             std::span<const float> parameters);
   virtual ~MtpTrainer() = default;
   // Bytes beside the target's weights, by the formula of docs/training.md.
-  static int64_t Bytes(const ModelConfig& config, const TrainerOptions& options, const TrainingOps& ops);
+  static int64_t Bytes(const ModelConfig& config, const TrainerOptions& options, DType weight_dtype, const Backend& backend,
+                       const TrainingOps& ops);
 
-  // One optimizer step over the batch. An error leaves the parameters as they were:
+  // One optimizer step over the batch; none when nothing in the batch counts (terms 0). An error leaves the parameters as they were:
+  // INVALID_ARGUMENT: more than batch_tokens rows.
   // DATA_LOSS: loss or gradient is not finite; names loss, norm and the lines of the batch's documents. INTERNAL: the device failed.
   virtual absl::StatusOr<TrainingReport> Step(std::span<const TrainingDocument* const> batch) = 0;
   // The same quantities with the weights as they are, and no step.

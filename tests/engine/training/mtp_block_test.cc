@@ -222,7 +222,7 @@ TEST(MtpBlockTest, BytesFollowTheFormula) {
   const std::unique_ptr<TrainingOps> ops = MakeCpuTrainingOps(&pool);
   // The formula of docs/training.md, exact where rows are a multiple of 64.
   for (const int32_t steps : {1, 4}) {
-    EXPECT_EQ(MtpBlock::Bytes(config, 2 * rows, steps, ops.get()) - MtpBlock::Bytes(config, rows, steps, ops.get()),
+    EXPECT_EQ(MtpBlock::Bytes(config, 2 * rows, steps, *ops) - MtpBlock::Bytes(config, rows, steps, *ops),
               4 * rows * (steps * (4 * hidden + 5 * query + 5 * kv + heads + 2 * ffn) + 4 * hidden + std::max(ffn, query) + 1));
   }
 }
