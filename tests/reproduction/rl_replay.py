@@ -175,7 +175,7 @@ def decode_all(context: Context, settings: RlSettings, store: harness.Store) -> 
         for job in missing:
             server.load_draft(head_path(context, policy, job.arm, entry["version"]))
             options = harness.Decoding(mode=job.mode, num_draft_tokens=context.settings.num_draft_tokens, samples=settings.samples,
-                                       max_new_tokens=context.settings.max_new_tokens, seed=entry["version"])
+                                       max_new_tokens=context.settings.max_new_tokens)
             groups = harness.decode(server, prompts, options)
             store.append({"job": job.key, "prompts": [{"workload": prompt.workload, "index": prompt.index, **harness.counts_of(group)}
                                                       for prompt, group in groups]})

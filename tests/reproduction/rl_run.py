@@ -21,6 +21,7 @@ from typing import Any
 
 import bebop
 import harness
+import settings
 from settings import Context
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "client/python/examples/grpo_async.py"
@@ -73,6 +74,11 @@ FULL = RlSettings(
 GPU = dataclasses.replace(FULL, policies=(Policy("falling", 2000, 200), Policy("rising", 600, 100, ("--entropy-bonus", "0.05"))), prompts=400)
 
 SCALES = {"quick": QUICK, "full": FULL, "gpu": GPU}
+
+
+def settings_of(context: Context) -> RlSettings:
+    """The scale that the context's settings belong to."""
+    return next(SCALES[name] for name, value in settings.SCALES.items() if value == context.settings)
 
 
 def folder_of(context: Context, policy: Policy) -> Path:

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reinforcement-learning part as two stages: policies, online updates and decoding; then tables and plots. Wants trained heads.
+
+    work/rl/POLICY/policy/        what the example kept: checkpoints, rollouts, manifest.json
+    work/rl/POLICY/data/          the rollouts that online heads are updated on
+    work/rl/POLICY/heads/ARM/     online heads by version
+    work/records/rl.jsonl         a line a decoding
+
+Both may be called again: what is there is kept.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import harness
+import measures
+import rl_analyse
+import rl_replay
+import rl_run
+import workloads
+from settings import Context
+
+STAGE = "rl"
+
+
+def measure(context: Context) -> None:
+    settings = rl_run.settings_of(context)
+    for policy in settings.policies:
+        rl_run.run(context, policy)
+        rl_replay.update_all(context, settings, policy)
+    store = harness.Store(measures.records_path(context, STAGE))
+    try:
+        rl_replay.decode_all(context, settings, store)
+    finally:
+        store.close()
+
+
+def analyse(context: Context, plots: Path) -> dict[str, str]:
+    """Tables by name, in Markdown; plots go into the folder. ValueError: nothing was measured."""
+    settings = rl_run.settings_of(context)
+    records = rl_analyse.read(measures.records_path(context, STAGE))
+    manifests = {policy.name: rl_run.manifest_of(context, policy) for policy in settings.policies}
+    missing = [name for name, manifest in manifests.items() if manifest is None]
+    if missing:
+        raise ValueError(f"policy {missing[0]} has not been trained to its end; run the stage {STAGE}")
+    return rl_analyse.report(records, rl_analyse.read(measures.records_path(context, "decode")), manifests, workloads.IN_DOMAIN, plots)
