@@ -14,18 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from plots import COLORS, plt
+from tables import number, table
 
 DRAWS = 2000
 COLUMNS = ("accepted", "drafts", "steps", "tokens", "entropy")
 ACCEPTED, DRAFTS, STEPS, TOKENS, ENTROPY = range(5)
 NAMES = {"ce": "CE", "kl": "KL", "reverse_kl": "reverse KL", "tv": "TV", "e2e_tv": "e2e TV", "lk": "LK"}
 MODES = {"rejection": "RS", "target_only": "TO"}
-COLORS = {"ce": "tab:blue", "kl": "tab:cyan", "reverse_kl": "tab:purple", "tv": "tab:orange", "e2e_tv": "tab:red", "lk": "tab:brown"}
 
 
 def summed(prompt: dict[str, Any]) -> list[float]:
@@ -79,9 +76,12 @@ class Value:
         return Value(self.draws * other.draws)
 
     def show(self, scale: float = 1.0, digits: int = 2, sign: bool = False) -> str:
+        mean, low, high = (number(scale * value, digits, sign) for value in (self.mean, *self.interval))
+        return f"{mean} [{low}, {high}]"
+
+    def as_dict(self) -> dict[str, float]:
         low, high = self.interval
-        form = f"{{:{'+' if sign else ''}.{digits}f}}"
-        return f"{form.format(scale * self.mean)} [{form.format(scale * low)}, {form.format(scale * high)}]"
+        return {"mean": self.mean, "low": low, "high": high}
 
 
 def mean_of(values: Sequence[Value]) -> Value:
@@ -218,11 +218,6 @@ def name_of(group: Group) -> str:
     return f"{MODES[mode]}, {NAMES[loss]}, " + (f"online {NAMES[update]}" if update else "frozen")
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
-
-
 def runs_table(manifests: dict[str, dict[str, Any]], replays: Sequence[Replay]) -> str:
     rows = []
     for replay in replays:
@@ -307,7 +302,7 @@ def band(axes: Any, x: Sequence[float], values: Sequence[Value], **style: Any) -
     axes.fill_between(x, 100 * np.array(low), 100 * np.array(high), color=line.get_color(), alpha=0.12, linewidth=0)
 
 
-def draw_online(replays: Sequence[Replay], path: Path) -> None:
+def draw_online(replays: Sequence[Replay]) -> Any:
     """Fig. 6 and 9a: acceptance under rejection along the run, and the entropy that it goes with."""
     figure, grid = plt.subplots(2, len(replays), figsize=(5.6 * len(replays), 6), sharex="col", sharey="row", squeeze=False,
                                 gridspec_kw={"height_ratios": [3, 1]})
@@ -326,15 +321,15 @@ def draw_online(replays: Sequence[Replay], path: Path) -> None:
     grid[0][0].set_ylabel("acceptance, %")
     grid[1][0].set_ylabel("entropy, nats")
     grid[0][0].legend(fontsize=7)
-    _save(figure, path)
+    return figure
 
 
-def draw_split(replays: Sequence[Replay], slopes: dict[str, Slopes], path: Path) -> None:
-    """Fig. 3: the change of acceptance against the first version, and its two parts."""
+def draw_split(replays: Sequence[Replay], slopes: dict[str, Slopes]) -> Any:
+    """Fig. 3: the change of acceptance against the first version, and its two parts. None: no temperatures were decoded."""
     kinds = [kind for kind in (("rejection", "ce"), ("rejection", "tv"), ("rejection", "e2e_tv"), ("target_only", "ce"), ("target_only", "tv"))
              if all(kind in slopes[replay.policy] and (*kind, None) in replay.groups for replay in replays)]
     if not kinds:
-        return
+        return None
     figure, grid = plt.subplots(len(replays), len(kinds), figsize=(3.1 * len(kinds), 2.7 * len(replays)), sharex="row", sharey=True, squeeze=False)
     for replay, row in zip(replays, grid):
         for kind, axes in zip(kinds, row):
@@ -348,10 +343,10 @@ def draw_split(replays: Sequence[Replay], slopes: dict[str, Slopes], path: Path)
     for axes in grid[-1]:
         axes.set_xlabel("version")
     grid[0][0].legend(fontsize=7)
-    _save(figure, path)
+    return figure
 
 
-def draw_entropy(replays: Sequence[Replay], slopes: Slopes, path: Path) -> None:
+def draw_entropy(replays: Sequence[Replay], slopes: Slopes) -> Any:
     """Fig. 1 with both sources of entropy change: versions of the runs as dots, temperatures before the run as crosses."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for mode, axes in zip(MODES, panels):
@@ -371,14 +366,7 @@ def draw_entropy(replays: Sequence[Replay], slopes: Slopes, path: Path) -> None:
         if axes.has_data():
             axes.legend(fontsize=7)
     panels[0].set_ylabel("acceptance, %")
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure
 
 
 def slopes_of(decode_records: Sequence[dict[str, Any]], replay: Replay, workloads: Sequence[str]) -> Slopes:
@@ -394,19 +382,45 @@ def slopes_of(decode_records: Sequence[dict[str, Any]], replay: Replay, workload
 
 
 def report(records: Sequence[dict[str, Any]], decode_records: Sequence[dict[str, Any]], manifests: dict[str, dict[str, Any]], workloads: Sequence[str],
-           plots: Path) -> dict[str, str]:
-    """Draws rl_online.png, rl_split.png and rl_entropy.png and returns the tables by name, in Markdown."""
+           out: Path) -> tuple[dict[str, Any], dict[str, str], list[Path]]:
+    """(numbers, tables in Markdown by name, plots) of what was replayed; plots are written to `out`."""
     replays = [Replay(records, policy) for policy in manifests]
     slopes = {replay.policy: slopes_of(decode_records, replay, workloads) for replay in replays}
-    draw_online(replays, plots / "rl_online.png")
-    draw_split(replays, slopes, plots / "rl_split.png")
-    draw_entropy(replays, slopes[replays[0].policy], plots / "rl_entropy.png")
     tables = {"rl_runs": runs_table(manifests, replays), "rl_contrasts": contrasts_table(replays)}
+    numbers = {}
     for replay in replays:
         tables[f"rl_acceptance_{replay.policy}"] = acceptance_table(replay)
         tables[f"rl_split_{replay.policy}"] = split_table(replay, slopes[replay.policy])
         tables[f"rl_tasks_{replay.policy}"] = task_table(records, replay.policy, workloads)
-    return tables
+        numbers[replay.policy] = numbers_of(replay, slopes[replay.policy])
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = {"rl_online": draw_online(replays), "rl_split": draw_split(replays, slopes), "rl_entropy": draw_entropy(replays, slopes[replays[0].policy])}
+    files = []
+    for name, figure in pictures.items():
+        if figure is not None:
+            files.append(out / f"{name}.png")
+            figure.tight_layout()
+            figure.savefig(files[-1], dpi=72)
+            plt.close(figure)
+    return numbers, tables, files
+
+
+def numbers_of(replay: Replay, slopes: Slopes) -> dict[str, Any]:
+    """All that the tables and plots of a policy are made of."""
+    numbers: dict[str, Any] = {"versions": replay.versions, "entropy": [replay.entropy(version).as_dict() for version in replay.versions], "heads": {}}
+    for group in replay.groups:
+        mode, loss, update = group
+        numbers["heads"][name_of(group)] = entry = {
+            "seeds": replay.num_seeds(group), "acceptance": [replay.acceptance(group, version).as_dict() for version in replay.versions],
+            "accept_length": [replay.accept_length(group, version).as_dict() for version in replay.versions],
+            "slope_over_run": replay.run_slope(group).as_dict(),
+        }
+        slope = slopes.get((mode, loss))
+        if slope is not None and update is None:
+            parts = [split(replay, group, version, slope) for version in replay.versions]
+            entry |= {"slope_over_temperature": slope.value.as_dict(), "temperatures": slope.temperatures, "by_temperature": slope.points}
+            entry |= {name: [getattr(part, name).as_dict() for part in parts] for name in ("change", "entropy", "mismatch")}
+    return numbers
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ Both may be called again: what is there is kept.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import harness
 import measures
@@ -36,12 +37,12 @@ def measure(context: Context) -> None:
         store.close()
 
 
-def analyse(context: Context, plots: Path) -> dict[str, str]:
-    """Tables by name, in Markdown; plots go into the folder. ValueError: nothing was measured."""
+def analyse(context: Context, out: Path) -> tuple[dict[str, Any], dict[str, str], list[Path]]:
+    """(numbers, tables in Markdown by name, plots) of what was measured; plots are written to `out`. ValueError: a policy is not there."""
     settings = rl_run.settings_of(context)
-    records = rl_analyse.read(measures.records_path(context, STAGE))
     manifests = {policy.name: rl_run.manifest_of(context, policy) for policy in settings.policies}
     missing = [name for name, manifest in manifests.items() if manifest is None]
     if missing:
         raise ValueError(f"policy {missing[0]} has not been trained to its end; run the stage {STAGE}")
-    return rl_analyse.report(records, rl_analyse.read(measures.records_path(context, "decode")), manifests, workloads.IN_DOMAIN, plots)
+    records, decoded = (rl_analyse.read(measures.records_path(context, stage)) for stage in (STAGE, "decode"))
+    return rl_analyse.report(records, decoded, manifests, workloads.IN_DOMAIN, out)

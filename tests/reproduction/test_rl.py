@@ -125,16 +125,19 @@ def test_tables_and_plots(tmp_path):
     sweep = sum((decoded(temperature, 0.9 - 0.4 * entropy, entropy, mode, loss) for temperature, entropy in ((0.5, 0.15), (1.0, 0.3), (1.3, 0.4))
                  for mode in ("rejection", "target_only") for loss in ("ce", "tv")), [])
     manifest = {"kept": [{"version": 0}, {"version": 5, "episodes": 10, "reward": 0.5}, {"version": 10, "episodes": 12, "reward": 0.75}]}
-    tables = rl_analyse.report(records, sweep, {"falling": manifest}, WORKLOADS, tmp_path)
+    numbers, tables, files = rl_analyse.report(records, sweep, {"falling": manifest}, WORKLOADS, tmp_path)
     assert "| falling | 10 | 2 | 22 | 0.500 → 0.750 | 0.300 [0.300, 0.300] | 0.200 [0.200, 0.200] |" in tables["rl_runs"]
     assert "| TV frozen − CE frozen | +2.0 [+2.0, +2.0] | above" in tables["rl_contrasts"]
-    assert "| TV online CE − TV frozen | -2.0 [-2.0, -2.0] | pulled" in tables["rl_contrasts"]
+    assert "| TV online CE − TV frozen | −2.0 [−2.0, −2.0] | pulled" in tables["rl_contrasts"]
     assert "CE online CE" not in tables["rl_contrasts"]  # not measured
     assert "| RS, TV, online CE | 1 | 80.0 [80.0, 80.0] | 82.0 [82.0, 82.0] | 3.46 [3.46, 3.46] | +2.0 [+2.0, +2.0] |" in tables["rl_acceptance_falling"]
-    assert "| RS, CE, frozen | -0.40 [-0.40, -0.40] | -0.40 [-0.40, -0.40] | +4.0 [+4.0, +4.0] | +4.0 [+4.0, +4.0] |" in tables["rl_split_falling"]
+    assert "| RS, CE, frozen | −0.40 [−0.40, −0.40] | −0.40 [−0.40, −0.40] | +4.0 [+4.0, +4.0] | +4.0 [+4.0, +4.0] |" in tables["rl_split_falling"]
     assert "| RS, TV, frozen | +4.0 [+4.0, +4.0] | +4.0 [+4.0, +4.0] |" in tables["rl_tasks_falling"]
-    for name in ("rl_online.png", "rl_split.png", "rl_entropy.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    frozen = numbers["falling"]["heads"]["RS, CE, frozen"]
+    assert frozen["change"][1]["mean"] == pytest.approx(0.04) and frozen["mismatch"][1]["high"] == pytest.approx(0, abs=1e-9)
+    json.dumps(numbers, allow_nan=False)
+    assert [path.name for path in files] == ["rl_online.png", "rl_split.png", "rl_entropy.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in files)
 
 
 # ---- plan and updates: these import bebop, which needs the client beside them ----
