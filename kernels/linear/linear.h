@@ -58,10 +58,14 @@ void LinearWith(InstructionSet set, const LinearArgs& args, LinearScratch& scrat
 
 }  // namespace cpu
 
+struct LinearBackwardWeightArgs;  // kernels/linear/linear_backward.h
+
 namespace cuda {
 
+class LinearBackwardScratch;  // kernels/linear/linear_backward.h
+
 // Chooses and caches how to run a product on the device: our small-row kernel (few rows: the weights are read once at memory
-// speed) or a cuBLASLt plan. A plan is made at the first use of a shape (N, K, T, strides, alignments, type of y), which
+// speed) or a cuBLASLt plan. A plan is made at the first use of a shape (sizes, strides, alignments, layouts, type of y), which
 // allocates and asks cuBLASLt's heuristic: warm up before a graph is captured or a steady step begins. T is the exact number of rows, since
 // rows beyond it are not ours to write; of prompts of many lengths the kMaxPlans plans used last are kept. With the stream's
 // batch_invariant, every T takes our own kernel with tiles and a K order that depend on N and K alone, so a row's bits do not
@@ -78,12 +82,15 @@ class LinearPlans {
 
  private:
   friend void Linear(const LinearArgs& args, LinearPlans& plans, Stream& stream);
+  friend void LinearBackwardWeight(const LinearBackwardWeightArgs& args, LinearPlans& plans, LinearBackwardScratch& scratch,
+                                   Stream& stream);
   struct Impl;
   std::unique_ptr<Impl> impl_;
 };
 
 // Enqueues y = x Wᵀ; w in rows (MatrixLayout::kRows). bf16 weights: x bf16, y bf16 or float32. float32 weights: x and y float32, plain
-// float32 products. K a multiple of 8; x.row_stride too.
+// float32 products. K a multiple of 8; x.row_stride too. bf16 weights may also lie in columns (kColumns; N a multiple of 8), which
+// always is a plan of cuBLASLt.
 void Linear(const LinearArgs& args, LinearPlans& plans, Stream& stream);
 
 }  // namespace cuda

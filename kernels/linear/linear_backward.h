@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "kernels/common/stream.h"
 #include "kernels/common/tensor_view.h"
 #include "kernels/common/thread_pool.h"
 #include "kernels/linear/linear.h"
@@ -13,7 +14,7 @@ namespace bebop {
 // Backward of y = x Wᵀ with W [N, K] row-major in float32 (training keeps its weights as rows and packs them once a step):
 //   dx = dy W      is Linear with the packed transpose of W (PackTransposed)
 //   dW = dyᵀ x     is LinearBackwardWeight
-// Both run on the tiles of Linear, so they have its rate, and bits that do not depend on the thread count.
+// On the CPU both run on the tiles of Linear, so they have its rate, and bits that do not depend on the thread count.
 
 // dw (+)= dyᵀ x. x: [T, K], dy: [T, N], dw: [N, K], all float32; dw aliases neither.
 // Every element is one float32 sum over the rows in their order; with `accumulate` it goes on from what dw holds.
@@ -51,4 +52,42 @@ PackedMatrix PackTransposed(const TensorView& w, float* destination, ThreadPool&
 void LinearBackwardWeight(const LinearBackwardWeightArgs& args, LinearBackwardScratch& scratch, ThreadPool& pool);
 
 }  // namespace cpu
+
+// On the device, products round their float32 operands to bf16 (nearest even) and accumulate in float32; no operand is transposed in memory
+// (linear_plans.cc). The order of a sum is cuBLASLt's, for the shape at hand.
+namespace cuda {
+
+// Copies of operands in bf16, which grow to their largest use and stay (cudaMalloc and cudaFree: warm up). One call at a time.
+class LinearBackwardScratch {
+ public:
+  explicit LinearBackwardScratch(Stream* stream);  // must outlive it
+  ~LinearBackwardScratch();
+  LinearBackwardScratch(const LinearBackwardScratch&) = delete;
+  LinearBackwardScratch& operator=(const LinearBackwardScratch&) = delete;
+  // Enqueues the rounding of operand `index` = 0 or 1 and returns the copy, good until the next one of this index; `x` itself where it is bf16.
+  TensorView Rounded(int index, const TensorView& x);
+
+ private:
+  struct Buffer {
+    void* data = nullptr;
+    int64_t bytes = 0;
+  };
+  Stream& stream_;
+  Buffer buffers_[2];
+};
+
+// to <- from, float32 or bf16 either side (rounded to nearest even): [T, C], rows aligned to 16 bytes, C a multiple of 8, no overlap.
+void Convert(const TensorView& from, const TensorView& to, Stream& stream);
+
+// destination <- W [rows, cols] of the float32 matrix `w` in bf16: 2·rows·cols bytes, aligned to 256. rows and cols multiples of 8. The same
+// bytes serve as W (in rows) and as Wᵀ (in columns).
+PackedMatrix PackBf16(const TensorView& w, void* destination, Stream& stream);
+PackedMatrix PackBf16Transposed(const TensorView& w, void* destination, Stream& stream);
+
+// y = x Wᵀ with x float32 or bf16, which is rounded to bf16 where the weights are. Else as Linear.
+void LinearRounded(const LinearArgs& args, LinearPlans& plans, LinearBackwardScratch& scratch, Stream& stream);
+// x and dy float32 or bf16; N and K multiples of 8, any T; rows of dw aligned to 16 bytes.
+void LinearBackwardWeight(const LinearBackwardWeightArgs& args, LinearPlans& plans, LinearBackwardScratch& scratch, Stream& stream);
+
+}  // namespace cuda
 }  // namespace bebop

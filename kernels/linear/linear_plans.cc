@@ -9,10 +9,16 @@
 
 #include "kernels/common/check.h"
 #include "kernels/common/cuda_stream.h"
+#include "kernels/linear/linear_backward.h"
 #include "kernels/linear/linear_cuda.h"
 
-// How a product runs on the device: by our own kernels or by cuBLASLt. cuBLASLt thinks in columns: y's rows are the columns of an
-// [N, T] matrix, w's those of a [K, N] one that is transposed, x's those of a [K, T] one.
+// How a product runs on the device: by our own kernels or by cuBLASLt. cuBLASLt thinks in columns, so that a matrix of ours in rows is the
+// transpose of what it sees. As it sees them:
+//   y = x Wᵀ, W in rows      y [N, T] = Wᵀ x   A = W [K, N], transposed; B = x [K, T]
+//   y = x Wᵀ, W in columns   y [N, T] = W x    A = W [N, K]; B = x [K, T]
+//   dW = dyᵀ x               dW [K, N] = x dyᵀ  A = x [K, T]; B = dy [N, T], transposed
+// Nothing is transposed in memory: the tensor cores' loads take bf16 operands either way. T may be anything in all three, as it is never the
+// length of a line.
 namespace bebop::cuda {
 namespace {
 
@@ -33,17 +39,19 @@ uint32_t AlignmentOf(const void* pointer) {
   return static_cast<uint32_t>(bits & (~bits + 1));
 }
 
-// Everything that the choice of an algorithm depends on.
+// D [m, n] = op(A) [m, k] op(B) [k, n], with everything that the choice of an algorithm depends on. A and B are bf16.
 struct Shape {
-  int64_t n = 0, k = 0, t = 0;
-  int64_t x_stride = 0, y_stride = 0;
-  uint32_t w_alignment = 0, x_alignment = 0, y_alignment = 0;
-  DType y_dtype = DType::kFloat32;
+  int64_t m = 0, n = 0, k = 0;
+  int64_t a_stride = 0, b_stride = 0, d_stride = 0;  // between columns
+  bool transpose_a = false, transpose_b = false;
+  uint32_t a_alignment = 0, b_alignment = 0, d_alignment = 0;
+  DType d_dtype = DType::kFloat32;
+  bool accumulate = false;
   auto operator<=>(const Shape&) const = default;
 };
 
 struct Plan {
-  Owned<cublasLtMatrixLayout_t> w, x, y;
+  Owned<cublasLtMatrixLayout_t> a, b, d;
   cublasLtMatmulAlgo_t algorithm = {};
   uint64_t last_use = 0;
 };
@@ -54,49 +62,53 @@ struct LinearPlans::Impl {
   // The first failure goes to the stream, in words that say which product it was.
   bool Try(cublasStatus_t status, const char* call, const Shape& shape) {
     if (status == CUBLAS_STATUS_SUCCESS) return true;
-    stream->Fail(std::string(call) + " for a product of " + std::to_string(shape.t) + " rows with " + std::to_string(shape.n) +
-                 " x " + std::to_string(shape.k) + " weights: " + cublasLtGetStatusString(status));
+    stream->Fail(std::string(call) + " for a product of " + std::to_string(shape.m) + " x " + std::to_string(shape.k) + " and " +
+                 std::to_string(shape.k) + " x " + std::to_string(shape.n) + ": " + cublasLtGetStatusString(status));
     return false;
   }
-  // The library and the one description that all products share. False if the stream has failed.
-  bool Open(const Shape& shape);
+  // The library and the description that all products with these transposes share. Null if the stream has failed.
+  cublasLtMatmulDesc_t Open(const Shape& shape);
   // The plan of a shape, made at its first use; it lives until the next call. Null if the stream has failed.
-  const Plan* Find(const Shape& shape);
-  void Multiply(const LinearArgs& args);
+  const Plan* Find(const Shape& shape, cublasLtMatmulDesc_t product);
+  // D (+)= op(A) op(B); the shape's alignments are filled in here.
+  void Multiply(Shape shape, const void* a, const void* b, void* d);
 
   Stream* stream = nullptr;
   int32_t* counters = nullptr;  // device memory
   Owned<cublasLtHandle_t> handle;
-  Owned<cublasLtMatmulDesc_t> product;
+  Owned<cublasLtMatmulDesc_t> products[2][2];  // by transpose_a, transpose_b
   std::map<Shape, Plan> plans;
   uint64_t num_uses = 0;
 };
 
-bool LinearPlans::Impl::Open(const Shape& shape) {
-  if (product != nullptr) return true;
-  cublasLtHandle_t new_handle = nullptr;
-  if (!Try(cublasLtCreate(&new_handle), "cublasLtCreate", shape)) return false;
-  handle.reset(new_handle);
-  cublasLtMatmulDesc_t new_product = nullptr;
-  if (!Try(cublasLtMatmulDescCreate(&new_product, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate", shape))
-    return false;
-  Owned<cublasLtMatmulDesc_t> owned(new_product);
-  const cublasOperation_t transpose = CUBLAS_OP_T;
-  if (!Try(cublasLtMatmulDescSetAttribute(new_product, CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof(transpose)),
-           "cublasLtMatmulDescSetAttribute", shape)) {
-    return false;
+cublasLtMatmulDesc_t LinearPlans::Impl::Open(const Shape& shape) {
+  Owned<cublasLtMatmulDesc_t>& known = products[shape.transpose_a ? 1 : 0][shape.transpose_b ? 1 : 0];
+  if (known != nullptr) return known.get();
+  if (handle == nullptr) {
+    cublasLtHandle_t created = nullptr;
+    if (!Try(cublasLtCreate(&created), "cublasLtCreate", shape)) return nullptr;
+    handle.reset(created);
   }
-  product = std::move(owned);
-  return true;
+  cublasLtMatmulDesc_t created = nullptr;
+  if (!Try(cublasLtMatmulDescCreate(&created, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate", shape)) return nullptr;
+  Owned<cublasLtMatmulDesc_t> owned(created);
+  const auto transpose = [&](cublasLtMatmulDescAttributes_t attribute, bool value) {
+    const cublasOperation_t operation = value ? CUBLAS_OP_T : CUBLAS_OP_N;
+    return Try(cublasLtMatmulDescSetAttribute(created, attribute, &operation, sizeof(operation)),
+               "cublasLtMatmulDescSetAttribute", shape);
+  };
+  if (!transpose(CUBLASLT_MATMUL_DESC_TRANSA, shape.transpose_a)) return nullptr;
+  if (!transpose(CUBLASLT_MATMUL_DESC_TRANSB, shape.transpose_b)) return nullptr;
+  known = std::move(owned);
+  return known.get();
 }
 
-const Plan* LinearPlans::Impl::Find(const Shape& shape) {
+const Plan* LinearPlans::Impl::Find(const Shape& shape, cublasLtMatmulDesc_t product) {
   const auto known = plans.find(shape);
   if (known != plans.end()) {
     known->second.last_use = ++num_uses;
     return &known->second;
   }
-  if (!Open(shape)) return nullptr;
 
   Plan plan;
   const auto layout = [&](Owned<cublasLtMatrixLayout_t>* out, DType dtype, int64_t rows, int64_t cols, int64_t stride) {
@@ -106,9 +118,10 @@ const Plan* LinearPlans::Impl::Find(const Shape& shape) {
     out->reset(created);
     return Try(status, "cublasLtMatrixLayoutCreate", shape);
   };
-  if (!layout(&plan.w, DType::kBFloat16, shape.k, shape.n, shape.k)) return nullptr;
-  if (!layout(&plan.x, DType::kBFloat16, shape.k, shape.t, shape.x_stride)) return nullptr;
-  if (!layout(&plan.y, shape.y_dtype, shape.n, shape.t, shape.y_stride)) return nullptr;
+  const bool ta = shape.transpose_a, tb = shape.transpose_b;
+  if (!layout(&plan.a, DType::kBFloat16, ta ? shape.k : shape.m, ta ? shape.m : shape.k, shape.a_stride)) return nullptr;
+  if (!layout(&plan.b, DType::kBFloat16, tb ? shape.n : shape.k, tb ? shape.k : shape.n, shape.b_stride)) return nullptr;
+  if (!layout(&plan.d, shape.d_dtype, shape.m, shape.n, shape.d_stride)) return nullptr;
 
   cublasLtMatmulPreference_t created = nullptr;
   if (!Try(cublasLtMatmulPreferenceCreate(&created), "cublasLtMatmulPreferenceCreate", shape)) return nullptr;
@@ -118,15 +131,15 @@ const Plan* LinearPlans::Impl::Find(const Shape& shape) {
                "cublasLtMatmulPreferenceSetAttribute", shape);
   };
   if (!prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<uint64_t>(stream->workspace_bytes()))) return nullptr;
-  if (!prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, shape.w_alignment)) return nullptr;
-  if (!prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, shape.x_alignment)) return nullptr;
-  if (!prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, shape.y_alignment)) return nullptr;
-  if (!prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, shape.y_alignment)) return nullptr;
+  if (!prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, shape.a_alignment)) return nullptr;
+  if (!prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, shape.b_alignment)) return nullptr;
+  if (!prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, shape.d_alignment)) return nullptr;
+  if (!prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, shape.d_alignment)) return nullptr;
 
   cublasLtMatmulHeuristicResult_t result = {};
   int num_results = 0;
-  if (!Try(cublasLtMatmulAlgoGetHeuristic(handle.get(), product.get(), plan.w.get(), plan.x.get(), plan.y.get(), plan.y.get(),
-                                          created, 1, &result, &num_results),
+  if (!Try(cublasLtMatmulAlgoGetHeuristic(handle.get(), product, plan.a.get(), plan.b.get(), plan.d.get(), plan.d.get(), created,
+                                          1, &result, &num_results),
            "cublasLtMatmulAlgoGetHeuristic", shape)) {
     return nullptr;
   }
@@ -142,23 +155,17 @@ const Plan* LinearPlans::Impl::Find(const Shape& shape) {
   return &plans.emplace(shape, std::move(plan)).first->second;
 }
 
-void LinearPlans::Impl::Multiply(const LinearArgs& args) {
+void LinearPlans::Impl::Multiply(Shape shape, const void* a, const void* b, void* d) {
   if (!stream->ok()) return;
-  const Shape shape = {.n = args.w.rows,
-                       .k = args.w.cols,
-                       .t = args.x.rows,
-                       .x_stride = args.x.row_stride,
-                       .y_stride = args.y.row_stride,
-                       .w_alignment = AlignmentOf(args.w.data),
-                       .x_alignment = AlignmentOf(args.x.data),
-                       .y_alignment = AlignmentOf(args.y.data),
-                       .y_dtype = args.y.dtype};
-  const Plan* const plan = Find(shape);
+  shape.a_alignment = AlignmentOf(a);
+  shape.b_alignment = AlignmentOf(b);
+  shape.d_alignment = AlignmentOf(d);
+  const cublasLtMatmulDesc_t product = Open(shape);
+  const Plan* const plan = product == nullptr ? nullptr : Find(shape, product);
   if (plan == nullptr) return;
-  const float alpha = 1.0f, beta = 0.0f;
-  Try(cublasLtMatmul(handle.get(), product.get(), &alpha, args.w.data, plan->w.get(), args.x.data, plan->x.get(), &beta,
-                     args.y.data, plan->y.get(), args.y.data, plan->y.get(), &plan->algorithm, stream->workspace(),
-                     static_cast<size_t>(stream->workspace_bytes()), stream->handle()),
+  const float alpha = 1.0f, beta = shape.accumulate ? 1.0f : 0.0f;
+  Try(cublasLtMatmul(handle.get(), product, &alpha, a, plan->a.get(), b, plan->b.get(), &beta, d, plan->d.get(), d, plan->d.get(),
+                     &plan->algorithm, stream->workspace(), static_cast<size_t>(stream->workspace_bytes()), stream->handle()),
       "cublasLtMatmul", shape);
 }
 
@@ -180,7 +187,9 @@ int64_t LinearPlans::num_plans() const { return static_cast<int64_t>(impl_->plan
 void Linear(const LinearArgs& args, LinearPlans& plans, Stream& stream) {
   const PackedMatrix& w = args.w;
   BEBOP_CHECK(plans.impl_->stream == &stream);
-  BEBOP_CHECK(w.layout == MatrixLayout::kRows && w.rows > 0 && w.cols > 0 && w.cols % 8 == 0);
+  const bool in_rows = w.layout == MatrixLayout::kRows;
+  BEBOP_CHECK(w.rows > 0 && w.cols > 0 && w.cols % 8 == 0);
+  BEBOP_CHECK(in_rows || (w.layout == MatrixLayout::kColumns && w.dtype == DType::kBFloat16 && w.rows % 8 == 0));
   BEBOP_CHECK(args.x.cols == w.cols && args.y.rows == args.x.rows && args.y.cols == w.rows);
   BEBOP_CHECK(args.x.row_stride >= w.cols && args.x.row_stride % 8 == 0 && args.y.row_stride >= w.rows);
   BEBOP_CHECK(reinterpret_cast<uintptr_t>(args.x.data) % 16 == 0 && reinterpret_cast<uintptr_t>(w.data) % 16 == 0);
@@ -188,11 +197,87 @@ void Linear(const LinearArgs& args, LinearPlans& plans, Stream& stream) {
   if (args.x.rows == 0) return;
   if (w.dtype == DType::kFloat32) {
     LinearFloat32(args, stream);
-  } else if (stream.batch_invariant() || args.x.rows <= kMaxStreamRows) {
+  } else if (in_rows && (stream.batch_invariant() || args.x.rows <= kMaxStreamRows)) {
     LinearBf16(args, plans.impl_->counters, stream);
   } else {
-    plans.impl_->Multiply(args);
+    plans.impl_->Multiply({.m = w.rows,
+                           .n = args.x.rows,
+                           .k = w.cols,
+                           .a_stride = in_rows ? w.cols : w.rows,
+                           .b_stride = args.x.row_stride,
+                           .d_stride = args.y.row_stride,
+                           .transpose_a = in_rows,
+                           .d_dtype = args.y.dtype},
+                          w.data, args.x.data, args.y.data);
   }
+}
+
+LinearBackwardScratch::LinearBackwardScratch(Stream* stream) : stream_(*stream) {}
+
+LinearBackwardScratch::~LinearBackwardScratch() {
+  // Waits for the launches that use it; after a sticky error it fails, and nobody is left to tell.
+  for (const Buffer& buffer : buffers_) {
+    if (buffer.data != nullptr) (void)cudaFree(buffer.data);
+  }
+}
+
+TensorView LinearBackwardScratch::Rounded(int index, const TensorView& x) {
+  if (x.dtype == DType::kBFloat16) return x;
+  Buffer& buffer = buffers_[index];
+  const int64_t bytes = x.rows * x.cols * ElementBytes(DType::kBFloat16);
+  if (bytes > buffer.bytes) {
+    if (buffer.data != nullptr) BEBOP_CUDA_TRY(stream_, cudaFree(buffer.data));
+    buffer = {};
+    BEBOP_CUDA_TRY(stream_, cudaMalloc(&buffer.data, static_cast<size_t>(bytes)));
+    if (stream_.ok()) buffer.bytes = bytes;
+  }
+  const TensorView rounded = {buffer.data, DType::kBFloat16, x.rows, x.cols, x.cols};
+  Convert(x, rounded, stream_);
+  return rounded;
+}
+
+PackedMatrix PackBf16(const TensorView& w, void* destination, Stream& stream) {
+  Convert(w, {destination, DType::kBFloat16, w.rows, w.cols, w.cols}, stream);
+  return {destination, DType::kBFloat16, w.rows, w.cols, MatrixLayout::kRows};
+}
+
+PackedMatrix PackBf16Transposed(const TensorView& w, void* destination, Stream& stream) {
+  Convert(w, {destination, DType::kBFloat16, w.rows, w.cols, w.cols}, stream);
+  return {destination, DType::kBFloat16, w.cols, w.rows, MatrixLayout::kColumns};
+}
+
+void LinearRounded(const LinearArgs& args, LinearPlans& plans, LinearBackwardScratch& scratch, Stream& stream) {
+  if (args.x.rows == 0) return;
+  LinearArgs rounded = args;
+  if (args.w.dtype == DType::kBFloat16) rounded.x = scratch.Rounded(0, args.x);
+  if (!stream.ok()) return;
+  Linear(rounded, plans, stream);
+}
+
+void LinearBackwardWeight(const LinearBackwardWeightArgs& args, LinearPlans& plans, LinearBackwardScratch& scratch,
+                          Stream& stream) {
+  const TensorView& dw = args.dw;
+  BEBOP_CHECK(plans.impl_->stream == &stream);
+  BEBOP_CHECK(args.x.rows == args.dy.rows && dw.rows == args.dy.cols && dw.cols == args.x.cols && dw.dtype == DType::kFloat32);
+  BEBOP_CHECK(dw.rows > 0 && dw.cols > 0 && args.x.cols % 8 == 0 && args.dy.cols % 8 == 0);
+  if (args.x.rows == 0) {
+    if (args.accumulate) return;
+    BEBOP_CUDA_TRY(stream, cudaMemset2DAsync(dw.data, static_cast<size_t>(dw.row_stride) * sizeof(float), 0,
+                                             static_cast<size_t>(dw.cols) * sizeof(float), static_cast<size_t>(dw.rows),
+                                             stream.handle()));
+    return;
+  }
+  const TensorView x = scratch.Rounded(0, args.x), dy = scratch.Rounded(1, args.dy);
+  if (!stream.ok()) return;
+  plans.impl_->Multiply({.m = dw.cols,
+                         .n = dw.rows,
+                         .k = x.rows,
+                         .a_stride = x.row_stride,
+                         .b_stride = dy.row_stride,
+                         .d_stride = dw.row_stride,
+                         .transpose_b = true,
+                         .accumulate = args.accumulate},
+                        x.data, dy.data, dw.data);
 }
 
 }  // namespace bebop::cuda

@@ -8,12 +8,14 @@
 
 namespace bebop {
 
-// How a weight matrix lies in memory: the CPU's panels, or plain rows in device memory.
-enum class MatrixLayout : uint8_t { kPanels, kRows };
+// How a weight matrix lies in memory: the CPU's panels, or in device memory plain rows, or plain columns (training's transposes).
+enum class MatrixLayout : uint8_t { kPanels, kRows, kColumns };
 
 // A weight matrix W [rows, cols], borrowed.
 //
 // kRows (devices): row-major without gaps, cols as they are; 256-byte aligned. Rows that pad a fused matrix are zero.
+//
+// kColumns (devices): the transpose in rows, [cols, rows] without gaps; 256-byte aligned.
 //
 // kPanels (CPU): 16 rows make a panel; panels follow each other, each from its
 // first column to its last, and every 64 bytes hold one group of columns for the 16 rows: a pair of bf16 columns (so that 16 rows x

@@ -403,19 +403,21 @@ cudaError_t CopyMemory(const CopyRows& rows, cudaMemcpyKind kind, cudaStream_t s
   return Return(device.sticky);
 }
 
-cudaError_t FillMemory(void* target, int value, size_t bytes, cudaStream_t stream_handle, bool wait) {
+// `height` rows of `width` bytes, `pitch` apart.
+cudaError_t FillMemory(void* target, size_t pitch, int value, size_t width, size_t height, cudaStream_t stream_handle, bool wait) {
   std::unique_lock lock(device.mutex);
   if (const cudaError_t health = Health(); health != cudaSuccess) return Return(health);
   CUstream_st* const stream = Resolve(stream_handle);
   if (stream == nullptr) return Return(cudaErrorInvalidResourceHandle);
-  if (bytes == 0) return cudaSuccess;
-  if (Owner(target, bytes) == nullptr) return Return(cudaErrorInvalidValue);
+  if (width == 0 || height == 0) return cudaSuccess;
+  const size_t bytes = (height - 1) * pitch + width;
+  if ((height > 1 && pitch < width) || Owner(target, bytes) == nullptr) return Return(cudaErrorInvalidValue);
   if (wait) {
     if (const cudaError_t error = ForbiddenInCapture(); error != cudaSuccess) return Return(error);
   }
-  const cudaError_t error = EnqueueLocked(*stream, MakeWork([target, value, bytes] {
+  const cudaError_t error = EnqueueLocked(*stream, MakeWork([target, pitch, value, width, height, bytes] {
     CheckAlive(target, bytes, "a fill");
-    std::memset(target, value, bytes);
+    for (size_t row = 0; row < height; ++row) std::memset(static_cast<char*>(target) + row * pitch, value, width);
   }));
   if (error != cudaSuccess) return Return(error);
   if (wait) WaitFor(lock, {stream->tail});
@@ -562,9 +564,12 @@ cudaError_t cudaMemcpy2DAsync(void* target, size_t target_pitch, const void* sou
                               size_t height, cudaMemcpyKind kind, cudaStream_t stream) {
   return CopyMemory({target, target_pitch, source, source_pitch, width, height}, kind, stream, false);
 }
-cudaError_t cudaMemset(void* target, int value, size_t bytes) { return FillMemory(target, value, bytes, nullptr, true); }
+cudaError_t cudaMemset(void* target, int value, size_t bytes) { return FillMemory(target, bytes, value, bytes, 1, nullptr, true); }
 cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t stream) {
-  return FillMemory(target, value, bytes, stream, false);
+  return FillMemory(target, bytes, value, bytes, 1, stream, false);
+}
+cudaError_t cudaMemset2DAsync(void* target, size_t pitch, int value, size_t width, size_t height, cudaStream_t stream) {
+  return FillMemory(target, pitch, value, width, height, stream, false);
 }
 
 cudaError_t cudaGetDeviceCount(int* count) {
