@@ -41,8 +41,8 @@ struct GenerateFlags {
 int RunGenerate(Client* client, const GlobalFlags& global, const GenerateFlags& flags);
 
 struct RolloutsFlags {
-  std::string prompts;         // a GenerateRequest a line
-  std::string out;             // a GenerateResult a line; FILE.run beside it
+  std::string prompts;  // a GenerateRequest a line
+  std::string out;      // a GenerateResult a line; FILE.run beside it
   int32_t concurrency = 32;
   std::optional<uint64_t> seed;  // of the run; a prompt without a seed gets one from this and its place in the file
   v1::GenerateRequest request;   // what the lines leave unset

@@ -38,20 +38,22 @@ absl::Status Errno(const std::string& path) { return absl::ErrnoToStatus(errno, 
 // `status` with more to its message.
 absl::Status WithMore(const absl::Status& status, const std::string& more) {
   absl::Status longer(status.code(), absl::StrCat(status.message(), more));
-  status.ForEachPayload([&longer](absl::string_view type_url, const absl::Cord& payload) { longer.SetPayload(type_url, payload); });
+  status.ForEachPayload(
+      [&longer](absl::string_view type_url, const absl::Cord& payload) { longer.SetPayload(type_url, payload); });
   return longer;
 }
 
 // ---- prompts ----
 
 struct Prompt {
-  int64_t line = 0;              // of the file, from 1
-  std::string name;              // request_id of its output line
-  v1::GenerateRequest request;   // as it is sent
+  int64_t line = 0;             // of the file, from 1
+  std::string name;             // request_id of its output line
+  v1::GenerateRequest request;  // as it is sent
 };
 
-// The seed of prompt `index` = 0, 1, ...: a finaliser of 64 bits (SplitMix64: Steele, Lea, Flood, OOPSLA 2014) of the run's stream.
-// A seed of their own for all, since with a common one prompts would share their random numbers, and equal prompts all of them.
+// The seed of prompt `index` = 0, 1, ...: a finaliser of 64 bits (SplitMix64: Steele, Lea, Flood, OOPSLA 2014) of the run's
+// stream. A seed of their own for all, since with a common one prompts would share their random numbers, and equal prompts all of
+// them.
 uint64_t SeedOf(uint64_t run_seed, uint64_t index) {
   uint64_t word = run_seed + (index + 1) * 0x9E3779B97F4A7C15u;
   word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -93,7 +95,8 @@ absl::StatusOr<std::vector<Prompt>> ReadPrompts(const RolloutsFlags& flags, Run*
     prompt.name = prompt.request.request_id().empty() ? absl::StrCat("line-", number) : prompt.request.request_id();
     const auto [twin, is_new] = line_of.emplace(prompt.name, number);
     if (!is_new) {
-      return absl::InvalidArgumentError(absl::StrCat("line ", number, ": request_id: \"", prompt.name, "\" is that of line ", twin->second, ", too"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("line ", number, ": request_id: \"", prompt.name, "\" is that of line ", twin->second, ", too"));
     }
     FillUnset(flags.request, &prompt.request);
     // A repeat must be sampled afresh, not attach to what a run before left at the server.
@@ -121,8 +124,9 @@ absl::StatusOr<Run> RunFromJson(const std::string& text) {
   const auto json = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
   Run run;
   const auto is_string = [&json](const char* key) { return json.contains(key) && json[key].is_string(); };
-  if (!json.is_object() || !is_string("prompts_sha256") || !is_string("seed") || !json.contains("flags") || !json.contains("num_prompts") ||
-      !json["num_prompts"].is_number_integer() || !absl::SimpleAtoi(json["seed"].get<std::string>(), &run.seed)) {
+  if (!json.is_object() || !is_string("prompts_sha256") || !is_string("seed") || !json.contains("flags") ||
+      !json.contains("num_prompts") || !json["num_prompts"].is_number_integer() ||
+      !absl::SimpleAtoi(json["seed"].get<std::string>(), &run.seed)) {
     return absl::InvalidArgumentError("not what bebop rollouts writes");
   }
   run.prompts_digest = json["prompts_sha256"].get<std::string>();
@@ -134,8 +138,8 @@ absl::StatusOr<Run> RunFromJson(const std::string& text) {
 // INVALID_ARGUMENT with both values where `now` would not continue `then`.
 absl::Status CheckSameRun(const Run& then, const Run& now, const std::optional<uint64_t>& seed) {
   if (then.prompts_digest != now.prompts_digest) {
-    return absl::InvalidArgumentError(absl::StrCat("--prompts: ", now.num_prompts, " prompts with SHA-256 ", now.prompts_digest, ", expected the ",
-                                                   then.num_prompts, " with ", then.prompts_digest));
+    return absl::InvalidArgumentError(absl::StrCat("--prompts: ", now.num_prompts, " prompts with SHA-256 ", now.prompts_digest,
+                                                   ", expected the ", then.num_prompts, " with ", then.prompts_digest));
   }
   if (seed.has_value() && *seed != then.seed) {
     return absl::InvalidArgumentError(absl::StrCat("--seed: ", *seed, ", expected ", then.seed));
@@ -199,8 +203,8 @@ class Replacement {
   bool placed_ = false;
 };
 
-// The output: whole lines, each the GenerateResult of a prompt. While it grows in order of arrival, so that nothing that has arrived
-// waits in memory for a slower prompt; a run that has come to its end puts it into the order of the prompts.
+// The output: whole lines, each the GenerateResult of a prompt. While it grows in order of arrival, so that nothing that has
+// arrived waits in memory for a slower prompt; a run that has come to its end puts it into the order of the prompts.
 class OutputFile {
  public:
   explicit OutputFile(std::string path) : path_(std::move(path)) {}
@@ -216,7 +220,9 @@ class OutputFile {
     struct stat info = {}, named = {};
     if (descriptor_ < 0 || fstat(descriptor_, &info) != 0) return Errno(path_);
     if (!S_ISREG(info.st_mode)) return absl::InvalidArgumentError(absl::StrCat(path_, ": expected a regular file"));
-    const auto busy = [this] { return absl::FailedPreconditionError(absl::StrCat(path_, ": another bebop rollouts is writing it")); };
+    const auto busy = [this] {
+      return absl::FailedPreconditionError(absl::StrCat(path_, ": another bebop rollouts is writing it"));
+    };
     if (flock(descriptor_, LOCK_EX | LOCK_NB) != 0) return errno == EWOULDBLOCK ? busy() : Errno(path_);
     if (stat(path_.c_str(), &named) != 0) return Errno(path_);
     if (named.st_dev != info.st_dev || named.st_ino != info.st_ino) return busy();  // it was replaced by a sorted one since
@@ -228,7 +234,8 @@ class OutputFile {
   size_t num_lines() const { return lines_.size(); }
   const std::vector<bool>& has() const { return has_; }  // by prompt
 
-  // Notes which prompts' lines are there and cuts what follows the last whole line. INVALID_ARGUMENT: a line is not one of `prompts`.
+  // Notes which prompts' lines are there and cuts what follows the last whole line. INVALID_ARGUMENT: a line is not one of
+  // `prompts`.
   absl::Status ReadLines(const std::vector<Prompt>& prompts) {
     has_.assign(prompts.size(), false);
     std::map<std::string, size_t> index_of;
@@ -237,7 +244,9 @@ class OutputFile {
     std::string line;
     for (int64_t number = 1; std::getline(file, line); ++number) {
       if (file.eof()) break;  // no newline: torn
-      const auto refuse = [&](const std::string& why) { return absl::InvalidArgumentError(absl::StrCat(path_, ": line ", number, ": ", why)); };
+      const auto refuse = [&](const std::string& why) {
+        return absl::InvalidArgumentError(absl::StrCat(path_, ": line ", number, ": ", why));
+      };
       v1::GenerateResult result;
       if (const absl::Status parsed = FromJson(line, &result); !parsed.ok()) return refuse(std::string(parsed.message()));
       const auto found = index_of.find(result.request_id());
@@ -246,7 +255,8 @@ class OutputFile {
       const Prompt& prompt = prompts[found->second];
       if (absl::StrJoin(result.prompt_token_ids(), " ") != absl::StrJoin(prompt.request.prompt_token_ids(), " ")) {
         return refuse(absl::StrCat("prompt_token_ids: [", absl::StrJoin(result.prompt_token_ids(), " "), "], expected [",
-                                   absl::StrJoin(prompt.request.prompt_token_ids(), " "), "] as in line ", prompt.line, " of the prompts"));
+                                   absl::StrJoin(prompt.request.prompt_token_ids(), " "), "] as in line ", prompt.line,
+                                   " of the prompts"));
       }
       Add(found->second, line.size() + 1);
     }
@@ -318,8 +328,8 @@ class OutputFile {
 
 // Whether the server refused this one request, so that others may fare better.
 bool IsOfTheRequest(const absl::Status& status) {
-  return absl::IsInvalidArgument(status) || absl::IsFailedPrecondition(status) || absl::IsResourceExhausted(status) || absl::IsOutOfRange(status) ||
-         absl::IsDeadlineExceeded(status);
+  return absl::IsInvalidArgument(status) || absl::IsFailedPrecondition(status) || absl::IsResourceExhausted(status) ||
+         absl::IsOutOfRange(status) || absl::IsDeadlineExceeded(status);
 }
 
 bool AnyEnded(const v1::GenerateResult& result, std::initializer_list<v1::Finish::Reason> reasons) {
@@ -346,8 +356,8 @@ class Generation {
   Generation(const Generation&) = delete;
   Generation& operator=(const Generation&) = delete;
 
-  // What has come in since the last call; waits for something. Empty: all of it has been handed out. What earlier calls returned is
-  // safe now: until then a request counts as in flight.
+  // What has come in since the last call; waits for something. Empty: all of it has been handed out. What earlier calls returned
+  // is safe now: until then a request counts as in flight.
   std::vector<Reply> Take() {
     std::unique_lock<std::mutex> lock(mutex_);
     num_safe_ = num_taken_;
@@ -412,9 +422,9 @@ class Generation {
   const std::vector<size_t> todo_;
   std::mutex mutex_;
   std::condition_variable changed_;  // any of what follows, which is guarded by mutex_
-  std::vector<Reply> replies_;  // in order of arrival
-  size_t num_taken_ = 0;        // replies handed out
-  size_t num_safe_ = 0;         // those of them that are in the file
+  std::vector<Reply> replies_;       // in order of arrival
+  size_t num_taken_ = 0;             // replies handed out
+  size_t num_safe_ = 0;              // those of them that are in the file
   size_t next_ = 0;
   size_t running_ = 0;  // threads
   bool stopped_ = false;
@@ -461,8 +471,9 @@ void PrintSummary(const GlobalFlags& global, const RolloutsFlags& flags, const R
     PrintLine(json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));  // a path may be no UTF-8
     return;
   }
-  PrintLine(absl::StrFormat("%s: %d of %d prompts; in this run %d with %d samples of %d tokens in %.1f s, %.1f tokens/s; seed %d", flags.out, there,
-                            run.num_prompts, totals.written, totals.samples, totals.tokens, totals.seconds, totals.tokens_per_second(), run.seed));
+  PrintLine(absl::StrFormat("%s: %d of %d prompts; in this run %d with %d samples of %d tokens in %.1f s, %.1f tokens/s; seed %d",
+                            flags.out, there, run.num_prompts, totals.written, totals.samples, totals.tokens, totals.seconds,
+                            totals.tokens_per_second(), run.seed));
 }
 
 // Opens the output and finds out whether it goes on with a run (whose seed then counts) or begins one.
@@ -478,14 +489,16 @@ absl::Status Prepare(const RolloutsFlags& flags, Run* run, std::vector<Prompt>* 
   } else {
     std::ifstream file(run_path);
     if (!file) {
-      return absl::InvalidArgumentError(absl::StrCat(flags.out, ": has content, and there is no ", run_path, " to go on from; name another --out"));
+      return absl::InvalidArgumentError(
+          absl::StrCat(flags.out, ": has content, and there is no ", run_path, " to go on from; name another --out"));
     }
     std::stringstream text;
     text << file.rdbuf();
     const absl::StatusOr<Run> then = RunFromJson(text.str());
     if (!then.ok()) return absl::InvalidArgumentError(absl::StrCat(run_path, ": ", then.status().message()));
     if (const absl::Status same = CheckSameRun(*then, *run, flags.seed); !same.ok()) {
-      return absl::InvalidArgumentError(absl::StrCat(flags.out, " was begun otherwise: ", same.message(), "; name another --out, or remove it"));
+      return absl::InvalidArgumentError(
+          absl::StrCat(flags.out, " was begun otherwise: ", same.message(), "; name another --out, or remove it"));
     }
     run->seed = then->seed;
   }
@@ -532,7 +545,8 @@ int RunRollouts(Client* client, const GlobalFlags& global, const RolloutsFlags& 
           with_these.Add(*result);
         } else if (IsOfTheRequest(result.status()) && failure.ok()) {
           ++with_these.refused;
-          exit_code = std::max(exit_code, ReportError(WithMore(result.status(), absl::StrCat(" (line ", (*prompts)[prompt].line, " of ", flags.prompts, ")"))));
+          exit_code = std::max(exit_code, ReportError(WithMore(result.status(), absl::StrCat(" (line ", (*prompts)[prompt].line,
+                                                                                             " of ", flags.prompts, ")"))));
         } else {
           fail(result.status());
         }

@@ -157,7 +157,8 @@ class Rollouts(unittest.TestCase):
     def test_a_torn_line_is_cut(self):
         with open(self.whole, "rb") as file:
             lines = file.read().splitlines(keepends=True)
-        for name, kept, tail in (("torn", 20, lines[20][:-30]), ("no-newline", 31, lines[31][:-1]), ("one-byte", 3, b"{")):
+        for name, kept, tail in (("torn", 20, lines[20][:-30]), ("no-newline", 31, lines[31][:-1]), ("one-byte", 3, b"{"),
+                                 ("beyond", NUM_PROMPTS, lines[0][:-5])):
             out = self.out(name + ".jsonl")
             shutil.copy(self.whole + ".run", out + ".run")
             with open(out, "wb") as file:
@@ -298,7 +299,7 @@ class Rollouts(unittest.TestCase):
         self.finish(out)
 
     def test_server_drained_midway(self):
-        server = Server("--threads", "1", "--drain-timeout", "0.05")
+        server = Server("--threads", "1", "--drain-timeout", "0")
         out = self.out("drained.jsonl")
         process = self.start(out, server=server)
         self.wait_for_lines(out, 3)
