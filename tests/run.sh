@@ -29,18 +29,6 @@ python=build/venv/bin/python
 started=$SECONDS
 say() { printf '\n== [%4ds] %s\n' "$((SECONDS - started))" "$*"; }
 
-# transformers and PyTorch are the oracles of the network; a CPU build of torch, so that no CUDA packages come along.
-make_venv() {
-  if [[ -x $python ]] && "$python" -c 'import torch, transformers, tokenizers, safetensors, numpy, scipy, grpc_tools, pytest' 2>/dev/null; then
-    return
-  fi
-  {
-    python3 -m venv build/venv &&
-      "$python" -m pip install --disable-pip-version-check 'torch==2.13.0' &&
-      "$python" -m pip install --disable-pip-version-check -r tests/requirements.txt
-  } >build/venv.log 2>&1 || { tail -20 build/venv.log; exit 1; }
-}
-
 configure_and_build() {  # preset, targets...
   local preset=$1
   shift
@@ -129,7 +117,7 @@ for stage in "${stages[@]}"; do
 done
 deploy/install_deps.sh "${parts[@]}"
 for stage in "${stages[@]}"; do
-  if [[ $stage == release ]]; then make_venv; fi
+  if [[ $stage == release ]]; then tests/venv.sh; fi
 done
 for stage in "${stages[@]}"; do
   run_stage "$stage"

@@ -19,6 +19,7 @@ import estimates
 import heads
 import numpy as np
 import plots
+import rl_stage
 import tables
 import workloads
 from estimates import Estimate, over_seeds
@@ -259,6 +260,37 @@ def entropy_table(cells: Cells) -> tuple[dict[str, Any], str]:
     return numbers, tables.table(["loss", *itertools.chain(*((f"{mode}, tokens a nat", "paper") for mode in MODES))], rows)
 
 
+def token_entropy_table(cells: Cells) -> tuple[dict[str, Any], str]:
+    """At temperature 1: slope of acceptance over the target's entropy at the token that a draft competed for, an intercept a task."""
+    numbers: dict[str, Any] = {}
+    rows = []
+    for loss in cells.losses:
+        row = [NAMES[loss]]
+        for mode in MODES:
+            tasks = [cells.get(loss, mode, task) for task in workloads.IN_DOMAIN]
+            slopes = []
+            for by_task in zip(*tasks):  # one seed
+                x, y, weights, groups = ([] for _ in range(4))
+                for number, record in enumerate(by_task):
+                    bins = {name: np.array(values) for name, values in record["by_entropy"].items()}
+                    here = bins["reached"] > 0
+                    x.append(bins["entropy"][here] / bins["tokens"][here])
+                    y.append(100 * bins["accepted"][here] / bins["reached"][here])
+                    weights.append(bins["reached"][here])
+                    groups.append(np.full(here.sum(), number))
+                slopes.append(estimates.slope(*(np.concatenate(column) for column in (x, y, groups, weights))))
+            total = {name: np.sum([record["by_entropy"][name] for by_seed in tasks for record in by_seed], axis=0)
+                     for name in ("reached", "accepted", "tokens", "entropy")}
+            enough = total["reached"] >= 50
+            numbers[f"{loss}/{mode}"] = {
+                "slope": over_seeds(slopes).as_dict(), "entropy": (total["entropy"][enough] / total["tokens"][enough]).tolist(),
+                "acceptance": (100 * total["accepted"][enough] / total["reached"][enough]).tolist(), "reached": total["reached"][enough].tolist(),
+            }
+            row.append(tables.with_half(over_seeds(slopes), sign=True))
+        rows.append(row)
+    return numbers, tables.table(["loss", *(f"{mode}, points a nat" for mode in MODES)], rows)
+
+
 def temperature_table(cells: Cells) -> tuple[dict[str, Any], str]:
     """Acceptance by temperature, mean over the three tasks."""
     numbers: dict[str, Any] = {"temperatures": temperatures_of(cells)}
@@ -278,7 +310,7 @@ def output_position_numbers(cells: Cells) -> dict[str, Any]:
     """Acceptance (%) of the drafts that competed for a token, and entropy, by the token's place in the output; bins of all seeds together."""
     numbers: dict[str, Any] = {}
     for mode, loss, task in itertools.product(MODES, cells.losses, workloads.IN_DOMAIN):
-        total = {name: np.sum([record["positions"][name] for record in cells.get(loss, mode, task)], axis=0)
+        total = {name: np.sum([record["by_place"][name] for record in cells.get(loss, mode, task)], axis=0)
                  for name in ("reached", "accepted", "tokens", "entropy")}
         with np.errstate(invalid="ignore"):
             numbers[f"{loss}/{mode}/{task}"] = {
@@ -408,15 +440,22 @@ def run(context: Context, publish: Path | None) -> None:
     numbers["positions"], pages["positions"] = position_table(cells)
     numbers["consistency"], pages["consistency"], pages["beside"] = consistency_table(cells, scores)
     numbers["entropy"], pages["entropy"] = entropy_table(cells)
+    numbers["token_entropy"], pages["token_entropy"] = token_entropy_table(cells)
     numbers["temperature"], pages["temperature"] = temperature_table(cells)
     numbers["output"] = output_position_numbers(cells)
     numbers["boundary"], pages["boundary"] = boundary_table(cells, scores)
     numbers["top_k"], pages["top_k"] = top_k_table(context, cells)
     numbers["throughput"], pages["throughput"] = throughput_table(context)
+    pictures = plots.draw_all(numbers, context.settings.losses, NAMES, out)
+    if records_path(context, rl_stage.STAGE).exists():
+        numbers["rl"], rl_pages, rl_pictures = rl_stage.analyse(context, out)
+        pages |= rl_pages
+        pictures += rl_pictures
+    else:
+        context.say("rl: not measured, its tables stay as they are")
     for name, content in pages.items():
         (out / f"{name}.md").write_text(content + "\n", encoding="utf-8")
     (out / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    pictures = plots.draw_all(numbers, context.settings.losses, NAMES, out)
     if publish:
         tables.fill(publish / "reproduction.md", pages)
         for picture in pictures:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -67,26 +68,30 @@ def rollouts_path(context: Context, seed: int) -> Path:
 
 
 def make_rollouts(context: Context) -> None:
-    """Samples of the model itself at temperature 1 on training-split prompts, one a prompt, in the trainer's format."""
-    for seed in range(context.settings.seeds):
+    """Samples of the model itself at temperature 1 on training-split prompts, one a prompt, by `bebop rollouts`."""
+    settings = context.settings
+    for seed in range(settings.seeds):
         path = rollouts_path(context, seed)
-        if path.exists():
+        if path.exists() and path.read_bytes().count(b"\n") == settings.rollouts:
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
+        prompts = path.with_suffix(".prompts")
         start = time.monotonic()
-        options = harness.Decoding(mode="off", samples=1, max_new_tokens=context.settings.max_new_tokens, seed=1_000_000 * (seed + 1), entropy=False,
-                                   spec_detail=False)
         with open_server(context) as server:
-            texts = workloads.training(context.settings.rollouts, seed)
-            prompts = [harness.Prompt("training", index, server.encode(text)) for index, text in enumerate(texts)]
-            lines = []
-            for prompt, group in harness.decode(server, prompts, options, in_flight=64):
-                tokens = prompt.token_ids + group.samples[0].token_ids.tolist()
-                lines.append(json.dumps({"token_ids": tokens, "loss_start": len(prompt.token_ids)}))
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        temporary.replace(path)
-        context.say(f"rollouts {seed}: {len(lines)} sequences in {time.monotonic() - start:.0f} s")
+            texts = workloads.training(settings.rollouts, seed)
+            prompts.write_text("".join(json.dumps({"prompt_token_ids": server.encode(text)}) + "\n" for text in texts), encoding="utf-8")
+            run_program([context.programs.client, "--server", server.rollout, "rollouts", "--prompts", prompts, "--out", path, "--mode", "off",
+                         "--max-new-tokens", settings.max_new_tokens, "--concurrency", 64, "--seed", seed + 1], path.with_suffix(".log"))
+        context.say(f"rollouts {seed}: {settings.rollouts} sequences in {time.monotonic() - start:.0f} s")
+
+
+def run_program(command: list[object], log: Path, out: Path | None = None) -> None:
+    """Runs a program, its output in `out` (or the log) and its messages in `log`. RuntimeError with the end of the log when it fails."""
+    words = [str(word) for word in command]
+    with open(log, "wb") as messages, open(out, "wb") if out else contextlib.nullcontext(messages) as stdout:
+        status = subprocess.run(words, stdout=stdout, stderr=messages, check=False).returncode
+    if status != 0:
+        raise RuntimeError(f"{' '.join(words)} ended with status {status}:\n{log.read_text(errors='replace')[-2000:]}")
 
 
 def open_server(context: Context) -> harness.Server:
@@ -100,20 +105,15 @@ def train(context: Context, head: Head) -> None:
     if path.exists():
         return
     settings = context.settings
-    command = [
-        str(context.programs.trainer), "--model", str(context.model), "--mtp", str(start_head(context).path(context)),
-        "--data", str(rollouts_path(context, head.seed)), "--out", str(path), "--loss", head.loss,
-        "--num-steps-ahead", str(settings.num_steps_ahead), "--lr", str(settings.lr), "--warmup-ratio", "0.03", "--epochs", "1",
-        "--batch-tokens", str(settings.batch_tokens), "--seed", str(head.seed), "--threads", str(settings.threads), "--device", context.device, "--json",
+    command: list[object] = [
+        context.programs.trainer, "--model", context.model, "--mtp", start_head(context).path(context), "--data", rollouts_path(context, head.seed),
+        "--out", path, "--loss", head.loss, "--num-steps-ahead", settings.num_steps_ahead, "--lr", settings.lr, "--warmup-ratio", 0.03, "--epochs", 1,
+        "--batch-tokens", settings.batch_tokens, "--seed", head.seed, "--threads", settings.threads, "--device", context.device, "--json",
     ]
     if head.top_k:
-        command += ["--truncate-top-k", str(head.top_k)]
+        command += ["--truncate-top-k", head.top_k]
     start = time.monotonic()
-    log = path.with_suffix(".jsonl")
-    with open(log, "w", encoding="utf-8") as out, open(path.with_suffix(".log"), "w", encoding="utf-8") as errors:
-        status = subprocess.run(command, stdout=out, stderr=errors, check=False).returncode
-    if status != 0:
-        raise RuntimeError(f"{' '.join(command)} ended with status {status}:\n{path.with_suffix('.log').read_text()[-2000:]}")
+    run_program(command, path.with_suffix(".log"), path.with_suffix(".jsonl"))
     context.say(f"{head.name}: trained in {time.monotonic() - start:.0f} s")
 
 

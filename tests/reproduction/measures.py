@@ -23,6 +23,7 @@ from settings import Context
 
 MODES = ("rejection", "target_only")
 POSITION_BIN = 8  # tokens of output
+ENTROPY_BIN, ENTROPY_BINS = 0.1, 30  # nats
 GRID = 20  # cells a side of the boundary's histogram
 SCORE_BATCH = 64  # sequences a request
 SEED = 7_000_000  # of measured samples, apart from those of training
@@ -52,13 +53,15 @@ class Encoded:
 # ---- decode ----
 
 
-def output_positions(samples: Iterable[Any], bins: int) -> dict[str, list[float]]:
-    """By place in the output, in bins of POSITION_BIN tokens: emitted tokens that a draft competed for, those of them that were accepted, all
-    tokens, and their entropy. A token was competed for when it is an accepted draft (source >= 1) or the correction of a refused one (-1)."""
+def competed(samples: Iterable[Any], bin_of: Callable[[Any], np.ndarray], bins: int) -> dict[str, list[float]]:
+    """Sums by bin over output tokens: `reached`, tokens that a draft competed for; `accepted`, those of them that were the draft; `tokens`, all;
+    `entropy`, of the target's distribution at all of them. A token was competed for when it is an accepted draft (source >= 1) or the correction
+    of a refused one (-1). bin_of: a sample's tokens -> bins; the last bin takes what lies beyond it."""
     reached, accepted, tokens, entropy = (np.zeros(bins) for _ in range(4))
     for sample in samples:
-        where = np.minimum(np.arange(len(sample.token_ids)) // POSITION_BIN, bins - 1)
-        np.add.at(reached, where, (sample.token_source >= 1) | (sample.token_source == -1))
+        where = np.minimum(bin_of(sample), bins - 1)
+        drafted = (sample.token_source >= 1) | (sample.token_source == -1)
+        np.add.at(reached, where, drafted)
         np.add.at(accepted, where, sample.token_source >= 1)
         np.add.at(tokens, where, 1)
         np.add.at(entropy, where, sample.entropy)
@@ -72,9 +75,11 @@ def decode_cell(context: Context, server: Server, head: Head, prompts: list[Prom
                        max_new_tokens=settings.max_new_tokens, seed=SEED, token_source=True)
     start = time.monotonic()
     groups = [group for _, group in decode(server, prompts, options)]
+    samples = [sample for group in groups for sample in group.samples]
     return {
         **head.label, "mode": mode, "temperature": temperature, "workload": prompts[0].workload, "prompts": [counts_of(group) for group in groups],
-        "positions": output_positions((sample for group in groups for sample in group.samples), -(-settings.max_new_tokens // POSITION_BIN)),
+        "by_place": competed(samples, lambda sample: np.arange(len(sample.token_ids)) // POSITION_BIN, -(-settings.max_new_tokens // POSITION_BIN)),
+        "by_entropy": competed(samples, lambda sample: (sample.entropy / ENTROPY_BIN).astype(int), ENTROPY_BINS),
         "seconds": round(time.monotonic() - start, 3),
     }
 

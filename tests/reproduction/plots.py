@@ -72,20 +72,27 @@ def draw_positions(numbers: Mapping[str, Any], losses: Sequence[str], names: Map
 
 
 def draw_entropy(numbers: Mapping[str, Any], losses: Sequence[str], names: Mapping[str, str]) -> Any:
-    """Accept length over entropy; every point one temperature and task, lines of the fitted slope."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4), sharey=True)
-    for axis, mode, title in ((axes[0], "rejection", "rejection"), (axes[1], "target_only", "target-only")):
+    """Above: accept length over mean entropy, every point one temperature and task, lines of the fitted slope. Below: acceptance of single drafts
+    over the entropy at their token."""
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8), sharey="row")
+    for column, (mode, title) in enumerate((("rejection", "rejection"), ("target_only", "target-only"))):
         for loss in losses:
             entry = numbers["entropy"][f"{loss}/{mode}"]
             points = np.array(entry["points"])  # [temperatures, tasks, 3]
             # The tasks' levels are taken out, as in the fit.
             x = points[..., 0] - points[..., 0].mean(0) + points[..., 0].mean()
             y = points[..., 1] - points[..., 1].mean(0) + points[..., 1].mean()
+            axis = axes[0, column]
             axis.plot(x.ravel(), y.ravel(), "o", markersize=3, color=COLORS[loss], alpha=0.5)
             ends = np.array([x.min(), x.max()])
             axis.plot(ends, y.mean() + entry["slope"]["mean"] * (ends - x.mean()), color=COLORS[loss], label=f"{names[loss]} {entry['slope']['mean']:+.2f}")
-        axis.set(title=f"accept length over entropy: {title}", xlabel="entropy, nats a token (tasks' levels taken out)")
-        axis.legend(fontsize=8)
+            single = numbers["token_entropy"][f"{loss}/{mode}"]
+            axes[1, column].plot(single["entropy"], single["acceptance"], ".-", color=COLORS[loss], linewidth=0.8,
+                                 label=f"{names[loss]} {single['slope']['mean']:+.1f}")
+        axes[0, column].set(title=f"accept length by temperature: {title}", xlabel="mean entropy, nats a token (tasks' levels taken out)")
+        axes[1, column].set(title=f"acceptance of a draft, %, at temperature 1: {title}", xlabel="entropy of the target at that token, nats")
+        for axis in axes[:, column]:
+            axis.legend(fontsize=8)
     return figure
 
 

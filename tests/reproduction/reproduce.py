@@ -4,7 +4,7 @@
 
     reproduce.py [--scale quick|full|gpu] [--work DIR] [--only STAGE ...] [--publish]
 
-Stages, in order: rollouts, train, decode, score, throughput, analyse. Each keeps what it has done in --work and goes on from there when it is
+Stages, in order: rollouts, train, decode, score, throughput, rl, analyse. Each keeps what it has done in --work and goes on from there when it is
 called again. `--only analyse` makes tables and plots again in seconds from records that are there.
 
 Needs a build with bebop-server and bebop-train-mtp and the packages of tests/requirements.txt; tests/reproduction/run.sh sees to both.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -28,11 +29,12 @@ MODEL = ROOT / "tests/models/bebop-tiny"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Stages: rollouts, train, decode, score, throughput, analyse.")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Stages: rollouts, train, decode, score, throughput, rl, analyse.")
     parser.add_argument("--scale", choices=("quick", "full", "gpu"), default="full", help="quick: a smoke test; full: the page; gpu: a large checkpoint")
     parser.add_argument("--quick", action="store_const", const="quick", dest="scale", help="--scale quick")
     parser.add_argument("--work", type=Path, help="where everything is kept; default build/reproduction/SCALE")
     parser.add_argument("--only", action="append", metavar="STAGE", help="one stage; repeatable")
+    parser.add_argument("--fresh", action="store_true", help="begin anew: delete what --work holds")
     parser.add_argument("--publish", action="store_true", help="rewrite the tables of docs/reproduction.md and the plots beside it")
     parser.add_argument("--bin", type=Path, default=ROOT / "build/cpu-release/bin", help="the built programs")
     parser.add_argument("--model", type=Path, default=MODEL, help="checkpoint folder with mtp.* tensors")
@@ -60,12 +62,15 @@ def main() -> int:
         print(f"skipped: {sys.executable} has no {', '.join(missing)} (pip install -r tests/requirements.txt)", file=sys.stderr)
         return 77
     work = (arguments.work or ROOT / "build/reproduction" / arguments.scale).resolve()
+    if arguments.fresh:
+        shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     client_site.add(work / "client")
     # These import bebop, which is there from here on.
     import analyse
     import heads
     import measures
+    import rl_stage
     from settings import SCALES, Context, Programs
 
     started = time.monotonic()
@@ -79,6 +84,7 @@ def main() -> int:
         "decode": measures.measure_decoding,
         "score": measures.measure_scores,
         "throughput": measures.measure_throughput,
+        "rl": rl_stage.measure,
         "analyse": lambda context: analyse.run(context, publish=ROOT / "docs" if arguments.publish else None),
     }
     unknown = [name for name in arguments.only or () if name not in stages]
