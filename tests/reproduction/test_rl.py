@@ -78,13 +78,13 @@ def test_the_change_of_acceptance_splits_into_entropy_and_mismatch():
     """Acceptance is 0.95 - 0.5 H at every temperature; along the run 0.03 more are lost at version 20 than that."""
     entropies = {0: 0.3, 10: 0.25, 20: 0.1}
     records = [record(version, 0.95 - 0.5 * entropy - (0.03 if version == 20 else 0), entropy) for version, entropy in entropies.items()]
-    sweep = sum((decoded(temperature, 0.95 - 0.5 * entropy, entropy) for temperature, entropy in ((0.3, 0.05), (0.7, 0.2), (1.0, 0.3), (1.5, 0.6))), [])
+    sweep = sum((decoded(temperature, 0.95 - 0.5 * entropy, entropy) for temperature, entropy in ((0.3, 0.05), (0.7, 0.2), (1.0, 0.35))), [])
+    sweep += decoded(0.1, 0.5, 0.01) + decoded(1.5, 0.5, 0.6)  # beyond the next on either side of the run's entropies
     sweep += decoded(0.7, 0.1, 0.2, top_k=8) + decoded(0.7, 0.1, 0.2, mode="target_only") + decoded(0.7, 0.1, 0.2, loss="tv")  # of no concern
     replay = rl_analyse.Replay(records, "falling")
     slopes = rl_analyse.slopes_of(sweep, replay, WORKLOADS)
     slope = slopes["rejection", "ce"]
-    # The run's entropies lie in [0.1, 0.3]: the temperature next below counts, and none above the one that is at 0.3 itself.
-    assert slope.value.mean == pytest.approx(-0.5) and slope.temperatures in ([0.3, 0.7, 1.0], [0.3, 0.7, 1.0, 1.5])
+    assert slope.value.mean == pytest.approx(-0.5) and slope.temperatures == [0.3, 0.7, 1.0] and len(slope.points) == 5
     for version, mismatch in ((10, 0.0), (20, -0.03)):
         parts = rl_analyse.split(replay, ("rejection", "ce", None), version, slope)
         assert parts.entropy.mean == pytest.approx(-0.5 * (entropies[version] - 0.3)) and parts.mismatch.mean == pytest.approx(mismatch, abs=1e-9)
