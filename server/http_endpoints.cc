@@ -2,8 +2,15 @@
 #include "server/http_endpoints.h"
 
 #include <civetweb.h>
+#include <netdb.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
+#include <atomic>
+#include <chrono>
+#include <string>
 #include <string_view>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/match.h"
@@ -11,6 +18,8 @@
 
 namespace bebop {
 namespace {
+
+constexpr auto kWakeInterval = std::chrono::milliseconds(5);
 
 const char* ReasonPhrase(int status) {
   switch (status) {
@@ -33,8 +42,37 @@ void Write(mg_connection* connection, const HttpReply& reply, bool with_body) {
 struct HttpEndpoints::Impl {
   explicit Impl(Handler answer) : handler(std::move(answer)) { mg_init_library(0); }
   ~Impl() {
-    if (context != nullptr) mg_stop(context);
+    if (context != nullptr) Stop();
     mg_exit_library();
+  }
+
+  // The library's listening thread looks up from its sockets every 2 s, a constant of the library, or when somebody connects: so somebody does.
+  void Stop() {
+    std::atomic<bool> stopped = false;
+    std::thread waker([this, &stopped] {
+      while (!stopped) {
+        Connect();
+        std::this_thread::sleep_for(kWakeInterval);
+      }
+    });
+    mg_stop(context);
+    stopped = true;
+    waker.join();
+  }
+
+  // Connects to the listener and hangs up.
+  void Connect() const {
+    addrinfo hints = {};
+    hints.ai_socktype = SOCK_STREAM;
+    hints.ai_flags = AI_NUMERICSERV;
+    addrinfo* found = nullptr;
+    if (getaddrinfo(host.c_str(), absl::StrCat(port).c_str(), &hints, &found) != 0) return;
+    const int connection = socket(found->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (connection >= 0) {
+      connect(connection, found->ai_addr, found->ai_addrlen);  // whether or not it works out: a listener that is gone needs no waking
+      close(connection);
+    }
+    freeaddrinfo(found);
   }
 
   // Answers every request, so that the library itself never looks for a file.
@@ -53,6 +91,7 @@ struct HttpEndpoints::Impl {
   static int DropMessage(const mg_connection*, const char*) { return 1; }
 
   const Handler handler;
+  std::string host;
   mg_context* context = nullptr;
   int32_t port = 0;
 };
@@ -62,6 +101,7 @@ HttpEndpoints::~HttpEndpoints() = default;
 
 absl::StatusOr<std::unique_ptr<HttpEndpoints>> HttpEndpoints::Start(const std::string& host, int32_t port, Handler handler) {
   auto impl = std::make_unique<Impl>(std::move(handler));
+  impl->host = host;
   const std::string address = absl::StrContains(host, ':') ? absl::StrCat("[", host, "]:", port) : absl::StrCat(host, ":", port);
   // A peer that sends nothing holds a thread for the timeout: there are enough for a few of them beside the probes, and others wait in line.
   const char* options[] = {"listening_ports",  address.c_str(), "num_threads",      "16",   "request_timeout_ms", "2000",

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <string>
 #include <utility>
 #include <vector>
@@ -65,6 +66,7 @@ int main(int argc, char** argv) {
   sigaddset(&stop_signals, SIGTERM);
   sigaddset(&stop_signals, SIGINT);
   signal(SIGPIPE, SIG_IGN);
+  setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);  // what fails is said by this program; before gRPC looks, and before other threads exist
 
   const auto command = bebop::ParseServerCommand(std::vector<std::string>(argv + 1, argv + argc), Environment());
   if (!command.ok()) return Fail(command.status());

@@ -14,6 +14,7 @@
 #include "engine/base/mutex.h"
 #include "engine/base/status_reason.h"
 #include "server/byte_messages.h"
+#include "server/deadline_watch.h"
 #include "server/grpc_status.h"
 #include "server/limits.h"
 #include "server/resume_handle.h"
@@ -132,7 +133,14 @@ class UnaryGenerate final : public ServerUnaryReactor {
     observer_ = std::make_shared<GroupObserver>(this, MakeReplyPart(context, *request, with_prompt));
     const int64_t min_step = request->weights.min_step;
     const absl::Status status = engine_.Submit(*std::move(request), observer_);
-    if (!status.ok() && observer_->Take() != nullptr) Finish(ToGrpcStatus(NameField(status, min_step)));
+    if (!status.ok()) {
+      if (observer_->Take() != nullptr) Finish(ToGrpcStatus(NameField(status, min_step)));
+      return;
+    }
+    const auto end = [observer = observer_](const absl::Status& why) {
+      if (UnaryGenerate* const taken = observer->Take(); taken != nullptr) taken->Finish(ToGrpcStatus(why));
+    };
+    watch_.Start(call, engine_, min_step, [this] { engine_.Detach(request_id_, observer_.get()); }, end);
   }
 
   // The engine's thread, after Take().
@@ -152,6 +160,7 @@ class UnaryGenerate final : public ServerUnaryReactor {
   ByteBuffer* const out_;  // gRPC's; valid until Finish
   std::string request_id_;
   std::shared_ptr<GroupObserver> observer_;
+  DeadlineWatch watch_;
 };
 
 void GroupObserver::OnDone(const absl::Status& status) {
@@ -242,7 +251,12 @@ class StreamGenerate final : public ServerWriteReactor<ByteBuffer> {
     observer_ = std::make_shared<StreamObserver>(this, &engine_, MakeReplyPart(context, *request, with_prompt));
     const int64_t min_step = request->weights.min_step;
     const absl::Status status = engine_.Submit(*std::move(request), observer_);
-    if (!status.ok()) observer_->End(NameField(status, min_step));
+    if (!status.ok()) {
+      observer_->End(NameField(status, min_step));
+      return;
+    }
+    watch_.Start(call, engine_, min_step, [this] { engine_.Detach(request_id_, observer_.get()); },
+                 [observer = observer_](const absl::Status& why) { observer->End(why); });
   }
 
   void OnWriteDone(bool ok) override {
@@ -258,6 +272,7 @@ class StreamGenerate final : public ServerWriteReactor<ByteBuffer> {
   EngineInterface& engine_;
   std::string request_id_;
   std::shared_ptr<StreamObserver> observer_;
+  DeadlineWatch watch_;
 };
 
 void StreamObserver::Push(const v1::GenerateEvent& event) {
@@ -366,7 +381,11 @@ class UnaryScore final : public ServerUnaryReactor {
       return;
     }
     collector_ = std::make_shared<ScoreCollector>(this, *std::move(requests));
-    SubmitAll();
+    if (!SubmitAll()) return;
+    const auto end = [collector = collector_](const absl::Status& why) {
+      if (UnaryScore* const taken = collector->Take(); taken != nullptr) taken->Finish(ToGrpcStatus(why));
+    };
+    watch_.Start(call, engine_, /*min_step=*/0, [this] { CancelAll(); }, end);
   }
 
   // The engine's thread, after Take().
@@ -382,8 +401,8 @@ class UnaryScore final : public ServerUnaryReactor {
   void OnDone() override { delete this; }
 
  private:
-  // All sequences or none: when one is refused, those before it are cancelled.
-  void SubmitAll() {
+  // All sequences or none: when one is refused, those before it are cancelled, and the call has ended.
+  bool SubmitAll() {
     MutexLock lock(&mutex_);
     handles_.reserve(collector_->requests().size());
     for (size_t i = 0; i < collector_->requests().size(); ++i) {
@@ -393,11 +412,12 @@ class UnaryScore final : public ServerUnaryReactor {
         handles_.push_back(handle);
         continue;
       }
-      if (collector_->Take() == nullptr) return;
+      if (collector_->Take() == nullptr) return false;
       for (const uint64_t submitted : handles_) engine_.CancelScore(submitted);
       Finish(ToGrpcStatus(status));
-      return;
+      return false;
     }
+    return true;
   }
   void CancelAll() {
     MutexLock lock(&mutex_);
@@ -409,6 +429,7 @@ class UnaryScore final : public ServerUnaryReactor {
   std::shared_ptr<ScoreCollector> collector_;
   Mutex mutex_;
   std::vector<uint64_t> handles_ ABSL_GUARDED_BY(mutex_);
+  DeadlineWatch watch_;
 };
 
 void ScoreCollector::OnScore(size_t index, const absl::Status& status, const ScoreResult& score) {

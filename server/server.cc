@@ -8,9 +8,14 @@
 #include <grpcpp/impl/server_builder_plugin.h>
 #include <grpcpp/impl/server_initializer.h>
 #include <grpcpp/support/server_interceptor.h>
+#include <netdb.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -103,6 +108,25 @@ std::string Address(const std::string& host, int port) {
   return absl::StrContains(host, ':') ? absl::StrCat("[", host, "]:", port) : absl::StrCat(host, ":", port);
 }
 
+// Why nothing can listen there, as far as another try tells: gRPC keeps it to its log.
+std::string WhyNot(const std::string& host, int32_t port) {
+  addrinfo hints = {};
+  hints.ai_socktype = SOCK_STREAM;
+  hints.ai_flags = AI_PASSIVE | AI_NUMERICSERV;
+  addrinfo* found = nullptr;
+  if (const int error = getaddrinfo(host.c_str(), absl::StrCat(port).c_str(), &hints, &found); error != 0) return absl::StrCat(": ", gai_strerror(error));
+  std::string reason;
+  const int listener = socket(found->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  const int reuse = 1;  // as gRPC does: a connection that is closing is no reason
+  if (listener < 0 || setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &reuse, sizeof(reuse)) != 0 || bind(listener, found->ai_addr, found->ai_addrlen) != 0 ||
+      listen(listener, 1) != 0) {
+    reason = absl::StrCat(": ", std::generic_category().message(errno));
+  }
+  if (listener >= 0) close(listener);
+  freeaddrinfo(found);
+  return reason;
+}
+
 struct ListenerLimits {
   const char* name;
   int64_t receive_bytes;
@@ -136,7 +160,7 @@ absl::StatusOr<Listener> Listen(const ListenOptions& options, const char* flags,
   builder.SetOption(std::make_unique<ListServices>(&listener.services));
   listener.server = builder.BuildAndStart();
   if (listener.server == nullptr || bound_port == 0) {
-    return absl::InvalidArgumentError(absl::StrCat(flags, ": cannot listen on ", Address(options.host, port)));
+    return absl::InvalidArgumentError(absl::StrCat(flags, ": cannot listen on ", Address(options.host, port), WhyNot(options.host, port)));
   }
   listener.address = Address(options.host, bound_port);
   if (const absl::Status status = CheckComplete(listener.services); !status.ok()) return status;

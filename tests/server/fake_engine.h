@@ -192,6 +192,10 @@ class FakeEngine final : public EngineInterface {
   const Tokenizer* tokenizer() const override { return nullptr; }
   EngineLoads GetLoads() const override {
     EngineLoads loads;
+    {
+      MutexLock lock(&mutex_);
+      loads.target_step = weights_ != nullptr ? weights_->version.target_step : version_.target_step;
+    }
     loads.submitted = 3;
     loads.finished = 2;
     loads.running_requests = 1;

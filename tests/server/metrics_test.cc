@@ -476,6 +476,18 @@ TEST(HttpStartTest, APortInUseIsNamed) {
   EXPECT_TRUE(absl::StrContains(second.status().message(), absl::StrCat("--http-port: cannot listen on 127.0.0.1:", (*first)->port())));
 }
 
+// The library alone would take up to 2 s, until its listening thread looks up.
+TEST(HttpStartTest, StopsAtOnce) {
+  for (const char* host : {"127.0.0.1", "0.0.0.0"}) {
+    auto endpoints = HttpEndpoints::Start(host, 0, [](const std::string&) { return HttpReply{.body = "ok\n"}; });
+    ASSERT_TRUE(endpoints.ok()) << endpoints.status();
+    EXPECT_TRUE(absl::StrContains(Get((*endpoints)->port(), "/"), "ok"));
+    const absl::Time start = absl::Now();
+    endpoints->reset();
+    EXPECT_LT(absl::Now() - start, absl::Seconds(1)) << host;
+  }
+}
+
 TEST(HttpStartTest, AServerThatLetsEverybodyInSaysSo) {
   FakeEngine engine;
   ListenOptions options;
