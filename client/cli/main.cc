@@ -237,6 +237,12 @@ std::string NoVerb(const std::vector<std::string>& rest) {
                       : absl::StrCat("unknown flag '", rest.front(), "', and no verb (see bebop --help)");
 }
 
+// What is wrong with an address that a flag or the environment gave; empty: nothing.
+std::string BadAddress(const std::string& names, const std::string& address) {
+  const absl::Status status = bebop::CheckAddress(address);
+  return status.ok() ? std::string() : absl::StrCat(names, ": ", status.message());
+}
+
 // Which of the two ports the user named: flags win over the environment, and at each level the rollout port wins.
 bool IsAdminNamed(const CLI::App& app) {
   if (app.count("--server") + app.count("--admin") > 0) return app.count("--server") == 0;
@@ -246,6 +252,7 @@ bool IsAdminNamed(const CLI::App& app) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);  // what fails is said by this program; before gRPC looks, and before other threads exist
   bebop::GlobalFlags global;
   global.server = FromEnvironment("BEBOP_SERVER", global.server);
   std::string admin = FromEnvironment("BEBOP_ADMIN", "127.0.0.1:50052");
@@ -316,8 +323,7 @@ int main(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::CallForHelp&) {
-    const auto parsed = app.get_subcommands();
-    std::fputs((parsed.empty() ? app.help() : parsed.front()->help()).c_str(), stdout);
+    std::fputs(app.help().c_str(), stdout);  // of the verb that was given, with the whole command in its usage
     return bebop::kExitOk;
   } catch (const CLI::RequiredError& error) {
     return bebop::ReportUsage(app.get_subcommands().empty() ? NoVerb(app.remaining()) : error.what());
@@ -325,6 +331,9 @@ int main(int argc, char** argv) {
     return bebop::ReportUsage(absl::StrReplaceAll(error.what(), {{"\n", " "}}));
   }
 
+  for (const std::string& bad : {BadAddress("--server or BEBOP_SERVER", global.server), BadAddress("--admin or BEBOP_ADMIN", admin)}) {
+    if (!bad.empty()) return bebop::ReportUsage(bad);
+  }
   bebop::ClientOptions options;
   const bool is_info = info_verb->parsed() || health_verb->parsed() || loads_verb->parsed();  // what the admin port answers
   options.server = is_info && IsAdminNamed(app) ? admin : global.server;

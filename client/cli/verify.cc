@@ -263,21 +263,25 @@ class Verifier {
 int RunVerify(Client* client, const GlobalFlags& global, const VerifyFlags& flags) {
   Verifier verifier(client, flags);
   if (absl::Status status = verifier.Run(); !status.ok()) return ReportError(status);
-  bool passed = true;
+  size_t num_failed = 0;
   nlohmann::ordered_json tests = nlohmann::ordered_json::array();
+  if (!global.json) PrintLine(absl::StrFormat("%-4s %-40s %9s    %-9s %s", "", "check", "statistic", "bound", "samples or tokens"));
   for (const TestResult& test : verifier.tests()) {
-    passed = passed && test.passed();
+    num_failed += test.passed() ? 0 : 1;
     tests.push_back({{"name", test.name}, {"statistic", test.statistic}, {"threshold", test.threshold}, {"samples", test.samples}, {"passed", test.passed()}});
     if (!global.json) {
-      PrintLine(absl::StrFormat("%-4s %-40s %12.5g <= %-10.5g (%d)", test.passed() ? "ok" : "FAIL", test.name, test.statistic, test.threshold, test.samples));
+      PrintLine(absl::StrFormat("%-4s %-40s %9.3g %s %-9.3g %d", test.passed() ? "ok" : "FAIL", test.name, test.statistic,
+                                test.passed() ? "<=" : "> ", test.threshold, test.samples));
     }
   }
   if (global.json) {
-    PrintLine(nlohmann::ordered_json{{"passed", passed}, {"tests", tests}}.dump());
+    PrintLine(nlohmann::ordered_json{{"passed", num_failed == 0}, {"tests", tests}}.dump());
+  } else if (num_failed == 0) {
+    PrintLine(absl::StrCat("passed ", verifier.tests().size(), " checks"));
   } else {
-    PrintLine(passed ? "passed" : "FAILED");
+    PrintLine(absl::StrCat("FAILED ", num_failed, " of ", verifier.tests().size(), " checks"));
   }
-  return passed ? kExitOk : kExitRefused;
+  return num_failed == 0 ? kExitOk : kExitRefused;
 }
 
 }  // namespace bebop

@@ -9,6 +9,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "bebop/v1/info.pb.h"
 #include "bebop/v1/rollout.pb.h"
@@ -20,6 +21,9 @@ struct ClientOptions {
   absl::Duration timeout = absl::InfiniteDuration();  // of each call
   std::string token = {};  // shown with each call, for servers with --token-file; empty: none
 };
+
+// Whether `server` can be an address: INVALID_ARGUMENT for a web address or one without a port, which calls would take for one that does not answer yet.
+absl::Status CheckAddress(absl::string_view address);
 
 // What a status of a call holds besides code and message.
 struct ErrorDetails {

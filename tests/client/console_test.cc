@@ -11,10 +11,24 @@
 #include "bebop/v1/info.pb.h"
 #include "bebop/v1/rollout.pb.h"
 #include "client/cli/batch.h"
+#include "client/cpp/client.h"
 #include "nlohmann/json.hpp"
 
 namespace bebop {
 namespace {
+
+TEST(Address, WhatIsOne) {
+  for (const char* good : {"host:1", "127.0.0.1:65535", "a.b.c:50051", "[::1]:50051", "unix:/tmp/socket", "dns:///host:50051", "ipv4:127.0.0.1:50051", "dns:50051"}) {
+    EXPECT_TRUE(CheckAddress(good).ok()) << good;
+  }
+  for (const char* bad : {"", "nonsense", "host:", ":50051", "host:port", "host:0", "host:65536", "host:+1", "::1:50051", "[]:1", "host:50051/path", "unix:"}) {
+    const absl::Status status = CheckAddress(bad);
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << bad;
+    EXPECT_NE(status.message().find("expected HOST:PORT"), absl::string_view::npos) << status.message();
+  }
+  EXPECT_EQ(CheckAddress("http://127.0.0.1:50051").message(), "\"http://127.0.0.1:50051\": expected HOST:PORT, without http://");
+  EXPECT_EQ(CheckAddress("https://host").message(), "\"https://host\": expected HOST:PORT, without https://");
+}
 
 TEST(Json, ProtoNamesAndDefaults) {
   v1::SampleResult sample;

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -215,6 +216,16 @@ class WithServer(unittest.TestCase):
             status, out, err = self.call(*arguments)
             self.assertEqual(status, 2, arguments)
             self.assertTrue(err.startswith("error: "), err)
+        for flag in ("--server", "--admin"):  # at once, where a wrong address would be tried again and again
+            for address in ("http://127.0.0.1:50051", "nonsense", "127.0.0.1:", "127.0.0.1:99999"):
+                status, _, err = self.call("info", flag, address)
+                self.assertEqual(status, 2, err)
+                self.assertIn(f'error: {flag} or BEBOP_{flag[2:].upper()}: "{address}": expected HOST:PORT', err)
+        status, _, err = bebop("weights", "info", admin=self.server.rollout)  # the two ports swapped
+        self.assertEqual(status, 1)
+        self.assertIn("UNIMPLEMENTED: this address does not serve the call: generation and scores are on the rollout port, weights and control on", err)
+        for arguments in (("generate",), ("pause",), ("weights",), ("weights", "push")):
+            self.assertIn(f"Usage: bebop {' '.join(arguments)}", self.call(*arguments, "--help")[1])
         self.assertIn("'frobnicate'", self.call("frobnicate")[2])
         self.assertIn("'--frob'", self.call("--frob")[2])
         for value in ("-1", "18446744073709551616"):
@@ -440,6 +451,20 @@ class ServerProcess(unittest.TestCase):
             self.assertIn("--kv-cache-bytes: 65536", error)
             error = self.start_fails("--model", directory, "--load-format", "dummy", "--max-model-len", "100000")
             self.assertIn("--max-model-len: 100000", error)
+
+    def test_a_port_in_use_is_one_line(self):
+        with tempfile.TemporaryDirectory() as directory, socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = str(taken.getsockname()[1])
+            with open(os.path.join(directory, "config.json"), "w") as file:
+                json.dump(CONFIG, file)
+            result = subprocess.run([os.path.join(BIN, "bebop-server"), "--model", directory, "--load-format", "dummy", "--port", port, "--admin-port", "0"],
+                                    capture_output=True, text=True, timeout=60, env=clean_environment())
+        self.assertEqual(result.returncode, 2)
+        self.assertEqual(result.stderr.splitlines()[-1], f"error: --host/--port: cannot listen on 127.0.0.1:{port}: Address already in use")
+        options = re.compile(r"#.*|[a-z-]+:.*|  .*")  # what is printed before
+        self.assertEqual([line for line in result.stderr.splitlines()[:-1] if not options.fullmatch(line)], [])
 
     def test_check_config_and_version(self):
         result = subprocess.run([os.path.join(BIN, "bebop-server"), "--model", "m", "--check-config"], capture_output=True, text=True, timeout=30,

@@ -76,7 +76,7 @@ def check_address(name: str, address: str) -> None:
     scheme, colons, rest = address.partition("://")
     if colons and scheme not in _SCHEMES:
         raise ValueError(f"{name}: {address!r}: expected HOST:PORT, without {scheme}://")
-    if address.partition(":")[0] in _SCHEMES and not re.fullmatch(r"[^:]+:\d+", address):
+    if address.partition(":")[0] in _SCHEMES and not re.fullmatch(r"[^:]+:\d*", address):
         return  # gRPC knows what it means
     port = re.fullmatch(r"(?:\[[^\[\]]+\]|[^:/\[\]]+):(\d{1,5})", address)
     if port is None or not 0 < int(port[1]) < 65536:

@@ -204,7 +204,7 @@ def test_calls_wait_for_a_server_that_starts_later(prompt):
 
 @pytest.mark.parametrize("kind", [bebop.Client, bebop.AsyncClient, bebop.Fleet])
 @pytest.mark.parametrize("address", ["http://127.0.0.1:50051", "https://host:50051", "grpc://host:1", "nonsense", "host:", "host:port", "host:70000", "::1:50051",
-                                     "host:50051/path", ""])
+                                     "host:50051/path", "unix:", ""])
 def test_what_is_no_address_is_refused_before_anything_is_sent(kind, address):
     make = (lambda: kind([address])) if kind is bebop.Fleet else (lambda: kind(address))
     with pytest.raises(ValueError, match="rollout: .*expected HOST:PORT"):
