@@ -86,13 +86,31 @@ def test_the_change_of_acceptance_splits_into_entropy_and_mismatch():
     slope = slopes["rejection", "ce"]
     assert slope.value.mean == pytest.approx(-0.5) and slope.temperatures == [0.3, 0.7, 1.0] and len(slope.points) == 5
     for version, mismatch in ((10, 0.0), (20, -0.03)):
-        parts = rl_analyse.split(replay, ("rejection", "ce", None), version, slope)
+        parts = rl_analyse.split(replay, ("rejection", "ce", None), version, slope.value)
         assert parts.entropy.mean == pytest.approx(-0.5 * (entropies[version] - 0.3)) and parts.mismatch.mean == pytest.approx(mismatch, abs=1e-9)
         assert parts.change.mean == pytest.approx(parts.entropy.mean + mismatch)
         assert parts.mismatch.interval == pytest.approx((mismatch, mismatch), abs=1e-9)  # every prompt has the same ratios
     # Over the run, mismatch is taken for entropy: 0.3, 0.25, 0.1 nats against 0.80, 0.825, 0.87.
     assert replay.run_slope(("rejection", "ce", None)).mean == pytest.approx(np.polyfit([0.3, 0.25, 0.1], [0.80, 0.825, 0.87], 1)[0])
     assert rl_analyse.temperature_slope(sweep[:2], "rejection", "ce", 1, WORKLOADS, (0.1, 0.3)) is None
+
+
+def test_the_slope_over_prompts_has_an_intercept_a_task_and_weighs_drafts():
+    """Acceptance is a task's level - 0.6 H + noise, and tasks with more entropy have a higher level."""
+    rng = np.random.default_rng(3)
+    prompts, x, y, weights, tasks = [], [], [], [], []
+    for index in range(300):
+        workload = WORKLOADS[index % 2]
+        entropy, drafts = 0.2 + 0.1 * rng.random() + (0.3 if workload == "code" else 0), int(rng.integers(5, 60))
+        acceptance = (0.9 if workload == "code" else 0.6) - 0.6 * entropy + 0.05 * rng.standard_normal()
+        prompts.append({"workload": workload, "index": index, "tokens": 10, "steps": drafts, "drafts": drafts, "accepted": [drafts * acceptance],
+                        "entropy": 10 * entropy})
+        x, y, weights, tasks = [*x, entropy], [*y, acceptance], [*weights, drafts], [*tasks, workload]
+    one = record(0, 0.5, 0.3) | {"prompts": prompts}
+    slope = rl_analyse.Replay([one], "falling").prompt_slope(("rejection", "ce", None))
+    design = np.stack([x, [task == "math" for task in tasks], [task == "code" for task in tasks]], axis=1) * np.sqrt(weights)[:, None]
+    assert slope.mean == pytest.approx(np.linalg.lstsq(design, np.array(y) * np.sqrt(weights), rcond=None)[0][0], rel=1e-9)
+    assert slope.interval[0] < -0.6 < slope.interval[1] and slope.interval[1] - slope.interval[0] < 0.6
 
 
 def test_online_heads_begin_as_the_frozen_ones_of_the_same_seeds():
@@ -131,11 +149,12 @@ def test_tables_and_plots(tmp_path):
     assert "| TV online CE − TV frozen | −2.0 [−2.0, −2.0] | pulled" in tables["rl_contrasts"]
     assert "CE online CE" not in tables["rl_contrasts"]  # not measured
     assert "| RS, TV, online CE | 1 | 80.0 [80.0, 80.0] | 82.0 [82.0, 82.0] | 3.46 [3.46, 3.46] | +2.0 [+2.0, +2.0] |" in tables["rl_acceptance_falling"]
-    assert "| RS, CE, frozen | −0.40 [−0.40, −0.40] | −0.40 [−0.40, −0.40] | +4.0 [+4.0, +4.0] | +4.0 [+4.0, +4.0] |" in tables["rl_split_falling"]
+    over_temperature = "| −0.40 [−0.40, −0.40] | +4.0 [+4.0, +4.0] |"
+    assert "| RS, CE, frozen | −0.40 [−0.40, −0.40] | +4.0 [+4.0, +4.0] |" in tables["rl_split_falling"] and over_temperature in tables["rl_split_falling"]
     assert "| RS, TV, frozen | +4.0 [+4.0, +4.0] | +4.0 [+4.0, +4.0] |" in tables["rl_tasks_falling"]
-    frozen = numbers["falling"]["heads"]["RS, CE, frozen"]
+    frozen = numbers["falling"]["heads"]["RS, CE, frozen"]["over_temperature"]
     assert frozen["change"][1]["mean"] == pytest.approx(0.04) and frozen["mismatch"][1]["high"] == pytest.approx(0, abs=1e-9)
-    json.dumps(numbers, allow_nan=False)
+    json.dumps(numbers)
     assert [path.name for path in files] == ["rl_online.png", "rl_split.png", "rl_entropy.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in files)
 
