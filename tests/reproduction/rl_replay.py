@@ -11,7 +11,6 @@ import concurrent.futures
 import dataclasses
 import json
 import random
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,7 +102,7 @@ def make_data(context: Context, settings: RlSettings, policy: Policy) -> None:
             temporary.replace(path)
 
 
-def update(context: Context, settings: RlSettings, policy: Policy, arm: Arm) -> None:
+def update(context: Context, policy: Policy, arm: Arm) -> None:
     """Makes the arm's head of every version, each from the one before."""
     kept = rl_run.manifest_of(context, policy)["kept"]
     before = heads.Head(arm.loss, arm.seed).path(context)
@@ -113,17 +112,12 @@ def update(context: Context, settings: RlSettings, policy: Policy, arm: Arm) -> 
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             common = context.settings
-            command = [
-                str(context.programs.trainer), "--model", str(rl_run.folder_of(context, policy) / entry["checkpoint"]), "--mtp", str(before),
-                "--data", str(interval_path(context, policy, entry["version"], arm.seed)), "--out", str(path), "--loss", arm.update,
-                "--num-steps-ahead", str(common.num_steps_ahead), "--lr", str(settings.online_lr), "--warmup-ratio", "0.03", "--epochs", "1",
-                "--batch-tokens", str(common.batch_tokens), "--seed", str(arm.seed), "--threads", str(common.threads), "--device", context.device,
-                "--json"]
-            log = path.with_suffix(".log")
-            with path.with_suffix(".jsonl").open("w", encoding="utf-8") as out, log.open("w", encoding="utf-8") as errors:
-                status = subprocess.run(command, stdout=out, stderr=errors, check=False).returncode
-            if status != 0:
-                raise RuntimeError(f"{' '.join(command)} ended with status {status}:\n{log.read_text(encoding='utf-8')[-2000:]}")
+            heads.run_program(
+                [context.programs.trainer, "--model", rl_run.folder_of(context, policy) / entry["checkpoint"], "--mtp", before,
+                 "--data", interval_path(context, policy, entry["version"], arm.seed), "--out", path, "--loss", arm.update,
+                 "--num-steps-ahead", common.num_steps_ahead, "--lr", common.lr, "--warmup-ratio", 0.03, "--epochs", 1,
+                 "--batch-tokens", common.batch_tokens, "--seed", arm.seed, "--threads", common.threads, "--device", context.device, "--resume", "--json"],
+                path.with_suffix(".log"), path.with_suffix(".jsonl"))
             made += 1
         before = path
     if made:
@@ -134,7 +128,7 @@ def update_all(context: Context, settings: RlSettings, policy: Policy) -> None:
     """Every online arm, as many at a time as there are servers. The first failure stops what has not begun."""
     make_data(context, settings, policy)
     with concurrent.futures.ThreadPoolExecutor(context.settings.servers) as pool:
-        futures = [pool.submit(update, context, settings, policy, arm) for arm in online_arms(settings)]
+        futures = [pool.submit(update, context, policy, arm) for arm in online_arms(settings)]
         try:
             for future in concurrent.futures.as_completed(futures):
                 future.result()

@@ -55,20 +55,19 @@ class RlSettings:
     target_only: tuple[str, ...]  # losses whose frozen heads are also decoded under target-only
     online: tuple[Online, ...]
     online_tokens: int  # of the rollouts between two checkpoints, what an update is trained on
-    online_lr: float
     prompts: int  # of each task
     samples: int  # of each prompt
 
 
 QUICK = RlSettings(
     policies=(Policy("falling", 2, 2, ("--groups", "4", "--samples", "4", "--warmup", "1")),), seeds={"ce": 1, "tv": 1}, target_only=("ce",),
-    online=(Online("tv", "tv", 1), Online("tv", "ce", 1)), online_tokens=3000, online_lr=3e-4, prompts=8, samples=1)
+    online=(Online("tv", "tv", 1), Online("tv", "ce", 1)), online_tokens=3000, prompts=8, samples=1)
 
 FULL = RlSettings(
     policies=(Policy("falling", 320, 40), Policy("rising", 120, 40, ("--entropy-bonus", "0.05"))),
     seeds={"ce": 3, "tv": 3, "e2e_tv": 3, "kl": 1, "reverse_kl": 1}, target_only=("ce", "tv"),
     online=(Online("ce", "ce", 3), Online("tv", "tv", 3), Online("tv", "ce", 3), Online("e2e_tv", "e2e_tv", 1), Online("e2e_tv", "ce", 1)),
-    online_tokens=24000, online_lr=3e-4, prompts=100, samples=2)
+    online_tokens=24000, prompts=100, samples=2)
 
 # The learner's model and tasks stay the bundled ones: what a GPU gives is time for a longer run.
 GPU = dataclasses.replace(FULL, policies=(Policy("falling", 2000, 200), Policy("rising", 600, 100, ("--entropy-bonus", "0.05"))), prompts=400)

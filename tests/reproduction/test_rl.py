@@ -172,7 +172,7 @@ def replay(tmp_path_factory):
 
 TRAINER = """#!/usr/bin/env python3
 import json, pathlib, sys
-flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+flags = {flag: value for flag, value in zip(sys.argv[1:], sys.argv[2:]) if flag.startswith("--")}
 start = json.loads(pathlib.Path(flags["--mtp"]).read_text())
 if flags["--loss"] == "kl":
     sys.exit("error: loss is not finite")
