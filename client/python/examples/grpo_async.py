@@ -214,6 +214,7 @@ async def run(arguments: argparse.Namespace) -> None:
         log.write("run", arguments=settings, version=version, load=os.getloadavg()[0])
 
         async def evaluation() -> None:
+            print(f"version {version:4}  evaluating on {arguments.eval} held-out problems of every task (--eval)", file=sys.stderr, flush=True)
             begin = time.monotonic()
             result = await evaluate(player, arguments.eval)
             log.write("eval", version=version, reward=result, eval_seconds=round(time.monotonic() - begin, 3), load=os.getloadavg()[0])
