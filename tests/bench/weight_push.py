@@ -25,7 +25,8 @@ import numpy as np
 
 import bebop
 from bebop import tensors
-from bebop.weights import CHUNK_BYTES, _Stream, encode_frame
+from bebop.weight_plan import CHUNK_BYTES, encode_frame
+from bebop.weights import _Stream
 
 TINY = pathlib.Path(__file__).resolve().parents[2] / "tests/models/bebop-tiny/config.json"
 

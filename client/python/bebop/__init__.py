@@ -22,7 +22,7 @@ from bebop.fleet import AsyncFleet, Fleet, FleetError, FleetUpdateError
 from bebop.results import (Admitted, DraftScore, Finish, GroupResult, SampleResult, SequenceScore, SpecStats, Timing, TokenChunk, Usage,
                            WeightSpan)
 from bebop.transport import RetryPolicy, Tls
-from bebop.weights import OpenUpdate, TensorSpec, UpdateResult, WeightCheck, WeightInfo
+from bebop.weight_plan import OpenUpdate, TensorSpec, UpdateResult, WeightCheck, WeightInfo
 
 __version__ = "0.1.0"
 

@@ -15,8 +15,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
-import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,197 +25,19 @@ from bebop.aio import AsyncClient
 from bebop.aio import side_by_side as side_by_side_async
 from bebop.client import Client, Event, side_by_side
 from bebop.control import ControlState
-from bebop.errors import BebopError, UnavailableError
+from bebop.errors import BebopError
+from bebop.fleet_state import PROBE_SECONDS, FleetError, FleetUpdateError, Replica, Rotation, UpdateStages, clients_of, split
 from bebop.results import GroupResult, SampleResult, SequenceScore
 from bebop.transport import Deadline
 from bebop.v1 import rollout_pb2, weights_pb2
-from bebop.weights import (NamedTensors, PushFailed, UpdateOptions, UpdatePlan, UpdateResult, WeightCheck, WeightInfo, may_have_begun, path_options,
-                           push_all, push_all_async, result_of)
+from bebop.weight_plan import NamedTensors, UpdateOptions, UpdatePlan, UpdateResult, WeightCheck, WeightInfo, path_options
+from bebop.weights import push_all, push_all_async
 
-_PROBE_SECONDS = 2.0
 # How long a call to all replicas tries to reach one: what is gone should not hold up those that are there.
 _CONNECT_SECONDS = 2.0
 _SETTLE_SECONDS = 5.0
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
 
 Address = Union[str, tuple[str, Union[str, None]]]
-
-
-class FleetError(BebopError):
-    """A call to all replicas that failed on some.
-
-    Attributes: errors: BebopError by address; results: what the others answered, by address. `code` and `reason` are the first failure's.
-    """
-
-    def __init__(self, what: str, errors: Mapping[str, BebopError], results: Mapping[str, Any]):
-        first = next(iter(errors.values()))
-        failures = "; ".join(f"{address}: {error}" for address, error in errors.items())
-        super().__init__(f"{what} failed on {len(errors)} of {len(errors) + len(results)} replicas: {failures}", code=first.code,
-                         reason=first.reason, metadata=first.metadata)
-        self.what, self.errors, self.results = what, dict(errors), dict(results)
-
-    def __reduce__(self):
-        return type(self), (self.what, self.errors, self.results)
-
-
-class FleetUpdateError(FleetError):
-    """A weight update that failed on some replicas.
-
-    Attributes:
-      stage: "start", "push" or "finish". Before "finish" no replica has the new weights.
-      updated, unchanged, unknown: addresses, by what is loaded there now: the new weights, the old ones, or nobody knows. Those of `unknown` are
-        out of rotation until their weights agree with a replica's in rotation; before "finish" they are those that could not be asked.
-      versions: WeightInfo by address; None for unknown.
-    """
-
-    def __init__(self, stage: str, errors: Mapping[str, BebopError], results: Mapping[str, Any], versions: Mapping[str, WeightInfo | None],
-                 update_id: str):
-        super().__init__(f"weight update ({stage})", errors, results)
-        self.stage, self.versions, self.update_id = stage, dict(versions), update_id
-        known = {address: info for address, info in versions.items() if info is not None}
-        self.updated = [address for address, info in known.items() if info.update_id == update_id]
-        self.unchanged = [address for address in known if address not in self.updated]
-        self.unknown = [address for address, info in versions.items() if info is None]
-        self.message += f". Steps now: {', '.join(f'{a}: {i.target_step if i else chr(63)}' for a, i in versions.items())}"
-
-    def __reduce__(self):
-        return type(self), (self.stage, self.errors, self.results, self.versions, self.update_id)
-
-
-@dataclasses.dataclass(eq=False)
-class _Replica:
-    client: Any
-    address: str
-    in_flight: int = 0  # samples sent by this fleet
-    ready: bool = True
-    probe_at: float = 0.0  # monotonic; of one that is not ready
-    pause: float = _FIRST_PAUSE
-
-
-class _Rotation:
-    """Who may get work, and who gets the next. Thread safe; asks nobody anything."""
-
-    def __init__(self, replicas: list[_Replica], balance: str):
-        if balance not in ("least_loaded", "round_robin"):
-            raise ValueError(f"balance: {balance!r} is none of least_loaded, round_robin")
-        self.replicas = replicas
-        self._balance = balance
-        self._lock = threading.Lock()
-        self._turn = 0
-        self._step = 0  # highest that a replica in rotation is known to have had
-
-    def pick(self, affinity: str | None, tried: Iterable[_Replica]) -> _Replica | None:
-        """A ready replica that was not tried. The same `affinity` gives the same one as long as it is ready, whatever the others do."""
-        with self._lock:
-            ready = [replica for replica in self.replicas if replica.ready and replica not in tried]
-            if not ready:
-                return None
-            if affinity is not None:
-                return max(ready, key=lambda replica: hashlib.sha256(f"{affinity}\0{replica.address}".encode()).digest())
-            self._turn += 1
-            order = [self.replicas[(self._turn + i) % len(self.replicas)] for i in range(len(self.replicas))]
-            order = [replica for replica in order if replica in ready]
-            return order[0] if self._balance == "round_robin" else min(order, key=lambda replica: replica.in_flight)
-
-    @contextlib.contextmanager
-    def using(self, replica: _Replica, samples: int) -> Iterator[None]:
-        """Counts samples as running there, for those who look for the least loaded."""
-        with self._lock:
-            replica.in_flight += samples
-        try:
-            yield
-        finally:
-            with self._lock:
-                replica.in_flight -= samples
-
-    def failed(self, replica: _Replica, error: BebopError, moves_when_full: bool = True) -> bool:
-        """Notes a failure; whether another replica may do what this one did not. Nothing is repeated that may have been delivered: the caller's
-        matter."""
-        if error.code == "UNAVAILABLE":
-            self.suspend(replica)
-            return True
-        # min_step: another replica may have the weights already.
-        return error.reason == "STEP_NOT_REACHED" or (error.code == "RESOURCE_EXHAUSTED" and error.retry_after is not None and moves_when_full)
-
-    def suspend(self, replica: _Replica) -> None:
-        with self._lock:
-            if not replica.ready:
-                replica.pause = min(_LONGEST_PAUSE, 2 * replica.pause)
-            replica.ready = False
-            replica.probe_at = time.monotonic() + replica.pause
-
-    def restore(self, replica: _Replica, step: int = 0) -> None:
-        with self._lock:
-            replica.ready, replica.pause = True, _FIRST_PAUSE
-            self._step = max(self._step, step)
-
-    def loaded(self, step: int) -> None:
-        """An update was finished on every replica; its step may be a lower one."""
-        with self._lock:
-            self._step = step
-
-    def due(self) -> tuple[list[_Replica], list[_Replica]]:
-        """Replicas to be asked whether they are back, each by one caller, and those in rotation, which tell what weights to expect."""
-        now = time.monotonic()
-        with self._lock:
-            due = [replica for replica in self.replicas if not replica.ready and replica.probe_at <= now]
-            for replica in due:
-                replica.pause = min(_LONGEST_PAUSE, 2 * replica.pause)
-                replica.probe_at = now + replica.pause + _PROBE_SECONDS
-            return due, [replica for replica in self.replicas if replica.ready] if due else []
-
-    def judge(self, answers: Mapping[_Replica, tuple], references: Iterable[tuple]) -> None:
-        """`answers`: versions of replicas that answered; a version begins with its step. Restores those that agree."""
-        references = list(references)
-        for replica, version in answers.items():
-            if version in references if references else version[0] >= self._step:
-                self.restore(replica, version[0])
-
-    def why_none(self) -> UnavailableError:
-        names = ", ".join(replica.address for replica in self.replicas)
-        return UnavailableError(f"no replica in rotation ({names}): unreachable, draining, or with other weights than step {self._step}")
-
-
-def _clients(kind: type, replicas: Sequence[Any], options: Mapping[str, Any]) -> list[_Replica]:
-    if not replicas:
-        raise ValueError("Fleet: no replicas")
-    out = []
-    for entry in replicas:
-        if isinstance(entry, kind):
-            client = entry
-        elif isinstance(entry, str):
-            client = kind(entry, **options)
-        elif isinstance(entry, (tuple, list)) and len(entry) == 2:
-            client = kind(*entry, **options)
-        else:
-            raise TypeError(f"Fleet: expected a {kind.__name__}, an address, or (rollout, admin), got {entry!r}")
-        out.append(_Replica(client, client._server.address))
-    addresses = [replica.address for replica in out]
-    if len(set(addresses)) < len(addresses):
-        raise ValueError(f"Fleet: an address occurs twice among {', '.join(addresses)}")
-    return out
-
-
-def _check_same_model(infos: Mapping[str, WeightInfo]) -> None:
-    (first, reference), *others = infos.items()
-    for address, info in others:
-        for one, other in zip(reference.tensors, info.tensors):
-            if one != other:
-                raise ValueError(f"{first} has {one}, but {address} has {other}: not the same model in the same types")
-        if len(reference.tensors) != len(info.tensors):
-            raise ValueError(f"{first} has {len(reference.tensors)} tensors, but {address} has {len(info.tensors)}: not the same model")
-
-
-def _split(outcomes: Mapping[str, Any]) -> tuple[dict[str, BebopError], dict[str, Any]]:
-    errors = {address: outcome for address, outcome in outcomes.items() if isinstance(outcome, BebopError)}
-    return errors, {address: outcome for address, outcome in outcomes.items() if address not in errors}
-
-
-def _settled(outcome: WeightInfo | BebopError, update_id: str) -> WeightInfo | None:
-    """What is loaded after a finish that failed; None while that is open."""
-    if isinstance(outcome, BebopError) or (outcome.update is not None and outcome.update.update_id == update_id):
-        return None
-    return outcome
 
 
 class _FleetBase:
@@ -232,11 +52,11 @@ class _FleetBase:
           balance: "least_loaded", by the samples that this fleet has running, or "round_robin".
           options: of the clients that are made here: tls, token, token_file, timeout, retry.
         """
-        self._setup(_clients(self._kind, replicas, options), balance)
+        self._setup(clients_of(self._kind, replicas, options), balance)
 
-    def _setup(self, replicas: list[_Replica], balance: str) -> None:
+    def _setup(self, replicas: list[Replica], balance: str) -> None:
         self._balance = balance
-        self._rotation = _Rotation(replicas, balance)
+        self._rotation = Rotation(replicas, balance)
         self._timeout = replicas[0].client._timeout
         self._retry = replicas[0].client._retry
 
@@ -245,7 +65,7 @@ class _FleetBase:
 
     def __setstate__(self, state):
         clients, balance = state
-        self._setup(_clients(self._kind, clients, {}), balance)
+        self._setup(clients_of(self._kind, clients, {}), balance)
 
     def __repr__(self) -> str:
         return f"bebop.{type(self).__name__}({self.addresses!r})"
@@ -270,7 +90,7 @@ class _FleetBase:
 
     def _note(self, outcomes: Mapping[str, Any]) -> tuple[dict[str, BebopError], dict[str, Any]]:
         """Errors and results by address; who could not be reached is taken out of rotation."""
-        errors, results = _split(outcomes)
+        errors, results = split(outcomes)
         for replica in self._rotation.replicas:
             if replica.address in errors and errors[replica.address].code == "UNAVAILABLE":
                 self._rotation.suspend(replica)
@@ -330,10 +150,10 @@ class Fleet(_FleetBase):
 
     # ---- one replica ----
 
-    def _pick(self, affinity: str | None, tried: Iterable[_Replica]) -> _Replica | None:
+    def _pick(self, affinity: str | None, tried: Iterable[Replica]) -> Replica | None:
         due, ready = self._rotation.due()
         if due:
-            answers = _each(due + ready, lambda client: _version(client, _PROBE_SECONDS))
+            answers = _each(due + ready, lambda client: _version(client, PROBE_SECONDS))
             found = {replica: answers[replica.address] for replica in due + ready if not isinstance(answers[replica.address], BebopError)}
             self._rotation.judge({replica: found[replica] for replica in due if replica in found},
                                  [found[replica] for replica in ready if replica in found])
@@ -341,7 +161,7 @@ class Fleet(_FleetBase):
 
     def _route(self, send: Callable[[Client, float | None], Any], samples: int, affinity: str | None, timeout: float | None) -> Any:
         deadline = Deadline(self._timeout if timeout is None else timeout)
-        tried: list[_Replica] = []
+        tried: list[Replica] = []
         error: BebopError | None = None
         attempt = 0
         while True:
@@ -486,9 +306,9 @@ def _version(client: Client, timeout: float) -> tuple:
     return client._once().weights.info(timeout=timeout).version
 
 
-def _each(replicas: Sequence[_Replica], call: Callable[[Client], Any]) -> dict[str, Any]:
+def _each(replicas: Sequence[Replica], call: Callable[[Client], Any]) -> dict[str, Any]:
     """Calls all at once; by address, the answer or the BebopError."""
-    def one(replica: _Replica) -> Any:
+    def one(replica: Replica) -> Any:
         try:
             return call(replica.client)
         except BebopError as error:
@@ -503,59 +323,7 @@ def _each(replicas: Sequence[_Replica], call: Callable[[Client], Any]) -> dict[s
         pool.shutdown(wait=False)  # an interrupt leaves at once; otherwise all have ended
 
 
-class _UpdateStages:
-    """The course of an update over several servers, as far as nobody has to be asked."""
-
-    def __init__(self, rotation: _Rotation, options: UpdateOptions, infos: Mapping[str, WeightInfo], named_tensors: Any):
-        _check_same_model(infos)
-        self.rotation, self.infos = rotation, infos
-        self.plan = UpdatePlan(options, next(iter(infos.values())), named_tensors)
-        self.stage = "start"
-        self._refused: set[str] = set()  # addresses; what is open there under our id is somebody else's
-
-    def note_start(self, client: Any, failure: BaseException) -> None:
-        """A start that failed."""
-        if not may_have_begun(failure):
-            self._refused.add(client._server.address)
-
-    @property
-    def begun(self) -> list[_Replica]:
-        """Replicas where the update is, or may be, open."""
-        return [replica for replica in self.rotation.replicas if replica.address not in self._refused]
-
-    def failed_before_finish(self, failure: BaseException) -> BaseException:
-        """What to raise for it."""
-        if isinstance(failure, PushFailed):
-            failed = self.rotation.replicas[failure.index]
-            errors = {failed.address: failure.error}
-            if failure.error.code == "UNAVAILABLE":
-                self.rotation.suspend(failed)
-        elif isinstance(failure, FleetError):
-            errors = failure.errors
-        else:
-            return failure
-        return FleetUpdateError(self.stage, errors, {address: info for address, info in self.infos.items() if address not in errors}, self.infos,
-                                self.plan.update_id)
-
-    def after_finish(self, outcomes: Mapping[str, Any], settled: Mapping[str, Any], deadline: Deadline) -> dict[str, UpdateResult]:
-        """`outcomes`: FinishWeightUpdateResult or BebopError by address; `settled`: WeightInfo or BebopError of those that failed."""
-        errors, messages = _split(outcomes)
-        results = {address: result_of(message, self.plan, deadline) for address, message in messages.items()}
-        versions: dict[str, WeightInfo | None] = {address: result.info for address, result in results.items()}
-        versions.update({address: _settled(settled[address], self.plan.update_id) for address in errors})
-        if not errors:
-            self.rotation.loaded(self.plan.options.step)
-        for replica in self.rotation.replicas:
-            if replica.address in results:
-                self.rotation.restore(replica, results[replica.address].info.target_step)
-            elif versions[replica.address] is None:
-                self.rotation.suspend(replica)
-        if errors:
-            raise FleetUpdateError("finish", errors, results, {address: versions[address] for address in self.infos}, self.plan.update_id)
-        return results
-
-
-def _start(stages: _UpdateStages, client: Client, timeout: float | None) -> None:
+def _start(stages: UpdateStages, client: Client, timeout: float | None) -> None:
     try:
         client.weights._call("StartWeightUpdate", stages.plan.start_request(), timeout)
     except BaseException as failure:
@@ -563,7 +331,7 @@ def _start(stages: _UpdateStages, client: Client, timeout: float | None) -> None
         raise
 
 
-async def _start_async(stages: _UpdateStages, client: AsyncClient, timeout: float | None) -> None:
+async def _start_async(stages: UpdateStages, client: AsyncClient, timeout: float | None) -> None:
     try:
         await client.weights._call("StartWeightUpdate", stages.plan.start_request(), timeout)
     except BaseException as failure:
@@ -612,7 +380,7 @@ class FleetWeights:
     def _run(self, options: UpdateOptions, named_tensors: NamedTensors | None, path: str | None = None) -> dict[str, UpdateResult]:
         fleet, deadline = self._fleet, Deadline(options.timeout)
         answers = fleet._ask(lambda client: client.weights.info(tensors=True, timeout=deadline.remaining()))
-        stages = _UpdateStages(fleet._rotation, options, fleet._infos(answers, options.update_id), named_tensors)
+        stages = UpdateStages(fleet._rotation, options, fleet._infos(answers, options.update_id), named_tensors)
         plan = stages.plan
         try:
             fleet._all("start", lambda client: _start(stages, client, deadline.remaining()))
@@ -642,7 +410,7 @@ class FleetWeights:
             raise
         return stages.after_finish(outcomes, settled, deadline)
 
-    def _abort_quietly(self, update_id: str, replicas: Sequence[_Replica]) -> None:
+    def _abort_quietly(self, update_id: str, replicas: Sequence[Replica]) -> None:
         _each(replicas, lambda client: client.weights._abort_quietly(update_id))
 
 
@@ -669,10 +437,10 @@ class AsyncFleet(_FleetBase):
 
     # ---- one replica ----
 
-    async def _pick(self, affinity: str | None, tried: Iterable[_Replica]) -> _Replica | None:
+    async def _pick(self, affinity: str | None, tried: Iterable[Replica]) -> Replica | None:
         due, ready = self._rotation.due()
         if due:
-            answers = await _each_async(due + ready, lambda client: _version_async(client, _PROBE_SECONDS))
+            answers = await _each_async(due + ready, lambda client: _version_async(client, PROBE_SECONDS))
             found = {replica: answers[replica.address] for replica in due + ready if not isinstance(answers[replica.address], BebopError)}
             self._rotation.judge({replica: found[replica] for replica in due if replica in found},
                                  [found[replica] for replica in ready if replica in found])
@@ -681,7 +449,7 @@ class AsyncFleet(_FleetBase):
     async def _route(self, send: Callable[[AsyncClient, float | None], Awaitable[Any]], samples: int, affinity: str | None,
                      timeout: float | None) -> Any:
         deadline = Deadline(self._timeout if timeout is None else timeout)
-        tried: list[_Replica] = []
+        tried: list[Replica] = []
         error: BebopError | None = None
         attempt = 0
         while True:
@@ -832,8 +600,8 @@ async def _version_async(client: AsyncClient, timeout: float) -> tuple:
     return (await client._once().weights.info(timeout=timeout)).version
 
 
-async def _each_async(replicas: Sequence[_Replica], call: Callable[[AsyncClient], Awaitable[Any]]) -> dict[str, Any]:
-    async def one(replica: _Replica) -> Any:
+async def _each_async(replicas: Sequence[Replica], call: Callable[[AsyncClient], Awaitable[Any]]) -> dict[str, Any]:
+    async def one(replica: Replica) -> Any:
         try:
             return await call(replica.client)
         except BebopError as error:
@@ -871,7 +639,7 @@ class AsyncFleetWeights:
     async def _run(self, options: UpdateOptions, named_tensors: Any, path: str | None = None) -> dict[str, UpdateResult]:
         fleet, deadline = self._fleet, Deadline(options.timeout)
         answers = await fleet._ask(lambda client: client.weights.info(tensors=True, timeout=deadline.remaining()))
-        stages = _UpdateStages(fleet._rotation, options, fleet._infos(answers, options.update_id), named_tensors)
+        stages = UpdateStages(fleet._rotation, options, fleet._infos(answers, options.update_id), named_tensors)
         plan = stages.plan
         try:
             await fleet._all("start", lambda client: _start_async(stages, client, deadline.remaining()))
@@ -903,5 +671,5 @@ class AsyncFleetWeights:
             raise
         return stages.after_finish(outcomes, settled, deadline)
 
-    async def _abort_quietly(self, update_id: str, replicas: Sequence[_Replica]) -> None:
+    async def _abort_quietly(self, update_id: str, replicas: Sequence[Replica]) -> None:
         await _each_async(replicas, lambda client: client.weights._abort_quietly(update_id))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import bebop
-from bebop import tensors, weights
+from bebop import tensors, weight_plan, weights
 from bebop.transport import RetryPolicy
 from fake_server import SPECS, FakeServer, component_digest
 
@@ -150,7 +150,7 @@ def test_an_update_brings_every_byte_and_the_version(fake, client):
     assert fake.streams == 1
     bits = {name: np.frombuffer(fake.tensors[name], "<u2" if dtype == "BF16" else "<f4").reshape(shape) for name, dtype, shape in SPECS}
     client.weights.update(bits, 43)  # as it is: nothing to cast
-    assert max(size for _, _, size in fake.chunks) == weights.CHUNK_BYTES <= 4 << 20 and loaded(fake, named)
+    assert max(size for _, _, size in fake.chunks) == weight_plan.CHUNK_BYTES <= 4 << 20 and loaded(fake, named)
 
 
 def test_an_iterator_is_consumed_lazily_and_once_and_may_reuse_its_memory(fake, client):
