@@ -416,8 +416,9 @@ absl::StatusOr<std::vector<float>> ReadMtpParameters(const std::string& path, co
   return flat;
 }
 
-absl::StatusOr<DType> MtpFileType(const std::string& path) {
+absl::StatusOr<std::optional<DType>> MtpFileType(const std::string& path) {
   BEBOP_ASSIGN_OR_RETURN(const MtpSource source, OpenMtpSource(path));
+  if (source.tensors.empty()) return std::nullopt;
   const bool is_bfloat16 =
       std::all_of(source.tensors.begin(), source.tensors.end(), [](const auto& tensor) { return tensor.second.entry->dtype == "BF16"; });
   return is_bfloat16 ? DType::kBFloat16 : DType::kFloat32;

@@ -19,8 +19,8 @@ namespace bebop {
 // Names, shapes and dtypes are checked as LoadModelWeights checks them, with its errors. FAILED_PRECONDITION: the checkpoint has no MTP
 // tensors; names --mtp and --init-mtp.
 absl::StatusOr<std::vector<float>> ReadMtpParameters(const std::string& path, const ModelConfig& config, const MtpLayout& layout);
-// The type of the MTP tensors there: kBFloat16 if all are BF16, else kFloat32, which holds them all exactly.
-absl::StatusOr<DType> MtpFileType(const std::string& path);
+// The type of the MTP tensors there: kBFloat16 if all are BF16, else kFloat32, which holds them all exactly; nullopt: there are none.
+absl::StatusOr<std::optional<DType>> MtpFileType(const std::string& path);
 // A fresh layer that a seed decides: matrices normal with 0.02 (output and down projections scaled by 1/√2), norms zero; fc copies
 // the embedding's and the hidden state's halves at equal weight.
 std::vector<float> InitMtpParameters(const MtpLayout& layout, uint64_t seed);

@@ -17,12 +17,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 ORDER = [
     "engine/formats", "kernels/common", "kernels", "engine/base", "engine/config", "engine/memory", "engine/weights",
     "engine/tokenizer", "engine/model", "engine/sampling", "engine/speculative", "engine/schedule", "engine/runtime",
-    "engine/training", "server",
+    "engine/training", "engine/tools", "server",
 ]
 OP_MAY_INCLUDE = {"kernels/embedding": {"kernels/linear"}, "kernels/decode": {"kernels/sampling"}}
 CLIENT_MAY_INCLUDE = {"client", "engine/formats", "proto"}
 # Files that catch what a library throws (CLI11, yaml-cpp) and turn it into a status; nobody throws.
-MAY_CATCH = {"server/server_options.cc", "client/cli/main.cc"}
+MAY_CATCH = {"server/server_options.cc", "client/cli/main.cc", "engine/tools/train_mtp.cc"}
 # The one file with inline PTX: everything else builds for the emulated device too.
 MAY_ASM = {"kernels/common/gpu_nvcc.h"}
 CUDA_HEADER = re.compile(r"(cuda|cublas|cub/|cooperative_groups|curand|device_|driver_types|mma\.h|nccl|nv/|nvtx|sm_\d|thrust/|vector_(types|functions))")

@@ -410,6 +410,7 @@ TEST_F(MtpFileTest, BadFilesAreNamed) {
     EXPECT_NE(flat.status().message().find(path), std::string::npos) << flat.status();
   };
   WriteModel(Select(false));
+  EXPECT_EQ(MtpFileType(model_).value(), std::nullopt);
   expect(model_, absl::StatusCode::kFailedPrecondition, "expected mtp.* tensors to begin from, got none: give them with --mtp FILE, or begin from random "
                                                         "ones with --init-mtp");
   expect(folder_.path(), absl::StatusCode::kNotFound, "expected model.safetensors or model.safetensors.index.json, got neither");
