@@ -15,6 +15,7 @@
 #include "engine/runtime/engine.h"
 #include "engine/runtime/engine_memory.h"
 #include "engine/schedule/step_plan.h"
+#include "kernels/common/stream.h"
 #include "kernels/common/thread_pool.h"
 
 namespace bebop {
@@ -34,6 +35,8 @@ class Backend {
   // backend. INTERNAL: the device failed.
   virtual absl::StatusOr<std::unique_ptr<DeviceMemory>> NewMemory() = 0;
   virtual Ops* ops() = 0;
+  // The queue of its operators and copies, for operators beside ops(); null on the CPU.
+  virtual cuda::Stream* stream() = 0;
   // Of activations beside the residual stream, with weights of `weight_dtype`.
   virtual DType activation_dtype(DType weight_dtype) const = 0;
   // OK when the kernels take this model's shapes; else INVALID_ARGUMENT names the config's key, its value and what is needed.

@@ -13,6 +13,7 @@ class CpuBackend final : public Backend {
   DeviceMemory* memory() override { return memory_.get(); }
   absl::StatusOr<std::unique_ptr<DeviceMemory>> NewMemory() override { return MakeHostMemory(); }
   Ops* ops() override { return ops_.get(); }
+  cuda::Stream* stream() override { return nullptr; }
   DType activation_dtype(DType) const override { return DType::kFloat32; }
   absl::Status CheckShapes(const ModelConfig&, DType) const override { return absl::OkStatus(); }
 

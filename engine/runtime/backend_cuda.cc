@@ -95,6 +95,7 @@ class CudaBackend final : public Backend {
   }
 
   Ops* ops() override { return ops_.get(); }
+  cuda::Stream* stream() override { return stream_.get(); }
   DType activation_dtype(DType weight_dtype) const override { return weight_dtype; }
 
   absl::Status CheckShapes(const ModelConfig& config, DType dtype) const override {

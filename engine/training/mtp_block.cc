@@ -70,6 +70,11 @@ int64_t MtpBlock::Carve(char* base) {
   return used;
 }
 
+int64_t MtpBlock::OperandValues(const ModelConfig& config, int64_t max_rows) {
+  const MtpLayout layout(config);
+  return max_rows * std::max({2 * layout.hidden, 2 * layout.ffn, layout.qkv_width()});
+}
+
 int64_t MtpBlock::Bytes(const ModelConfig& config, int64_t max_rows, int32_t max_steps, const TrainingOps& ops) {
   return MtpBlock(config, max_rows, max_steps, const_cast<TrainingOps*>(&ops)).Carve(nullptr);  // which only asks for sizes
 }
@@ -81,6 +86,7 @@ absl::StatusOr<std::unique_ptr<MtpBlock>> MtpBlock::Create(const ModelConfig& co
     return absl::UnimplementedError(absl::StrCat("training: head_dim must be a multiple of 16, got ", config.head_dim));
   }
   std::unique_ptr<MtpBlock> block(new MtpBlock(config, max_rows, max_steps, ops));
+  BEBOP_RETURN_IF_ERROR(ops->ReserveOperands(OperandValues(config, max_rows)));
   BEBOP_ASSIGN_OR_RETURN(block->storage_, memory->Allocate(block->Carve(nullptr), "training activations"));
   block->Carve(static_cast<char*>(block->storage_.get()));
   const SequenceRows sequence;

@@ -83,6 +83,11 @@ struct Buffers {
   double* row_weights = nullptr;
 };
 
+// Of the largest operand of a product.
+int64_t OperandValues(const ModelConfig& config, const TrainerOptions& options, const TrainingOps& ops) {
+  return std::max(MtpBlock::OperandValues(config, options.batch_tokens), LogitRows(config, options, ops) * config.hidden_size);
+}
+
 struct MemoryPart {
   const char* name;
   int64_t bytes;
@@ -92,6 +97,7 @@ std::vector<MemoryPart> Parts(const ModelConfig& config, const TrainerOptions& o
   constexpr int64_t kFlatArrays = 4;  // parameters, gradients, two moments
   return {{"target pass", TargetPass::Bytes(config, weight_dtype, activation_dtype, options.batch_tokens)},
           {"MTP activations and packed weights", MtpBlock::Bytes(config, options.batch_tokens, options.num_steps_ahead, ops)},
+          {"operands in bf16", ops.OperandBytes(OperandValues(config, options, ops))},
           {"parameters, gradients and moments", kFlatArrays * MtpLayout(config).total * ElementBytes(DType::kFloat32)},
           {"transposed lm_head", ops.PackedMatrixBytes(config.hidden_size, config.vocab_size)},
           {"batch and logits", Buffers(config, options, activation_dtype, ops, nullptr).bytes}};
@@ -135,6 +141,7 @@ class Trainer final : public MtpTrainer {
 
   absl::Status Init(std::span<const float> parameters) {
     const DType activation_dtype = backend_.activation_dtype(weights_.embedding.dtype);
+    BEBOP_RETURN_IF_ERROR(ops_.ReserveOperands(OperandValues(config_, options_, ops_)));
     BEBOP_ASSIGN_OR_RETURN(lm_head_storage_, TransposeLmHead());
     BEBOP_ASSIGN_OR_RETURN(target_, TargetPass::Create(config_, &weights_, &backend_, options_.batch_tokens));
     BEBOP_ASSIGN_OR_RETURN(block_, MtpBlock::Create(config_, options_.batch_tokens, options_.num_steps_ahead, &memory_, &ops_));
@@ -248,13 +255,13 @@ class Trainer final : public MtpTrainer {
     for (const LogitChunk& chunk : plan_.chunks) RunChunk(chunk, train, &sums);
     Finish(sums, &report);
     BEBOP_RETURN_IF_ERROR(memory_.status());
-    if (!sums.finite) return NotFinite(batch, sums, "not taken");
+    if (!sums.finite) return NotFinite(batch, sums, 0.0);
     if (train) {
       ops_.Clear(FloatMatrix(gradients_, 1, layout_.total));
       block_->Backward(chains, num_steps, dhidden_.data(), gradients_);
       report.gradient_norm = optimizer_->Norm(gradients_);
       BEBOP_RETURN_IF_ERROR(memory_.status());
-      if (!std::isfinite(report.gradient_norm)) return NotFinite(batch, sums, absl::StrCat(report.gradient_norm));
+      if (!std::isfinite(report.gradient_norm)) return NotFinite(batch, sums, report.gradient_norm);
       ++step_;
       optimizer_->Step(step_, report.gradient_norm, gradients_, parameters_);
       block_->SetParameters(parameters_);
@@ -376,7 +383,7 @@ class Trainer final : public MtpTrainer {
     report->kl /= rows;
   }
 
-  absl::Status NotFinite(std::span<const TrainingDocument* const> batch, const Sums& sums, const std::string& norm) const {
+  absl::Status NotFinite(std::span<const TrainingDocument* const> batch, const Sums& sums, double norm) const {
     std::string first;
     for (size_t i = 0; i < batch.size() && sums.bad_row >= 0; ++i) {
       const DocumentRows& rows = plan_.documents[i];
@@ -384,8 +391,10 @@ class Trainer final : public MtpTrainer {
       first = absl::StrCat(", first in the chain of token ", sums.bad_row - rows.first_row, " of line ", batch[i]->line);
     }
     const auto line = [](std::string* out, const TrainingDocument* document) { absl::StrAppend(out, document->line); };
-    return absl::DataLossError(absl::StrCat("training: step ", step_ + 1, ": loss ", sums.loss, " and gradient norm ", norm,
-                                            " are not both finite", first, "; documents of lines ", absl::StrJoin(batch, ", ", line)));
+    const std::string what = sums.finite ? absl::StrCat("loss ", sums.loss, ", but the gradient norm is ", norm)
+                                         : std::string("the loss is not finite, and the gradient norm not taken");
+    return absl::DataLossError(absl::StrCat("training: step ", step_ + 1, ": ", what, first, "; documents of lines ",
+                                            absl::StrJoin(batch, ", ", line)));
   }
 
   double GemmFlops(int64_t rows, bool train) const {
@@ -433,6 +442,7 @@ absl::StatusOr<std::unique_ptr<MtpTrainer>> MtpTrainer::Create(const ModelConfig
                                                                TrainingOps* ops, const TrainerOptions& options,
                                                                std::span<const float> parameters) {
   BEBOP_RETURN_IF_ERROR(CheckOptions(config, options, *backend->memory()));
+  BEBOP_RETURN_IF_ERROR(ops->CheckModel(config, weights->embedding.dtype));
   const int64_t total = MtpLayout(config).total;
   if (static_cast<int64_t>(parameters.size()) != total) {
     return absl::InvalidArgumentError(absl::StrCat("training: parameters: expected ", total, " values, got ", parameters.size()));

@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <memory>
 
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "engine/config/model_config.h"
+#include "engine/runtime/backend.h"
 #include "kernels/adamw/adamw.h"
 #include "kernels/attention/chain_attention.h"
 #include "kernels/common/dtype.h"
@@ -30,6 +34,14 @@ namespace bebop {
 class TrainingOps {
  public:
   virtual ~TrainingOps() = default;
+
+  // OK when the operators take this model with weights of `weight_dtype`; else UNIMPLEMENTED names the key, its value and what is needed.
+  virtual absl::Status CheckModel(const ModelConfig& config, DType weight_dtype) const = 0;
+
+  // Makes room for operands of up to `values` floats, which a device rounds to bf16 copies: enough for every product to come.
+  // RESOURCE_EXHAUSTED: not the memory.
+  virtual absl::Status ReserveOperands(int64_t values) = 0;
+  virtual int64_t OperandBytes(int64_t values) const = 0;  // that it takes
 
   // Products. A trained or frozen matrix W [rows, cols], float32 in rows, is packed once a change and then read as often as wanted.
   virtual int64_t PackedMatrixBytes(int64_t rows, int64_t cols) const = 0;
@@ -64,9 +76,11 @@ class TrainingOps {
   virtual void AdamWUpdate(const AdamWArgs& args) = 0;
 };
 
+// The operators of a backend, on its stream where it has one. Both pointers must outlive them. Errors: of MakeCudaTrainingOps.
+absl::StatusOr<std::unique_ptr<TrainingOps>> MakeTrainingOps(Backend* backend, ThreadPool* pool);
 // `pool` must outlive it.
 std::unique_ptr<TrainingOps> MakeCpuTrainingOps(ThreadPool* pool);
-// `stream` must outlive it. Only in builds with CUDA.
-std::unique_ptr<TrainingOps> MakeCudaTrainingOps(cuda::Stream* stream);
+// `stream` must outlive it. Only in builds with CUDA. RESOURCE_EXHAUSTED: not the memory. INTERNAL: the device failed.
+absl::StatusOr<std::unique_ptr<TrainingOps>> MakeCudaTrainingOps(cuda::Stream* stream);
 
 }  // namespace bebop

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cstring>
 
+#include "absl/strings/str_cat.h"
 #include "engine/training/training_ops.h"
 #include "kernels/common/check.h"
 
@@ -10,6 +11,14 @@ namespace {
 class CpuTrainingOps final : public TrainingOps {
  public:
   explicit CpuTrainingOps(ThreadPool* pool) : pool_(*pool) {}
+
+  absl::Status CheckModel(const ModelConfig& config, DType) const override {
+    if (config.head_dim % 16 == 0) return absl::OkStatus();
+    return absl::UnimplementedError(absl::StrCat("training: head_dim: ", config.head_dim, ", but it must be a multiple of 16"));
+  }
+
+  absl::Status ReserveOperands(int64_t) override { return absl::OkStatus(); }
+  int64_t OperandBytes(int64_t) const override { return 0; }
 
   int64_t PackedMatrixBytes(int64_t rows, int64_t cols) const override { return PackedBytes(DType::kFloat32, rows, cols); }
   PackedMatrix Pack(const TensorView& w, void* destination) override {

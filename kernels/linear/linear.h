@@ -62,7 +62,7 @@ struct LinearBackwardWeightArgs;  // kernels/linear/linear_backward.h
 
 namespace cuda {
 
-class LinearBackwardScratch;  // kernels/linear/linear_backward.h
+struct LinearBackwardScratch;  // kernels/linear/linear_backward.h
 
 // Chooses and caches how to run a product on the device: our small-row kernel (few rows: the weights are read once at memory
 // speed) or a cuBLASLt plan. A plan is made at the first use of a shape (sizes, strides, alignments, layouts, type of y), which
@@ -82,7 +82,7 @@ class LinearPlans {
 
  private:
   friend void Linear(const LinearArgs& args, LinearPlans& plans, Stream& stream);
-  friend void LinearBackwardWeight(const LinearBackwardWeightArgs& args, LinearPlans& plans, LinearBackwardScratch& scratch,
+  friend void LinearBackwardWeight(const LinearBackwardWeightArgs& args, LinearPlans& plans, const LinearBackwardScratch& scratch,
                                    Stream& stream);
   struct Impl;
   std::unique_ptr<Impl> impl_;

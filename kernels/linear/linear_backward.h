@@ -57,23 +57,10 @@ void LinearBackwardWeight(const LinearBackwardWeightArgs& args, LinearBackwardSc
 // (linear_plans.cc). The order of a sum is cuBLASLt's, for the shape at hand.
 namespace cuda {
 
-// Copies of operands in bf16, which grow to their largest use and stay (cudaMalloc and cudaFree: warm up). One call at a time.
-class LinearBackwardScratch {
- public:
-  explicit LinearBackwardScratch(Stream* stream);  // must outlive it
-  ~LinearBackwardScratch();
-  LinearBackwardScratch(const LinearBackwardScratch&) = delete;
-  LinearBackwardScratch& operator=(const LinearBackwardScratch&) = delete;
-  // Enqueues the rounding of operand `index` = 0 or 1 and returns the copy, good until the next one of this index; `x` itself where it is bf16.
-  TensorView Rounded(int index, const TensorView& x);
-
- private:
-  struct Buffer {
-    void* data = nullptr;
-    int64_t bytes = 0;
-  };
-  Stream& stream_;
-  Buffer buffers_[2];
+// Where operands in bf16 go, for one call at a time: device memory aligned to 256 bytes. REQUIRES: 2 bytes for each value of an operand.
+struct LinearBackwardScratch {
+  void* operands[2] = {nullptr, nullptr};
+  int64_t bytes = 0;  // of each
 };
 
 // to <- from, float32 or bf16 either side (rounded to nearest even): [T, C], rows aligned to 16 bytes, C a multiple of 8, no overlap.
@@ -83,11 +70,13 @@ void Convert(const TensorView& from, const TensorView& to, Stream& stream);
 // bytes serve as W (in rows) and as Wᵀ (in columns).
 PackedMatrix PackBf16(const TensorView& w, void* destination, Stream& stream);
 PackedMatrix PackBf16Transposed(const TensorView& w, void* destination, Stream& stream);
+// Row by row: zeros.
+void Clear(const TensorView& view, Stream& stream);
 
 // y = x Wᵀ with x float32 or bf16, which is rounded to bf16 where the weights are. Else as Linear.
-void LinearRounded(const LinearArgs& args, LinearPlans& plans, LinearBackwardScratch& scratch, Stream& stream);
-// x and dy float32 or bf16; N and K multiples of 8, any T; rows of dw aligned to 16 bytes.
-void LinearBackwardWeight(const LinearBackwardWeightArgs& args, LinearPlans& plans, LinearBackwardScratch& scratch, Stream& stream);
+void LinearRounded(const LinearArgs& args, LinearPlans& plans, const LinearBackwardScratch& scratch, Stream& stream);
+// x and dy as there; N and K multiples of 8, any T; rows of dw aligned to 16 bytes.
+void LinearBackwardWeight(const LinearBackwardWeightArgs& args, LinearPlans& plans, const LinearBackwardScratch& scratch, Stream& stream);
 
 }  // namespace cuda
 }  // namespace bebop

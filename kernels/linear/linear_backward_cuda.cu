@@ -29,9 +29,8 @@ __global__ void __launch_bounds__(kThreads) ConvertKernel(TensorView from, Tenso
 }  // namespace
 
 void Convert(const TensorView& from, const TensorView& to, Stream& stream) {
-  BEBOP_CHECK(from.rows == to.rows && from.cols == to.cols && gpu::RowsAligned(from));
-  if (from.rows == 0 || from.cols == 0 || !stream.ok()) return;
-  BEBOP_CHECK(gpu::RowsAligned(to));
+  BEBOP_CHECK(from.rows == to.rows && from.cols == to.cols && gpu::RowsAligned(from) && gpu::RowsAligned(to));
+  if (from.rows == 0 || from.cols == 0) return;
   const int64_t blocks = (from.cols / kVector + kThreads - 1) / kThreads;
   BEBOP_CUDA_TRY(stream, gpu::Launch(ConvertKernel, dim3(static_cast<unsigned>(from.rows), static_cast<unsigned>(blocks)),
                                      dim3(kThreads), 0, stream.handle(), from, to));

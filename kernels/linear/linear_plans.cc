@@ -56,6 +56,15 @@ struct Plan {
   uint64_t last_use = 0;
 };
 
+// `x` in bf16: itself, or a copy in the scratch.
+TensorView Rounded(const TensorView& x, int index, const LinearBackwardScratch& scratch, Stream& stream) {
+  if (x.dtype == DType::kBFloat16) return x;
+  const TensorView rounded = {scratch.operands[index], DType::kBFloat16, x.rows, x.cols, x.cols};
+  BEBOP_CHECK(x.rows * x.cols * ElementBytes(rounded.dtype) <= scratch.bytes);
+  Convert(x, rounded, stream);
+  return rounded;
+}
+
 }  // namespace
 
 struct LinearPlans::Impl {
@@ -212,30 +221,6 @@ void Linear(const LinearArgs& args, LinearPlans& plans, Stream& stream) {
   }
 }
 
-LinearBackwardScratch::LinearBackwardScratch(Stream* stream) : stream_(*stream) {}
-
-LinearBackwardScratch::~LinearBackwardScratch() {
-  // Waits for the launches that use it; after a sticky error it fails, and nobody is left to tell.
-  for (const Buffer& buffer : buffers_) {
-    if (buffer.data != nullptr) (void)cudaFree(buffer.data);
-  }
-}
-
-TensorView LinearBackwardScratch::Rounded(int index, const TensorView& x) {
-  if (x.dtype == DType::kBFloat16) return x;
-  Buffer& buffer = buffers_[index];
-  const int64_t bytes = x.rows * x.cols * ElementBytes(DType::kBFloat16);
-  if (bytes > buffer.bytes) {
-    if (buffer.data != nullptr) BEBOP_CUDA_TRY(stream_, cudaFree(buffer.data));
-    buffer = {};
-    BEBOP_CUDA_TRY(stream_, cudaMalloc(&buffer.data, static_cast<size_t>(bytes)));
-    if (stream_.ok()) buffer.bytes = bytes;
-  }
-  const TensorView rounded = {buffer.data, DType::kBFloat16, x.rows, x.cols, x.cols};
-  Convert(x, rounded, stream_);
-  return rounded;
-}
-
 PackedMatrix PackBf16(const TensorView& w, void* destination, Stream& stream) {
   Convert(w, {destination, DType::kBFloat16, w.rows, w.cols, w.cols}, stream);
   return {destination, DType::kBFloat16, w.rows, w.cols, MatrixLayout::kRows};
@@ -246,29 +231,31 @@ PackedMatrix PackBf16Transposed(const TensorView& w, void* destination, Stream& 
   return {destination, DType::kBFloat16, w.cols, w.rows, MatrixLayout::kColumns};
 }
 
-void LinearRounded(const LinearArgs& args, LinearPlans& plans, LinearBackwardScratch& scratch, Stream& stream) {
+void Clear(const TensorView& view, Stream& stream) {
+  if (view.rows == 0 || view.cols == 0) return;
+  const auto bytes = [&](int64_t count) { return static_cast<size_t>(count * ElementBytes(view.dtype)); };
+  BEBOP_CUDA_TRY(stream, cudaMemset2DAsync(view.data, bytes(view.row_stride), 0, bytes(view.cols), static_cast<size_t>(view.rows),
+                                           stream.handle()));
+}
+
+void LinearRounded(const LinearArgs& args, LinearPlans& plans, const LinearBackwardScratch& scratch, Stream& stream) {
   if (args.x.rows == 0) return;
   LinearArgs rounded = args;
-  if (args.w.dtype == DType::kBFloat16) rounded.x = scratch.Rounded(0, args.x);
-  if (!stream.ok()) return;
+  if (args.w.dtype == DType::kBFloat16) rounded.x = Rounded(args.x, 0, scratch, stream);
   Linear(rounded, plans, stream);
 }
 
-void LinearBackwardWeight(const LinearBackwardWeightArgs& args, LinearPlans& plans, LinearBackwardScratch& scratch,
+void LinearBackwardWeight(const LinearBackwardWeightArgs& args, LinearPlans& plans, const LinearBackwardScratch& scratch,
                           Stream& stream) {
   const TensorView& dw = args.dw;
   BEBOP_CHECK(plans.impl_->stream == &stream);
   BEBOP_CHECK(args.x.rows == args.dy.rows && dw.rows == args.dy.cols && dw.cols == args.x.cols && dw.dtype == DType::kFloat32);
   BEBOP_CHECK(dw.rows > 0 && dw.cols > 0 && args.x.cols % 8 == 0 && args.dy.cols % 8 == 0);
   if (args.x.rows == 0) {
-    if (args.accumulate) return;
-    BEBOP_CUDA_TRY(stream, cudaMemset2DAsync(dw.data, static_cast<size_t>(dw.row_stride) * sizeof(float), 0,
-                                             static_cast<size_t>(dw.cols) * sizeof(float), static_cast<size_t>(dw.rows),
-                                             stream.handle()));
+    if (!args.accumulate) Clear(dw, stream);
     return;
   }
-  const TensorView x = scratch.Rounded(0, args.x), dy = scratch.Rounded(1, args.dy);
-  if (!stream.ok()) return;
+  const TensorView x = Rounded(args.x, 0, scratch, stream), dy = Rounded(args.dy, 1, scratch, stream);
   plans.impl_->Multiply({.m = dw.cols,
                          .n = dw.rows,
                          .k = x.rows,

@@ -36,16 +36,22 @@ class LinearBackwardCudaTest : public CudaTest {
     CudaTest::SetUp();
     if (IsSkipped() || HasFatalFailure()) return;
     plans_ = std::make_unique<cuda::LinearPlans>(&stream());
-    scratch_ = std::make_unique<cuda::LinearBackwardScratch>(&stream());
+    operands_ = std::make_unique<DeviceArray<BFloat16>>(2 * kOperandValues);
+    scratch_ = {.operands = {operands_->data(), operands_->data() + kOperandValues}, .bytes = kOperandValues * 2};
   }
   void TearDown() override {
     plans_.reset();
-    scratch_.reset();
+    if (operands_ != nullptr) {
+      EXPECT_TRUE(operands_->GuardsUntouched());
+    }
+    operands_.reset();
     CudaTest::TearDown();
   }
 
+  static constexpr int64_t kOperandValues = 128 * 1024;
   std::unique_ptr<cuda::LinearPlans> plans_;
-  std::unique_ptr<cuda::LinearBackwardScratch> scratch_;
+  std::unique_ptr<DeviceArray<BFloat16>> operands_;
+  cuda::LinearBackwardScratch scratch_;
 };
 
 // Small integers are bf16, and their sums are exact in any order, so that every product counts: dW against the CPU.
@@ -64,7 +70,7 @@ TEST_F(LinearBackwardCudaTest, WeightGradientsOfIntegersAreExact) {
       for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
         SCOPED_TRACE(::testing::Message() << n << " x " << k << " x " << t << " " << DTypeName(dtype) << " " << accumulate);
         DeviceMatrix device_x(x, t, k, dtype, 24), device_dy(dy, t, n, dtype), dw(start, n, k, DType::kFloat32, 16);
-        cuda::LinearBackwardWeight({device_x.View(), device_dy.View(), accumulate, dw.View()}, *plans_, *scratch_, stream());
+        cuda::LinearBackwardWeight({device_x.View(), device_dy.View(), accumulate, dw.View()}, *plans_, scratch_, stream());
         EXPECT_EQ(dw.Values(), expected);
         EXPECT_TRUE(dw.GapsUntouched() && device_x.GapsUntouched());
       }
@@ -86,8 +92,8 @@ TEST_F(LinearBackwardCudaTest, ProductsWithBothPackingsAreExact) {
     EXPECT_TRUE(forward.rows == n && forward.cols == k && backward.rows == k && backward.cols == n);
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
       DeviceMatrix y(t, n, dtype), dx(t, k, dtype, 16);
-      cuda::LinearRounded({device_x.View(), forward, y.View()}, *plans_, *scratch_, stream());
-      cuda::LinearRounded({device_dy.View(), backward, dx.View()}, *plans_, *scratch_, stream());
+      cuda::LinearRounded({device_x.View(), forward, y.View()}, *plans_, scratch_, stream());
+      cuda::LinearRounded({device_dy.View(), backward, dx.View()}, *plans_, scratch_, stream());
       std::vector<float> expected_y(static_cast<size_t>(t * n), 0.0f), expected_dx(static_cast<size_t>(t * k), 0.0f);
       for (int64_t row = 0; row < t; ++row) {
         for (int64_t i = 0; i < n; ++i) {
@@ -112,7 +118,7 @@ TEST_F(LinearBackwardCudaTest, RoundsItsOperandsOnce) {
   Random random(5);
   const std::vector<float> x = random.Normals(kT * kK), dy = random.Normals(kT * kN);
   DeviceMatrix device_x(x, kT, kK, DType::kFloat32), device_dy(dy, kT, kN, DType::kFloat32), dw(kN, kK, DType::kFloat32);
-  cuda::LinearBackwardWeight({device_x.View(), device_dy.View(), false, dw.View()}, *plans_, *scratch_, stream());
+  cuda::LinearBackwardWeight({device_x.View(), device_dy.View(), false, dw.View()}, *plans_, scratch_, stream());
   std::vector<float> rounded_x = RoundToBFloat16(x), rounded_dy = RoundToBFloat16(dy), expected(kN * kK), magnitude(kN * kK);
   cpu::LinearBackwardWeight({FloatMatrix(rounded_x.data(), kT, kK), FloatMatrix(rounded_dy.data(), kT, kN), false,
                              FloatMatrix(expected.data(), kN, kK)},
@@ -131,9 +137,9 @@ TEST_F(LinearBackwardCudaTest, NoRowsAddNothing) {
   const std::vector<float> start(8 * 16, 3.0f);
   DeviceMatrix dw(start, 8, 16, DType::kFloat32);
   const TensorView x = {nullptr, DType::kFloat32, 0, 16, 16}, dy = {nullptr, DType::kFloat32, 0, 8, 8};
-  cuda::LinearBackwardWeight({x, dy, true, dw.View()}, *plans_, *scratch_, stream());
+  cuda::LinearBackwardWeight({x, dy, true, dw.View()}, *plans_, scratch_, stream());
   EXPECT_EQ(dw.Values(), start);
-  cuda::LinearBackwardWeight({x, dy, false, dw.View()}, *plans_, *scratch_, stream());
+  cuda::LinearBackwardWeight({x, dy, false, dw.View()}, *plans_, scratch_, stream());
   EXPECT_EQ(dw.Values(), std::vector<float>(8 * 16, 0.0f));
   EXPECT_TRUE(dw.GapsUntouched());
 }
