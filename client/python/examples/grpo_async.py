@@ -196,7 +196,8 @@ def show_evaluation(version: int, result: dict[str, Any]) -> None:
 
 async def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
-    policy = learner.Learner(arguments.model, arguments.lr, arguments.clip_low, arguments.clip_high, arguments.entropy_bonus)
+    policy = learner.Learner(arguments.model, arguments.lr, arguments.clip_low, arguments.clip_high, arguments.entropy_bonus,
+                             arguments.entropy_target)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
     keeper = keep.Keeper(arguments.keep, arguments.keep_every, policy, settings) if arguments.keep else None
     log = Log(arguments.log)
@@ -302,6 +303,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clip-low", type=float, default=0.2)
     parser.add_argument("--clip-high", type=float, default=0.28)
     parser.add_argument("--entropy-bonus", type=float, default=0.0, help="times the entropy in nats a token, added to the objective")
+    parser.add_argument("--entropy-target", type=float, help="the bonus rests while entropy is this or more")
     parser.add_argument("--threads", type=at_least(1, int), default=1, help="of the learner")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval", type=at_least(0, int), default=600, help="held-out problems of every task, before and after; 0: none")

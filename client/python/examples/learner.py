@@ -82,9 +82,10 @@ class Learner:
     The MTP layer is not trained: it is pushed along as it is, so that target and draft always have one version.
     """
 
-    def __init__(self, model: Path, lr: float, clip_low: float, clip_high: float, entropy_bonus: float = 0.0) -> None:
+    def __init__(self, model: Path, lr: float, clip_low: float, clip_high: float, entropy_bonus: float = 0.0,
+                 entropy_target: float | None = None) -> None:
         self._model, self._lr, self._clip_low, self._clip_high = model, lr, clip_low, clip_high
-        self._entropy_bonus = entropy_bonus
+        self._entropy_bonus, self._entropy_target = entropy_bonus, entropy_target
         weights, self.config, self.tokenizer = data.load_model(model)
         self._dtypes = {name: tensor.dtype for name, tensor in load_file(model / "model.safetensors").items()}
         self.weights = weights
@@ -115,10 +116,13 @@ class Learner:
 
         The loss is the mean over all sampled tokens of the groups. Groups whose rewards are all equal add nothing to it, and are not computed, unless
         there is an entropy bonus: that is the same mean, of the entropy of what each token is drawn from now, and has a gradient everywhere.
+        The bonus rests while the groups were sampled at a mean entropy of entropy_target or more.
         """
+        entropies = np.concatenate([episode.entropies[episode.trained] for group in groups for episode in group.episodes])
+        bonus = self._entropy_bonus if self._entropy_target is None or entropies.mean() < self._entropy_target else 0.0
         items = [(episode, float(advantage)) for group in groups
                  for episode, advantage in zip(group.episodes, advantages_of([episode.reward for episode in group.episodes]))
-                 if advantage != 0 or self._entropy_bonus != 0]
+                 if advantage != 0 or bonus != 0]
         stats: dict[str, Any] = {"trained_episodes": len(items), "trained_tokens": sum(int(item[0].trained.sum()) for item in items)}
         if not items:
             return stats
@@ -133,8 +137,8 @@ class Learner:
             ratio = (new - old).exp()
             bounded = ratio.clamp(1 - self._clip_low, 1 + self._clip_high)
             loss = -torch.minimum(ratio * advantage, bounded * advantage).sum() / num_tokens
-            if self._entropy_bonus != 0:
-                loss = loss + self._entropy_bonus * (log_probs.exp() * log_probs).sum() / num_tokens
+            if bonus != 0:
+                loss = loss + bonus * (log_probs.exp() * log_probs).sum() / num_tokens
             loss.backward()
             loss_sum += loss.item()
             clipped += int((bounded * advantage < ratio * advantage).sum())

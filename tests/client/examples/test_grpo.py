@@ -135,6 +135,13 @@ def test_an_entropy_bonus_moves_entropy_where_rewards_do_not(bonus):
     assert (sum(entropy_of(policy, one) for one in ones) - sum(before)) / bonus > 0.1
 
 
+@pytest.mark.parametrize("target, rests", [(0.99, True), (1.01, False)])
+def test_an_entropy_bonus_rests_at_its_target(target, rests):
+    policy = learner.Learner(bundled.MODEL, 3e-5, 0.2, 0.28, 0.1, target)
+    ones = [with_own_logprobs(policy, episode(40, 20, 1.0, first=first)) for first in (100, 300)]  # sampled at an entropy of 1
+    assert (policy.step([episodes.Group(0, "math", "add2", ones)])["trained_tokens"] == 0) == rests
+
+
 def test_pushed_tensors_are_the_checkpoints(policy):
     from safetensors.torch import load_file
 
