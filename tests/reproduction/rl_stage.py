@@ -26,6 +26,10 @@ STAGE = "rl"
 
 
 def measure(context: Context) -> None:
+    """All that is not there yet. Does nothing for a model that the learner example cannot train."""
+    if context.model != rl_run.MODEL:
+        context.say(f"rl: left out, the learner example trains {rl_run.MODEL} alone")
+        return
     settings = rl_run.settings_of(context)
     for policy in settings.policies:
         rl_run.run(context, policy)
