@@ -58,6 +58,7 @@ class Engine final : public EngineInterface {
   absl::Status SubmitScore(ScoreRequest request, std::shared_ptr<ScoreObserver> observer, uint64_t* handle) override;
   void Detach(const std::string& request_id, const GenerateObserver* observer) override;
   void CancelScore(uint64_t handle) override;
+  void ListenToSampleEnds(std::function<void(const SampleResult&)> listener) override;
   bool Abort(const std::string& request_id) override;
   void Wake() override;
   void Drain(absl::Duration deadline) override;

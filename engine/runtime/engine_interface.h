@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -52,6 +53,9 @@ class EngineInterface {
   // Detaches `observer` (no further call to it after the next step); the request is cancelled when it was the last one.
   virtual void Detach(const std::string& request_id, const GenerateObserver* observer) = 0;
   virtual void CancelScore(uint64_t handle) = 0;
+  // `listener` hears of every sample that ends from now on, once, however many observers it has and whether or not it is asked for again; as observers
+  // are called. For counters. Replaces the one before; empty: none.
+  virtual void ListenToSampleEnds(std::function<void(const SampleResult&)> listener) = 0;
   // Ends a request for all observers with the tokens so far as data (finish kAborted); waits for the step that executes, if any.
   // False: unknown or already ended.
   virtual bool Abort(const std::string& request_id) = 0;
@@ -74,7 +78,7 @@ class EngineInterface {
   // Swaps in what WeightUpdate::Finish made, target and draft together, between two steps, and tells what it did. Blocks: for a step; for a
   // score that already had to start over, at most half of `deadline` and 10 s; and with kWait until the samples that it waits for have ended, at most until
   // `deadline` passes (DEADLINE_EXCEEDED: nothing has changed; `weights` is gone). Works while paused. FAILED_PRECONDITION [ASLEEP], or [PAUSED]: kWait,
-  // and what it would wait for stands still; UNAVAILABLE: the engine ends; INTERNAL: it failed.
+  // and what it would wait for, or waits for, stands still: nobody could say for how long. UNAVAILABLE: the engine ends; INTERNAL: it failed.
   virtual absl::StatusOr<CommitResult> CommitWeights(std::unique_ptr<ModelWeights> weights, InFlight in_flight, absl::Duration deadline) = 0;
   // Hashes the resident bytes again; generation goes on. FAILED_PRECONDITION [ASLEEP].
   virtual absl::StatusOr<WeightVersion> RehashWeights() const = 0;

@@ -39,7 +39,7 @@ DeliveryLedger::Entry* DeliveryLedger::Open(const std::string& id, uint64_t body
 
 void DeliveryLedger::Attach(Entry* entry, std::shared_ptr<GenerateObserver> observer) {
   if (entry->admitted_) observer->OnAdmitted();
-  for (const SampleResult& sample : entry->samples_) observer->OnSample(sample);
+  for (const auto& sample : entry->samples_) observer->OnSample(sample);
   if (entry->ended_) {
     observer->OnDone(absl::OkStatus());
   } else {
@@ -72,7 +72,7 @@ void DeliveryLedger::Sample(Entry* entry, SampleResult sample) {
   const int64_t bytes = SampleBytes(sample);
   entry->bytes_ += bytes;
   bytes_ += bytes;
-  entry->samples_.push_back(std::move(sample));
+  entry->samples_.push_back(std::make_shared<const SampleResult>(std::move(sample)));
   for (const auto& observer : entry->observers_) observer->OnSample(entry->samples_.back());
   EvictOverBudget();
 }

@@ -30,14 +30,14 @@ class DeliveryLedger {
     const std::string& id() const { return id_; }
     uint64_t body_hash() const { return body_hash_; }
     bool ended() const { return ended_; }
-    const std::vector<SampleResult>& samples() const { return samples_; }  // ended ones, in order of their end
+    size_t num_samples() const { return samples_.size(); }  // ended ones
 
    private:
     friend class DeliveryLedger;
     std::string id_;
     uint64_t body_hash_ = 0;
     std::vector<std::shared_ptr<GenerateObserver>> observers_;
-    std::vector<SampleResult> samples_;
+    std::vector<std::shared_ptr<const SampleResult>> samples_;  // in order of their end; observers may share them
     std::set<int32_t> ended_indexes_;  // of samples; a resumed group need not have all from 0
     size_t num_samples_ = 0;
     bool admitted_ = false, ended_ = false;

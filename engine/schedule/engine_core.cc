@@ -382,6 +382,7 @@ void EngineCore::Impl::EndSample(LiveGroup* live, Sequence* sample, FinishReason
   done.token_source.shrink_to_fit();
   sample->state = Sequence::State::kEnded;
   --group.num_unfinished;
+  if (options.on_sample_end != nullptr) options.on_sample_end(done);
   ledger.Sample(live->entry, std::move(done));
 }
 
@@ -778,7 +779,7 @@ absl::Status EngineCore::Audit() const {
   for (const auto& [arrival, live] : impl_->groups) {
     groups.push_back(live.group.get());
     if (live.group->num_unfinished == 0) return absl::InternalError("a group without unfinished samples is alive");
-    if (live.entry->samples().size() + live.group->num_unfinished != live.group->samples.size()) {
+    if (live.entry->num_samples() + live.group->num_unfinished != live.group->samples.size()) {
       return absl::InternalError("ended and unfinished samples do not add up");
     }
   }

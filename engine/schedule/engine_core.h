@@ -31,6 +31,8 @@ struct EngineCoreOptions {
   // tokenizer, requests with stop strings are refused with FAILED_PRECONDITION.
   std::function<std::string_view(uint32_t)> token_bytes;
   WeightName weights;  // that the executor has at the start, under epoch 0
+  // Hears of every sample that ends, once, whether or not anybody is there to get it; as observers are called. May be empty.
+  std::function<void(const SampleResult&)> on_sample_end = nullptr;
 };
 
 // The engine without threads, model or wall clock: queue, scheduler, pools and delivery as one deterministic state machine. What

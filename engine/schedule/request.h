@@ -121,8 +121,8 @@ class GenerateObserver {
   virtual void OnAdmitted() {}
   // New tokens of a sample (only with stream_tokens): result arrays from index `begin` on are new.
   virtual void OnTokens(const SampleResult& /*partial*/, int32_t /*begin*/) {}
-  // A sample ended; each sample of an accepted request ends exactly once.
-  virtual void OnSample(const SampleResult& sample) = 0;
+  // A sample ended; each sample of an accepted request ends exactly once. It never changes again, so it may be kept and read elsewhere.
+  virtual void OnSample(const std::shared_ptr<const SampleResult>& sample) = 0;
   // The request ended: OK after all samples were delivered, else why (deadline, engine failure). Called exactly once, last.
   virtual void OnDone(const absl::Status& status) = 0;
   // False while the owner's output buffer is full: the request's samples pause and may be preempted; others go on.

@@ -106,12 +106,14 @@ absl::Status WeightUpdate::CheckSteps() const {
     if (exact && spec_.base_step.has_value() && *spec_.base_step != step) {
       return StatusWithReason(
           absl::StatusCode::kFailedPrecondition, "WRONG_BASE_STEP",
-          StrCat("base_step: expected ", step, ", which is loaded as ", component, ", got ", *spec_.base_step));
+          StrCat("base_step: expected ", step, ", which is loaded as ", component, ", got ", *spec_.base_step),
+          {{"field", "base_step"}, {"value", StrCat(*spec_.base_step)}, {"limit", StrCat(step)}, {"component", component}});
     }
     if (spec_.target_step > step || spec_.rewind) return absl::OkStatus();
     return StatusWithReason(absl::StatusCode::kFailedPrecondition, "STEP_NOT_NEWER",
                             StrCat("target_step: expected more than ", step, ", which is loaded as ", component,
-                                   " (or rewind), got ", spec_.target_step));
+                                   " (or rewind), got ", spec_.target_step),
+                            {{"field", "target_step"}, {"value", StrCat(spec_.target_step)}, {"limit", StrCat("> ", step)}, {"component", component}});
   };
   if (is_delta() && !spec_.base_step.has_value()) {
     return Invalid("BASE_STEP_MISSING", "base_step: expected the step that an overwrite delta starts from, got none");
@@ -191,7 +193,8 @@ absl::StatusOr<std::vector<size_t>> WeightUpdate::MatchManifest() const {
 absl::Status WeightUpdate::Charge(int64_t bytes) const {
   if (bytes <= limit_bytes_ - staging_bytes_) return absl::OkStatus();
   return StatusWithReason(absl::StatusCode::kResourceExhausted, "STAGING_BUDGET",
-                          StrCat("weight staging: expected at most ", limit_bytes_, " bytes, got ", staging_bytes_ + bytes));
+                          StrCat("weight staging: expected at most ", limit_bytes_, " bytes, got ", staging_bytes_ + bytes),
+                          {{"field", "--weight-staging-bytes"}, {"value", StrCat(staging_bytes_ + bytes)}, {"limit", StrCat(limit_bytes_)}});
 }
 
 const TensorInfo* WeightUpdate::Find(std::string_view tensor) const {
@@ -223,8 +226,10 @@ absl::Status WeightUpdate::WriteChunk(std::string_view name, int64_t offset, std
                             StrCat(Label(name), ": digest ", DigestHex(*digest), " after digest ", DigestHex(*tensor.announced)));
   }
   if (const int64_t bad = FirstNonFinite(form, bytes); bad >= 0) {
-    return Invalid("NON_FINITE", StrCat(Label(name), ": element ", offset / width + bad, ": expected a finite value, got ",
-                                        ElementValue(form, bytes, bad)));
+    const int64_t element = offset / width + bad;
+    return StatusWithReason(absl::StatusCode::kInvalidArgument, "NON_FINITE",
+                            StrCat(Label(name), ": element ", element, ": expected a finite value, got ", ElementValue(form, bytes, bad)),
+                            {{"tensor", std::string(name)}, {"element", StrCat(element)}});
   }
   BEBOP_RETURN_IF_ERROR(CheckRepeats(tensor, offset, bytes));
   if (size > 0 && !tensor.received.empty()) {

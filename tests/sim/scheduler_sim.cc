@@ -59,7 +59,7 @@ class Listener final : public GenerateObserver {
   Listener(Simulation* simulation, Client* client) : simulation_(simulation), client_(client) {}
   void OnAdmitted() override;
   void OnTokens(const SampleResult& partial, int32_t begin) override;
-  void OnSample(const SampleResult& sample) override;
+  void OnSample(const std::shared_ptr<const SampleResult>& ended) override;
   void OnDone(const absl::Status& status) override;
   bool HasRoom() const override { return room; }
 
@@ -238,7 +238,8 @@ void Listener::OnTokens(const SampleResult& partial, int32_t begin) {
   simulation_->NoteProgress();
 }
 
-void Listener::OnSample(const SampleResult& sample) {
+void Listener::OnSample(const std::shared_ptr<const SampleResult>& ended) {
+  const SampleResult& sample = *ended;
   const char* const id = client_->request.request_id.c_str();
   if (detached || done) return simulation_->Fail("%s: sample after the end", id);
   if (!ended_.insert(sample.sample_index).second) return simulation_->Fail("%s: sample %d ended twice", id, sample.sample_index);

@@ -33,7 +33,7 @@ constexpr uint64_t kSeedAtStart = 1, kOtherSeed = 2;
 class Streamed final : public Waiting<GenerateObserver> {
  public:
   void OnTokens(const SampleResult& partial, int32_t) override { num_tokens = static_cast<int32_t>(partial.token_ids.size()); }
-  void OnSample(const SampleResult& result) override { sample = result; }
+  void OnSample(const std::shared_ptr<const SampleResult>& result) override { sample = *result; }
   void OnDone(const absl::Status& with) override { End(with); }
   void WaitForTokens(int32_t count) const {
     while (num_tokens < count) std::this_thread::sleep_for(std::chrono::milliseconds(1));

@@ -83,7 +83,7 @@ class DeviceEngine {
 // A reader that can be full.
 class Reader final : public GenerateObserver {
  public:
-  void OnSample(const SampleResult& sample) override { samples[sample.sample_index] = sample; }
+  void OnSample(const std::shared_ptr<const SampleResult>& sample) override { samples[sample->sample_index] = *sample; }
   void OnDone(const absl::Status& status) override {
     done = status;
     finished = true;

@@ -62,7 +62,7 @@ class Waiting : public Observer {
 
 class WaitingGenerate final : public Waiting<GenerateObserver> {
  public:
-  void OnSample(const SampleResult& result) override { sample = result; }
+  void OnSample(const std::shared_ptr<const SampleResult>& result) override { sample = *result; }
   void OnDone(const absl::Status& with) override { End(with); }
   SampleResult sample;
 };

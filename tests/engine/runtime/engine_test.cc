@@ -19,11 +19,11 @@ namespace {
 // Counts what it is told and lets a thread wait for the end.
 class WaitingObserver final : public GenerateObserver {
  public:
-  void OnSample(const SampleResult& sample) override {
+  void OnSample(const std::shared_ptr<const SampleResult>& sample) override {
     MutexLock lock(&mutex_);
     ++samples_;
-    finish_ = sample.finish;
-    tokens_ += static_cast<int64_t>(sample.token_ids.size());
+    finish_ = sample->finish;
+    tokens_ += static_cast<int64_t>(sample->token_ids.size());
   }
   void OnDone(const absl::Status& status) override {
     MutexLock lock(&mutex_);

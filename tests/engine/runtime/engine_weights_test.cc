@@ -18,6 +18,7 @@
 
 #include <unistd.h>
 
+#include "absl/strings/match.h"
 #include "engine/base/mutex.h"
 #include "engine/base/status_reason.h"
 #include "engine/memory/device_memory.h"
@@ -48,9 +49,9 @@ class Listener final : public GenerateObserver {
     streamed_tokens_ = std::max<size_t>(streamed_tokens_, partial.token_ids.size());
     changed_.NotifyAll();
   }
-  void OnSample(const SampleResult& sample) override {
+  void OnSample(const std::shared_ptr<const SampleResult>& sample) override {
     MutexLock lock(&mutex_);
-    samples_[sample.sample_index] = sample;
+    samples_[sample->sample_index] = *sample;
   }
   void OnDone(const absl::Status& status) override {
     MutexLock lock(&mutex_);
@@ -559,6 +560,41 @@ TEST_F(EngineWeightsTest, ACommitThatWouldWaitInAPauseIsRefusedAtOnce) {
 }
 
 // Commits follow each other faster than a score takes.
+// Nobody can say when what it waits for goes on, and until then nothing may begin.
+TEST_F(EngineWeightsTest, APauseEndsACommitThatWaits) {
+  std::unique_ptr<Engine> engine = Make(1);
+  auto running = Submit(*engine, Greedy("a", 100), 2);
+  running->WaitTokens(2);
+  std::unique_ptr<ModelWeights> weights = Weights(2, 5);
+  absl::StatusOr<CommitResult> commit = absl::UnknownError("");
+  Background committer([&] { commit = engine->CommitWeights(std::move(weights), InFlight::kWait, absl::Seconds(60)); });
+  ASSERT_TRUE(WaitUntil([&] { return engine->control().committing; }));
+  ASSERT_TRUE(engine->Pause(PauseMode::kKeep, false, absl::Seconds(10)).ok());
+  committer.Join();
+  EXPECT_EQ(commit.status().code(), absl::StatusCode::kFailedPrecondition) << commit.status();
+  EXPECT_EQ(StatusReason(commit.status()), "PAUSED");
+  EXPECT_TRUE(absl::StrContains(commit.status().message(), "since generation was paused")) << commit.status();
+  EXPECT_FALSE(engine->control().committing);
+  EXPECT_EQ(engine->weight_version().target_step, 0);
+  // Nothing is left behind: what stood still goes on, and newcomers begin.
+  ASSERT_TRUE(engine->Resume().ok());
+  running->Open(*engine);
+  EXPECT_EQ(Run(*engine, Greedy("b", 20)).token_ids.size(), 20u);
+  const SampleResult sample = running->Wait().at(0);
+  EXPECT_EQ(sample.token_ids.size(), 100u);
+  EXPECT_EQ(sample.weight_spans.size(), 1u);
+  // A pause that ends what runs leaves nothing to wait for.
+  auto other = Submit(*engine, Greedy("c", 100), 2);
+  other->WaitTokens(2);
+  weights = Weights(2, 6);
+  Background second([&] { commit = engine->CommitWeights(std::move(weights), InFlight::kWait, absl::Seconds(60)); });
+  ASSERT_TRUE(WaitUntil([&] { return engine->control().committing; }));
+  ASSERT_TRUE(engine->Pause(PauseMode::kAbort, false, absl::Seconds(10)).ok());
+  second.Join();
+  EXPECT_TRUE(commit.ok()) << commit.status();
+  EXPECT_EQ(engine->weight_version().target_step, 6);
+}
+
 TEST_F(EngineWeightsTest, ScoresEndUnderSteadyCommits) {
   std::unique_ptr<Engine> engine = Make(1, std::chrono::milliseconds(3), /*max_step_tokens=*/72);
   ScoreRequest request;

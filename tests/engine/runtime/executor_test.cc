@@ -282,7 +282,7 @@ SampleResult GenerateOverSwap(GenerateRequest request, const ModelWeights* next,
   class Streamed final : public GenerateObserver {
    public:
     void OnTokens(const SampleResult& partial, int32_t) override { num_tokens = partial.token_ids.size(); }
-    void OnSample(const SampleResult& result) override { sample = result; }
+    void OnSample(const std::shared_ptr<const SampleResult>& result) override { sample = *result; }
     void OnDone(const absl::Status&) override {}
     size_t num_tokens = 0;
     SampleResult sample;

@@ -32,7 +32,7 @@ std::string WriteSmallConfigFolder();
 // Collects what a request is told. `finished` after OnDone.
 class Collector final : public GenerateObserver {
  public:
-  void OnSample(const SampleResult& sample) override { samples[sample.sample_index] = sample; }
+  void OnSample(const std::shared_ptr<const SampleResult>& sample) override { samples[sample->sample_index] = *sample; }
   void OnDone(const absl::Status& status) override {
     done = status;
     finished = true;

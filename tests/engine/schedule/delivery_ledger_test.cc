@@ -14,7 +14,7 @@ struct Recorder final : GenerateObserver {
   void OnTokens(const SampleResult& partial, int32_t begin) override {
     log += "t" + std::to_string(partial.sample_index) + ":" + std::to_string(begin);
   }
-  void OnSample(const SampleResult& sample) override { log += "s" + std::to_string(sample.sample_index); }
+  void OnSample(const std::shared_ptr<const SampleResult>& sample) override { log += "s" + std::to_string(sample->sample_index); }
   void OnDone(const absl::Status& status) override { log += status.ok() ? "D" : "E"; }
   bool HasRoom() const override { return room; }
   std::string log;
