@@ -9,6 +9,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "engine/base/mutex.h"
+#include "server/limits.h"
 
 namespace bebop {
 
@@ -16,7 +17,7 @@ namespace bebop {
 // handlers alone (a look, an abort, a resume), which therefore never wait behind the others. Thread safe.
 class BlockingCalls {
  public:
-  explicit BlockingCalls(int num_threads, int num_short_threads = 2);
+  explicit BlockingCalls(int num_threads, int num_short_threads = limits::kShortCalls);
   ~BlockingCalls();  // Stop()
   BlockingCalls(const BlockingCalls&) = delete;
   BlockingCalls& operator=(const BlockingCalls&) = delete;
@@ -28,7 +29,7 @@ class BlockingCalls {
   // Waits for the calls that were taken. Repeating it is harmless.
   void Stop();
 
-  static constexpr size_t kMaxWaiting = 64;  // of either kind
+  static constexpr size_t kMaxWaiting = limits::kQueuedCalls;  // of either kind
 
  private:
   struct Queue {

@@ -11,6 +11,7 @@
 #include "engine/base/status_reason.h"
 #include "server/byte_messages.h"
 #include "server/grpc_status.h"
+#include "server/limits.h"
 #include "server/services.h"
 #include "server/status_details.h"
 
@@ -22,10 +23,6 @@ namespace {
 using grpc::ByteBuffer;
 using grpc::CallbackServerContext;
 using grpc::ServerUnaryReactor;
-
-// Drains, and pauses with WAIT, that may wait at a time, so that callers that ask again and again leave threads for others.
-constexpr int kMaxWaitingDrains = 2;
-constexpr int kMaxWaitingPauses = 2;
 
 absl::Status TooManyCalls(absl::string_view what) {
   return WithRetryAfter(DetailedError(absl::StatusCode::kResourceExhausted, "CAPACITY", absl::StrCat("too many ", what, " wait already")),
@@ -124,7 +121,7 @@ class ControlService final : public WithRawMethods<v1::Control::Service> {
     const absl::StatusOr<PauseMode> mode = ToEngine(request, context_.rules);
     if (!mode.ok()) return mode.status();
     const bool waits = *mode == PauseMode::kWait;
-    if (waits && waiting_pauses_.fetch_add(1) >= kMaxWaitingPauses) {
+    if (waits && waiting_pauses_.fetch_add(1) >= limits::kWaitingPauses) {
       --waiting_pauses_;
       return TooManyCalls("pauses");
     }
@@ -144,7 +141,7 @@ class ControlService final : public WithRawMethods<v1::Control::Service> {
     if (!deadline.ok()) return deadline.status();
     context_.draining = true;
     if (context_.on_draining) context_.on_draining();
-    if (waiting_drains_.fetch_add(1) < kMaxWaitingDrains) engine_.Drain(*deadline);  // others are told at once that it drains
+    if (waiting_drains_.fetch_add(1) < limits::kWaitingDrains) engine_.Drain(*deadline);  // others are told at once that it drains
     --waiting_drains_;
     return State();
   }
@@ -152,6 +149,7 @@ class ControlService final : public WithRawMethods<v1::Control::Service> {
   ServiceContext& context_;
   EngineInterface& engine_;
   BlockingCalls& calls_;
+  // Few at a time, so that callers that ask again and again leave threads for others.
   std::atomic<int> waiting_drains_ = 0, waiting_pauses_ = 0;
 };
 

@@ -85,7 +85,7 @@ class InfoService final : public WithRawMethods<v1::Info::Service> {
   void FillServerInfo(v1::ServerInfo* reply) const {
     const EngineInfo& info = context_.engine->info();
     const RequestRules rules = context_.Rules();
-    const WeightVersion version = context_.engine->weight_version();
+    const EngineLoads loads = context_.engine->GetLoads();
     const EngineControl control = context_.engine->control();
     reply->set_api_version("bebop.v1");
     reply->set_build(context_.build);
@@ -109,8 +109,8 @@ class InfoService final : public WithRawMethods<v1::Info::Service> {
     reply->mutable_default_speculation()->set_mode(ToProto(rules.default_mode));
     reply->mutable_default_speculation()->set_num_draft_tokens(rules.default_num_draft_tokens);
     reply->set_synthetic_acceptance_allowed(rules.allow_synthetic_acceptance);
-    reply->set_weight_step(version.target_step);
-    reply->set_draft_step(version.draft_step);
+    reply->set_weight_step(loads.target_step);
+    reply->set_draft_step(loads.draft_step);
     reply->set_draining(context_.draining);
     reply->set_paused(control.paused);
     AddTags(control.sleeping, reply);

@@ -166,6 +166,14 @@ std::string LimitsMarkdown() {
   absl::StrAppend(&text, "| concurrent streams per connection | ", kConcurrentStreams, " |\n");
   absl::StrAppend(&text, "| client pings | one every ", kMinPingIntervalSeconds, " s |\n");
   absl::StrAppend(&text, "| unsent events of a `GenerateStream` before its group pauses | ", kStreamBufferBytes >> 10, " KiB |\n");
+  absl::StrAppend(&text, "\n## Calls at a time\n\nOne more is `RESOURCE_EXHAUSTED` (CAPACITY), to be tried again; a `Drain` is answered at once instead.\n\n");
+  absl::StrAppend(&text, "| what | limit |\n|---|---|\n");
+  absl::StrAppend(&text, "| admin calls that may wait | ", kBlockingCalls, ", and ", kQueuedCalls, " in line |\n");
+  absl::StrAppend(&text, "| short admin calls (`ResumeGeneration`, `GetWeightInfo`, `AbortWeightUpdate`) | ", kShortCalls, ", and ", kQueuedCalls,
+                  " in line |\n");
+  absl::StrAppend(&text, "| `PauseGeneration` with WAIT | ", kWaitingPauses, " |\n");
+  absl::StrAppend(&text, "| `Drain` | ", kWaitingDrains, " |\n");
+  absl::StrAppend(&text, "| `PushWeights` streams | ", kPushStreams, " |\n");
   absl::StrAppend(&text, "\n## Sized fields\n\n| field | limit |\n|---|---|\n");
   for (const SizeLimit& row : kSizeLimits) {
     absl::StrAppend(&text, "| `", row.field, "` | ");

@@ -45,6 +45,13 @@ inline constexpr int64_t kTokenizeResultIds = 3 * kTokenizeBytes;
 inline constexpr int32_t kEosTokenIds = 1024;  // what engine/config/model_config.cc takes from a checkpoint
 inline constexpr int64_t kDetokenizeIds = 1 << 20;
 
+// Admin calls that may wait, e.g. for running samples. Short ones (a resume, a look, an abort) have threads of their own.
+inline constexpr int kBlockingCalls = 8;   // at a time
+inline constexpr int kShortCalls = 2;      // at a time
+inline constexpr size_t kQueuedCalls = 64;  // of either kind, that wait for a thread
+inline constexpr int kWaitingPauses = 2;   // of PauseGeneration with WAIT
+inline constexpr int kWaitingDrains = 2;
+
 inline constexpr int32_t kWeightTensors = 1 << 16;
 inline constexpr int32_t kWeightComponents = 2;
 inline constexpr int32_t kMissingTensors = 64;  // named in a WeightUpdate

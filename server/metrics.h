@@ -59,7 +59,7 @@ class Metrics {
  public:
   explicit Metrics(MetricsOptions options);
 
-  // A sample as a caller gets it, each time one does; one that failed tells nothing.
+  // A sample that ended; one that failed tells nothing.
   void OnSample(const SampleResult& sample);
   // Times are kept of updates that were committed.
   void OnWeightUpdate(UpdateEnd end, const UpdateTimes& times);

@@ -47,19 +47,17 @@ bool HasData(const SampleResult& sample) { return sample.finish != FinishReason:
 struct ReplyPart {
   GenerateRequest request;
   ResumeOrigin origin;
-  std::shared_ptr<Metrics> metrics;
   std::optional<v1::GenerateRequest> params{};  // AppliedParams, once a sample has told
 };
 
 ReplyPart MakeReplyPart(const ServiceContext& context, const GenerateRequest& request, bool with_prompt) {
-  ReplyPart part = {.request = request, .origin = MakeResumeOrigin(context.rules.model, request.prompt), .metrics = context.metrics};
+  ReplyPart part = {.request = request, .origin = MakeResumeOrigin(context.rules.model, request.prompt)};
   if (!with_prompt) std::vector<uint32_t>().swap(part.request.prompt);
   std::vector<SampleResult>().swap(part.request.resume);
   return part;
 }
 
 v1::SampleResult ToReply(const SampleResult& sample, ReplyPart* part) {
-  if (part->metrics != nullptr) part->metrics->OnSample(sample);
   if (!part->params.has_value()) part->params = AppliedParams(sample, part->request);
   v1::SampleResult result = ToProto(sample, *part->params);
   if (IsCutShort(sample.finish)) result.set_resume_handle(EncodeResumeHandle(part->origin, *part->params, result, sample.pending_drafts));
@@ -94,10 +92,10 @@ absl::StatusOr<std::vector<ScoreRequest>> ParseScore(const ServiceContext& conte
 
 class UnaryGenerate;
 
-// Collects a group's samples. All On* methods run under the engine's lock, one at a time.
-class GroupObserver final : public GenerateObserver {
+// Collects a group's samples. All On* methods run under the engine's lock, one at a time; a group that was cut short is replied to elsewhere.
+class GroupObserver final : public GenerateObserver, public std::enable_shared_from_this<GroupObserver> {
  public:
-  GroupObserver(UnaryGenerate* call, ReplyPart part) : call_(call), part_(std::move(part)) {
+  GroupObserver(UnaryGenerate* call, ReplyThread* reply_thread, ReplyPart part) : call_(call), reply_thread_(*reply_thread), part_(std::move(part)) {
     result_.set_request_id(part_.request.request_id);
     result_.mutable_prompt_token_ids()->Add(part_.request.prompt.begin(), part_.request.prompt.end());
   }
@@ -105,15 +103,24 @@ class GroupObserver final : public GenerateObserver {
   // The call, for the first taker; null afterwards.
   UnaryGenerate* Take() { return call_.exchange(nullptr); }
 
-  void OnSample(const SampleResult& sample) override {
-    if (HasData(sample)) *result_.add_samples() = ToReply(sample, &part_);
+  void OnSample(const std::shared_ptr<const SampleResult>& sample) override {
+    if (IsCutShort(sample->finish)) {
+      cut_short_.push_back(sample);
+    } else if (HasData(*sample)) {
+      *result_.add_samples() = ToReply(*sample, &part_);
+    }
   }
   void OnDone(const absl::Status& status) override;
 
  private:
+  // After the engine's last call.
+  void Reply(UnaryGenerate* call, const absl::Status& status);
+
   std::atomic<UnaryGenerate*> call_;
+  ReplyThread& reply_thread_;
   ReplyPart part_;
   v1::GenerateResult result_;
+  std::vector<std::shared_ptr<const SampleResult>> cut_short_;
 };
 
 class UnaryGenerate final : public ServerUnaryReactor {
@@ -130,7 +137,7 @@ class UnaryGenerate final : public ServerUnaryReactor {
       return;
     }
     request_id_ = request->request_id;
-    observer_ = std::make_shared<GroupObserver>(this, MakeReplyPart(context, *request, with_prompt));
+    observer_ = std::make_shared<GroupObserver>(this, &context.reply_thread, MakeReplyPart(context, *request, with_prompt));
     const int64_t min_step = request->weights.min_step;
     const absl::Status status = engine_.Submit(*std::move(request), observer_);
     if (!status.ok()) {
@@ -143,7 +150,7 @@ class UnaryGenerate final : public ServerUnaryReactor {
     watch_.Start(call, engine_, min_step, [this] { engine_.Detach(request_id_, observer_.get()); }, end);
   }
 
-  // The engine's thread, after Take().
+  // After Take().
   void Complete(const absl::Status& status, const v1::GenerateResult& result) {
     Finish(ToGrpcStatus(status.ok() ? SerializeMessage(result, out_) : status));
   }
@@ -166,6 +173,15 @@ class UnaryGenerate final : public ServerUnaryReactor {
 void GroupObserver::OnDone(const absl::Status& status) {
   UnaryGenerate* call = Take();
   if (call == nullptr) return;
+  if (cut_short_.empty()) {
+    Reply(call, status);
+  } else {
+    reply_thread_.Add([self = shared_from_this(), call, status] { self->Reply(call, status); });
+  }
+}
+
+void GroupObserver::Reply(UnaryGenerate* call, const absl::Status& status) {
+  for (const auto& sample : cut_short_) *result_.add_samples() = ToReply(*sample, &part_);
   auto* samples = result_.mutable_samples();
   std::sort(samples->pointer_begin(), samples->pointer_end(),
             [](const v1::SampleResult* a, const v1::SampleResult* b) { return a->sample_index() < b->sample_index(); });
@@ -178,39 +194,35 @@ class StreamGenerate;
 
 // Turns a group into events and feeds them to the stream one at a time; gRPC takes the next only when the reader's window has room, so
 // what a slow reader leaves waits in `events_`, and HasRoom() pauses its group.
-class StreamObserver final : public GenerateObserver {
+class StreamObserver final : public GenerateObserver, public std::enable_shared_from_this<StreamObserver> {
  public:
-  StreamObserver(StreamGenerate* call, EngineInterface* engine, ReplyPart part) : call_(call), engine_(engine), part_(std::move(part)) {}
+  StreamObserver(StreamGenerate* call, EngineInterface* engine, ReplyThread* reply_thread, ReplyPart part)
+      : call_(call), engine_(engine), reply_thread_(*reply_thread), part_(std::move(part)) {}
 
   // Under the engine's lock.
   void OnAdmitted() override {
     v1::GenerateEvent event;
     event.mutable_admitted()->set_request_id(part_.request.request_id);
-    Push(event);
+    Do([this, event = std::move(event)] { Push(event); });
   }
   void OnTokens(const SampleResult& partial, int32_t begin) override {
     if (!part_.request.stream_tokens) return;
     v1::GenerateEvent event;
     *event.mutable_token_chunk() = ToProto(partial, begin);
-    Push(event);
+    Do([this, event = std::move(event)] { Push(event); });
   }
-  void OnSample(const SampleResult& sample) override {
-    if (!HasData(sample)) return;
+  void OnSample(const std::shared_ptr<const SampleResult>& sample) override {
+    if (!HasData(*sample)) return;
     ++num_delivered_;
-    v1::GenerateEvent event;
-    *event.mutable_sample_result() = ToReply(sample, &part_);
-    Push(event);
+    was_cut_short_ = was_cut_short_ || IsCutShort(sample->finish);
+    Do([this, sample] {
+      v1::GenerateEvent event;
+      *event.mutable_sample_result() = ToReply(*sample, &part_);
+      Push(event);
+    });
   }
   void OnDone(const absl::Status& status) override {
-    const absl::Status call_status = CallStatus(status, num_delivered_, part_.request);
-    if (call_status.ok()) {
-      v1::GenerateEvent event;
-      event.mutable_group_done()->set_request_id(part_.request.request_id);
-      event.mutable_group_done()->set_num_samples(part_.request.num_samples);
-      event.mutable_group_done()->mutable_prompt_token_ids()->Add(part_.request.prompt.begin(), part_.request.prompt.end());
-      Push(event);
-    }
-    End(call_status);
+    Do([this, call_status = CallStatus(status, num_delivered_, part_.request)] { PushEnd(call_status); });
   }
   bool HasRoom() const override { return unsent_bytes_.load(std::memory_order_relaxed) < limits::kStreamBufferBytes; }
 
@@ -222,7 +234,14 @@ class StreamObserver final : public GenerateObserver {
   bool Cancel();
 
  private:
+  // Does `push` now, or, once a sample was cut short, elsewhere and in order.
+  template <typename Action>
+  void Do(Action push) {
+    if (!was_cut_short_) return push();
+    reply_thread_.Add([self = shared_from_this(), push = std::move(push)] { push(); });
+  }
   void Push(const v1::GenerateEvent& event);
+  void PushEnd(const absl::Status& call_status);
   // Starts the next write, or finishes the call when there is none left and the end is known.
   void Advance() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
@@ -233,9 +252,11 @@ class StreamObserver final : public GenerateObserver {
   std::optional<grpc::Status> end_ ABSL_GUARDED_BY(mutex_);
   std::atomic<int64_t> unsent_bytes_ = 0;
   EngineInterface* const engine_;
+  ReplyThread& reply_thread_;
+  ReplyPart part_;  // whoever pushes
   // Under the engine's lock.
-  ReplyPart part_;
   int num_delivered_ = 0;
+  bool was_cut_short_ = false;
 };
 
 class StreamGenerate final : public ServerWriteReactor<ByteBuffer> {
@@ -248,7 +269,7 @@ class StreamGenerate final : public ServerWriteReactor<ByteBuffer> {
       return;
     }
     request_id_ = request->request_id;
-    observer_ = std::make_shared<StreamObserver>(this, &engine_, MakeReplyPart(context, *request, with_prompt));
+    observer_ = std::make_shared<StreamObserver>(this, &engine_, &context.reply_thread, MakeReplyPart(context, *request, with_prompt));
     const int64_t min_step = request->weights.min_step;
     const absl::Status status = engine_.Submit(*std::move(request), observer_);
     if (!status.ok()) {
@@ -287,6 +308,17 @@ void StreamObserver::Push(const v1::GenerateEvent& event) {
   unsent_bytes_ += static_cast<int64_t>(bytes.Length());
   events_.push_back(std::move(bytes));
   Advance();
+}
+
+void StreamObserver::PushEnd(const absl::Status& call_status) {
+  if (call_status.ok()) {
+    v1::GenerateEvent event;
+    event.mutable_group_done()->set_request_id(part_.request.request_id);
+    event.mutable_group_done()->set_num_samples(part_.request.num_samples);
+    event.mutable_group_done()->mutable_prompt_token_ids()->Add(part_.request.prompt.begin(), part_.request.prompt.end());
+    Push(event);
+  }
+  End(call_status);
 }
 
 void StreamObserver::End(const absl::Status& status) {

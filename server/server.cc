@@ -45,7 +45,6 @@ constexpr auto kInsecureWarningInterval = std::chrono::minutes(1);
 // answer takes longer than the timeout; its requests then stop costing work.
 constexpr int kKeepaliveIntervalMs = 60'000;
 constexpr int kKeepaliveTimeoutMs = 20'000;
-constexpr int kBlockingThreads = 8;  // admin calls that wait, e.g. for running samples, at a time
 // An engine that has not gone round its loop for so long hangs. Steps take seconds at most, and it goes round while it is paused, asleep or waiting.
 constexpr absl::Duration kHeartbeatLimit = absl::Minutes(2);
 constexpr auto kFlushTime = std::chrono::seconds(2);  // for the last replies to leave, after the engine has drained
@@ -172,7 +171,7 @@ absl::StatusOr<Listener> Listen(const ListenOptions& options, const char* flags,
 struct Server::Impl {
   ServiceContext context;
   std::unique_ptr<grpc::Service> rollout, rollout_info, admin_info, weights, control;
-  BlockingCalls blocking_calls{kBlockingThreads};  // of the services above
+  BlockingCalls blocking_calls{limits::kBlockingCalls};  // of the services above
   Listener rollout_listener, admin_listener;
   std::string http_address;
   std::unique_ptr<HttpEndpoints> http;  // below what it tells of, so that it ends first
@@ -283,6 +282,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(EngineInterface* engine, c
                                                              .vllm = options.vllm_metrics,
                                                              .sglang = options.sglang_metrics,
                                                              .insecure_no_auth = insecure});
+  engine->ListenToSampleEnds([metrics = context.metrics](const SampleResult& sample) { metrics->OnSample(sample); });
   context.rules.max_model_len = info.max_model_len;
   context.rules.vocab_size = info.config.vocab_size;
   context.rules.max_draft_tokens = info.max_draft_tokens;
@@ -368,6 +368,7 @@ void Server::Drain(absl::Duration timeout) {
   }
   impl_->SetHealth(false);
   impl_->context.engine->Drain(timeout);
+  impl_->context.reply_thread.Flush();
   impl_->StopListening();
   MutexLock lock(&impl_->mutex);
   impl_->drained = true;

@@ -97,7 +97,8 @@ class FlagParser {
     Number("--max-request-seconds", &options_.max_request_s, "Longest wall time of a request");
     Text("--weights-root", &options_.weights_root, "Folder beneath which weight updates may name files; default: no updates from files");
     Number("--weight-staging-bytes", &options_.engine.weight_staging_bytes,
-           "Memory an open weight update may hold; 0: as much as the weights. A device keeps it free, unless it is less than the weights");
+           "Memory an open weight update may hold, besides 16 MiB to keep track of it; 0: as much as the weights, for which a device keeps room. "
+           "Less than the weights: no update fits, and no room is kept");
     Switch("--allow-synthetic-acceptance", &options_.allow_synthetic_acceptance, "Serve requests with synthetic_acceptance (not lossless)");
     Switch("--allow-unknown-fields", &options_.allow_unknown_fields, "Ignore request fields this server does not know");
     Text("--token-file", &options_.token_file, "Who may call what: lines `ROLE[,ROLE] TOKEN`, roles rollout, weights, admin");

@@ -16,6 +16,7 @@
 #include "engine/runtime/engine_interface.h"
 #include "server/access.h"
 #include "server/metrics.h"
+#include "server/reply_thread.h"
 #include "server/translation.h"
 
 namespace bebop {
@@ -33,6 +34,7 @@ struct ServiceContext {
   absl::Duration max_request_time = absl::Hours(1);
   absl::Duration drain_timeout = absl::Seconds(30);  // of Control.Drain calls that name none
   std::function<void()> on_draining;                 // health follows at once; may be empty
+  mutable ReplyThread reply_thread;  // outlives every call
   MonotonicClock clock;
   std::atomic<bool> draining = false;
 

@@ -52,7 +52,12 @@ absl::Status CompleteDetails(absl::Status status) {
   if (status.ok() || status.GetPayload(kErrorInfoUrl).has_value()) return status;
   const std::string engine_reason = StatusReason(status);
   if (!engine_reason.empty()) {
-    absl::Status detailed = DetailedError(status.code(), engine_reason, status.message());
+    rpc::ErrorInfo info;
+    info.set_reason(engine_reason);
+    info.set_domain(kErrorDomain);
+    for (const auto& [name, value] : StatusReasonMetadata(status)) (*info.mutable_metadata())[name] = value;
+    absl::Status detailed(status.code(), status.message());
+    detailed.SetPayload(kErrorInfoUrl, ToCord(info));
     // Another learner's update ends; what does not fit today does not fit tomorrow.
     const bool retry = absl::IsUnavailable(status) || engine_reason == "UPDATE_IN_PROGRESS";
     return retry ? WithRetryAfter(std::move(detailed), kCapacityRetryDelay) : detailed;

@@ -84,6 +84,70 @@ TEST_F(ControlTest, WaitingPausesHaveTheCallsDeadline) {
   EXPECT_LE(milliseconds, 30'300);  // 30 s, which gRPC rounds up to what its header can say
 }
 
+// Pauses that stand in the engine until Release, or the end.
+class StandingPauses {
+ public:
+  StandingPauses(FakeEngine* engine, ControlClient* control) : engine_(*engine), control_(*control) {
+    engine_.OnPause([this] {
+      ++num_inside_;
+      released_.wait();
+    });
+  }
+  ~StandingPauses() { Release(); }
+  // Returns when `count` more stand there.
+  bool Add(v1::PauseGenerationRequest::Mode mode, int count) {
+    v1::PauseGenerationRequest request;
+    request.set_mode(mode);
+    const int before = num_inside_;
+    for (int i = 0; i < count; ++i) replies_.push_back(std::async(std::launch::async, [this, request] { return control_.PauseGeneration(request).status(); }));
+    return FakeEngine::WaitUntil([&] { return num_inside_ == before + count; });
+  }
+  int num_inside() const { return num_inside_; }
+  // What the callers hear.
+  std::vector<absl::Status> Release() {
+    if (!std::exchange(is_released_, true)) release_.set_value();
+    std::vector<absl::Status> statuses;
+    for (auto& reply : replies_) statuses.push_back(reply.get());
+    replies_.clear();
+    return statuses;
+  }
+
+ private:
+  FakeEngine& engine_;
+  ControlClient& control_;
+  std::promise<void> release_;
+  const std::shared_future<void> released_ = release_.get_future().share();
+  bool is_released_ = false;
+  std::atomic<int> num_inside_ = 0;
+  std::vector<std::future<absl::Status>> replies_;
+};
+
+TEST_F(ControlTest, FewPausesWaitAtATime) {
+  StandingPauses pauses(&engine_, control_.get());
+  ASSERT_TRUE(pauses.Add(v1::PauseGenerationRequest::WAIT, 2));
+  v1::PauseGenerationRequest wait;
+  wait.set_mode(v1::PauseGenerationRequest::WAIT);
+  const absl::Status third = control_->PauseGeneration(wait).status();
+  EXPECT_EQ(third.code(), absl::StatusCode::kResourceExhausted) << third;
+  EXPECT_EQ(third.message(), "too many pauses wait already");
+  EXPECT_EQ(GetErrorDetails(third).reason, "CAPACITY");
+  EXPECT_TRUE(GetErrorDetails(third).retry_after.has_value());
+  EXPECT_EQ(pauses.num_inside(), 2);
+  EXPECT_TRUE(pauses.Add(v1::PauseGenerationRequest::KEEP, 1)) << "those that do not wait are not counted";
+  for (const absl::Status& status : pauses.Release()) EXPECT_TRUE(status.ok()) << status;
+  EXPECT_TRUE(control_->PauseGeneration(wait).ok()) << "others have room again";
+}
+
+// However many calls wait, a resume, which may be what they wait for, does not wait behind them.
+TEST_F(ControlTest, AResumeNeverWaitsBehindOtherCalls) {
+  StandingPauses pauses(&engine_, control_.get());
+  ASSERT_TRUE(pauses.Add(v1::PauseGenerationRequest::KEEP, 8)) << "all threads for calls that may wait";
+  const auto resumed = control_->ResumeGeneration();
+  EXPECT_TRUE(resumed.ok()) << resumed.status();
+  EXPECT_EQ(engine_.calls(), std::vector<std::string>{"resume"});
+  for (const absl::Status& status : pauses.Release()) EXPECT_TRUE(status.ok()) << status;
+}
+
 TEST_F(ControlTest, SleepAndWakeUpByTag) {
   v1::SleepRequest sleep;
   sleep.add_tags("kv_cache");

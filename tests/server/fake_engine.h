@@ -25,7 +25,7 @@ class FakeEngine final : public EngineInterface {
   struct Request {
     GenerateRequest request;
     std::vector<std::shared_ptr<GenerateObserver>> observers;
-    std::vector<SampleResult> samples;
+    std::vector<std::shared_ptr<const SampleResult>> samples;
     bool done = false;
   };
   struct Score {
@@ -64,7 +64,7 @@ class FakeEngine final : public EngineInterface {
       return absl::AlreadyExistsError("request id in use with another body");
     }
     Request& entry = found->second;
-    for (const SampleResult& sample : entry.samples) observer->OnSample(sample);
+    for (const auto& sample : entry.samples) observer->OnSample(sample);
     if (entry.done) {
       observer->OnDone(absl::OkStatus());
     } else {
@@ -98,6 +98,10 @@ class FakeEngine final : public EngineInterface {
     MutexLock lock(&mutex_);
     scores_[handle].observer = nullptr;
     ++num_cancelled_scores_;
+  }
+  void ListenToSampleEnds(std::function<void(const SampleResult&)> listener) override {
+    MutexLock lock(&mutex_);
+    on_sample_end_ = std::move(listener);
   }
   bool Abort(const std::string& request_id) override {
     MutexLock lock(&mutex_);
@@ -154,6 +158,12 @@ class FakeEngine final : public EngineInterface {
 
   // Control: remembers what it was told.
   absl::StatusOr<int32_t> Pause(PauseMode mode, bool clear_cache, absl::Duration deadline) override {
+    std::function<void()> on_pause;
+    {
+      MutexLock lock(&mutex_);
+      on_pause = on_pause_;
+    }
+    if (on_pause != nullptr) on_pause();
     MutexLock lock(&mutex_);
     control_.paused = true;
     if (mode == PauseMode::kAbort) ++control_.abort_epoch;
@@ -194,7 +204,9 @@ class FakeEngine final : public EngineInterface {
     EngineLoads loads;
     {
       MutexLock lock(&mutex_);
-      loads.target_step = weights_ != nullptr ? weights_->version.target_step : version_.target_step;
+      const WeightVersion& version = weights_ != nullptr ? weights_->version : version_;
+      loads.target_step = version.target_step;
+      loads.draft_step = version.draft_step;
     }
     loads.submitted = 3;
     loads.finished = 2;
@@ -221,6 +233,11 @@ class FakeEngine final : public EngineInterface {
   void OnCommit(std::function<absl::StatusOr<CommitResult>(InFlight, absl::Duration)> on_commit) {
     MutexLock lock(&mutex_);
     on_commit_ = std::move(on_commit);
+  }
+  // What Pause does first; it may take its time.
+  void OnPause(std::function<void()> on_pause) {
+    MutexLock lock(&mutex_);
+    on_pause_ = std::move(on_pause);
   }
   // What RehashWeights does first.
   void OnRehash(std::function<void()> on_rehash) {
@@ -263,13 +280,18 @@ class FakeEngine final : public EngineInterface {
   }
   void Sample(const std::string& id, SampleResult sample) {
     std::vector<std::shared_ptr<GenerateObserver>> observers;
+    std::shared_ptr<const SampleResult> ended;
+    std::function<void(const SampleResult&)> on_sample_end;
     {
       MutexLock lock(&mutex_);
       sample.speculation = requests_[id].request.speculation;
-      requests_[id].samples.push_back(sample);
+      ended = std::make_shared<const SampleResult>(std::move(sample));
+      requests_[id].samples.push_back(ended);
       observers = requests_[id].observers;
+      on_sample_end = on_sample_end_;
     }
-    for (const auto& observer : observers) observer->OnSample(sample);
+    if (on_sample_end != nullptr) on_sample_end(*ended);
+    for (const auto& observer : observers) observer->OnSample(ended);
   }
   void Done(const std::string& id, const absl::Status& status) {
     std::vector<std::shared_ptr<GenerateObserver>> observers;
@@ -332,6 +354,8 @@ class FakeEngine final : public EngineInterface {
 
  private:
   mutable Mutex mutex_;
+  std::function<void(const SampleResult&)> on_sample_end_ ABSL_GUARDED_BY(mutex_);
+  std::function<void()> on_pause_ ABSL_GUARDED_BY(mutex_);
   EngineInfo info_;
   std::map<std::string, Request> requests_ ABSL_GUARDED_BY(mutex_);
   std::map<uint64_t, Score> scores_ ABSL_GUARDED_BY(mutex_);

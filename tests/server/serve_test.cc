@@ -16,7 +16,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 class Ignorer final : public GenerateObserver {
-  void OnSample(const SampleResult&) override {}
+  void OnSample(const std::shared_ptr<const SampleResult>&) override {}
   void OnDone(const absl::Status&) override {}
 };
 

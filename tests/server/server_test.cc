@@ -5,6 +5,7 @@
 #include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
+#include <time.h>
 
 #include <future>
 #include <string>
@@ -233,9 +234,70 @@ TEST_F(ServerTest, EventsAfterCancelAreIgnored) {
   (void)client->GenerateStream(MakeRequest("r"), [](const v1::GenerateEvent&) { return false; });
   player.join();
   ASSERT_TRUE(FakeEngine::WaitUntil([&] { return engine_.num_detached() == 1; }));
-  observer->OnSample(MakeSample(0, {1}));
+  observer->OnSample(std::make_shared<const SampleResult>(MakeSample(0, {1})));
   observer->OnDone(absl::OkStatus());
   EXPECT_TRUE(observer->HasRoom());
+}
+
+// Samples that are cut short are made into replies elsewhere; the stream keeps its order.
+TEST_F(ServerTest, StreamsKeepTheirOrderBehindASampleThatIsCutShort) {
+  const auto client = Connect();
+  v1::GenerateRequest request = MakeRequest("r", 3);
+  request.mutable_output()->set_stream_tokens(true);
+  std::vector<v1::GenerateEvent> events;
+  std::thread player([&] {
+    const auto observer = engine_.WaitForObservers("r").at(0);
+    observer->OnAdmitted();
+    engine_.Sample("r", MakeSample(0, {1}, FinishReason::kSuperseded));
+    observer->OnTokens(MakeSample(1, {7}, FinishReason::kNone), 0);
+    engine_.Sample("r", MakeSample(1, {7}));
+    engine_.Sample("r", MakeSample(2, std::vector<uint32_t>(100'000, 5), FinishReason::kWeightPolicy));
+    engine_.Done("r", absl::OkStatus());
+  });
+  const absl::Status status = client->GenerateStream(request, [&](const v1::GenerateEvent& event) {
+    events.push_back(event);
+    return true;
+  });
+  player.join();
+  ASSERT_TRUE(status.ok()) << status;
+  ASSERT_EQ(events.size(), 6u);
+  EXPECT_TRUE(events[0].has_admitted());
+  EXPECT_EQ(events[1].sample_result().sample_index(), 0);
+  EXPECT_GT(events[1].sample_result().resume_handle().size(), 0u);
+  EXPECT_EQ(events[2].token_chunk().token_ids(0), 7u);
+  EXPECT_EQ(events[3].sample_result().sample_index(), 1);
+  EXPECT_TRUE(events[3].sample_result().resume_handle().empty());
+  EXPECT_EQ(events[4].sample_result().sample_index(), 2);
+  EXPECT_GT(events[4].sample_result().resume_handle().size(), 100'000u);
+  EXPECT_TRUE(events[5].has_group_done());
+}
+
+// A pause may cut short thousands of long samples at once; their handles must not be made while everybody waits for the engine's lock. Told by the
+// processor's time of the thread that delivers, which is the engine's: a sample that ends by itself is made into a reply there.
+TEST_F(ServerTest, HandlesAreNotMadeOnTheEnginesThread) {
+  constexpr size_t kTokens = 2'000'000;
+  const auto time_of = [&](const std::string& id, FinishReason finish) {
+    const auto client = Connect();
+    auto reply = GenerateAsync(client.get(), MakeRequest(id));
+    EXPECT_EQ(engine_.WaitForObservers(id).size(), 1u);
+    SampleResult sample = MakeSample(0, std::vector<uint32_t>(kTokens, 77), finish);
+    const auto now = [] {
+      timespec time = {};
+      clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+      return absl::DurationFromTimespec(time);
+    };
+    const absl::Duration begin = now();
+    engine_.Sample(id, std::move(sample));
+    engine_.Done(id, absl::OkStatus());
+    const absl::Duration spent = now() - begin;
+    const auto result = reply.get();
+    EXPECT_TRUE(result.ok()) << result.status();
+    EXPECT_EQ(result->samples(0).token_ids_size(), static_cast<int>(kTokens));
+    EXPECT_EQ(result->samples(0).resume_handle().empty(), finish == FinishReason::kLength);
+    return spent;
+  };
+  const absl::Duration whole = time_of("whole", FinishReason::kLength), cut = time_of("cut", FinishReason::kAborted);
+  EXPECT_LT(cut, whole / 4);
 }
 
 TEST_F(ServerTest, SlowReaderPausesItselfAndBlocksNobody) {

@@ -10,6 +10,7 @@
 
 #include "bebop/rpc/status.pb.h"
 #include "engine/base/clock.h"
+#include "engine/base/status_reason.h"
 #include "engine/schedule/engine_core.h"
 #include "google/protobuf/unknown_field_set.h"
 #include "server/limits.h"
@@ -502,6 +503,20 @@ TEST(StatusDetails, EngineStatusesGetAReason) {
   const absl::Status own = DetailedError(absl::StatusCode::kUnavailable, "DRAINING", "x");
   EXPECT_EQ(ErrorReason(CompleteDetails(own)), "DRAINING");
   EXPECT_FALSE(CompleteDetails(own).GetPayload(kRetryInfoUrl).has_value());
+}
+
+// What the engine says for programs reaches them.
+TEST(StatusDetails, TheEnginesMetadataGoesAlong) {
+  const absl::Status status = StatusWithReason(absl::StatusCode::kFailedPrecondition, "WRONG_BASE_STEP", "base_step: expected 5, got 4",
+                                               {{"field", "base_step"}, {"value", "4"}, {"limit", ""}, {"component", "draft"}});
+  EXPECT_EQ(StatusReasonMetadata(status).size(), 4u);
+  const absl::Status detailed = CompleteDetails(status);
+  EXPECT_EQ(ErrorReason(detailed), "WRONG_BASE_STEP");
+  EXPECT_EQ(ErrorMetadata(detailed, "field"), "base_step");
+  EXPECT_EQ(ErrorMetadata(detailed, "value"), "4");
+  EXPECT_EQ(ErrorMetadata(detailed, "limit"), "");
+  EXPECT_EQ(ErrorMetadata(detailed, "component"), "draft");
+  EXPECT_TRUE(StatusReasonMetadata(StatusWithReason(absl::StatusCode::kInternal, "X", "y")).empty());
 }
 
 TEST(StatusDetails, RetryAfter) {

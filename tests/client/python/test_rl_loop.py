@@ -177,6 +177,9 @@ def test_what_fails_leaves_the_version_as_it_was(client, checkpoint):
         raise RuntimeError("the learner died")
 
     step = before.target_step
+    about = {"NON_FINITE": {"tensor": name, "element": "0"},
+             "STEP_NOT_NEWER": {"field": "target_step", "value": str(step), "limit": f"> {step}"},
+             "WRONG_BASE_STEP": {"field": "base_step", "value": str(step + 7), "limit": str(step)}}
     for call, error, reason in (
             (lambda: client.weights.update(bad, step + 1), bebop.InvalidArgumentError, "NON_FINITE"),
             (lambda: client.weights.update(checkpoint, step), bebop.FailedPreconditionError, "STEP_NOT_NEWER"),
@@ -188,6 +191,8 @@ def test_what_fails_leaves_the_version_as_it_was(client, checkpoint):
         with pytest.raises(error) as info:
             call()
         assert reason is None or info.value.reason == reason
+        if reason in about:  # for programs, beside the words
+            assert about[reason].items() <= info.value.metadata.items()
         assert client.weights.info() == before  # nothing open, nothing changed
 
 
