@@ -38,8 +38,8 @@ python3 deploy/bundle_manifest.py "$build" >"$root/manifest.json"
 python3 - "$root/manifest.json" >"$stage/programs" <<'PYTHON'
 import json, sys
 manifest = json.load(open(sys.argv[1]))
-if len(manifest["programs"]) < 2 or not manifest["tests"]:
-    sys.exit("error: the build lacks bebop-server, bebop or every device test; build the targets bebop-server bebop bebop_cuda_tests")
+if len(manifest["programs"]) < 3 or not manifest["tests"]:
+    sys.exit("error: the build lacks bebop-server, bebop, bebop-train-mtp or every device test; build the targets bebop-server bebop bebop-train-mtp bebop_cuda_tests")
 print("\n".join(sorted({*manifest["programs"], *manifest["benches"], *(test["program"] for test in manifest["tests"])})))
 PYTHON
 

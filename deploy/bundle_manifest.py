@@ -64,7 +64,7 @@ def manifest(build):
     return {
         "version": cache_entry(build, "CMAKE_PROJECT_VERSION"),
         "device": "emulated" if is_true(cache_entry(build, "BEBOP_EMULATE_CUDA")) else "cuda",
-        "programs": built("bin", ["bebop-server", "bebop"]),
+        "programs": built("bin", ["bebop-server", "bebop", "bebop-train-mtp"]),
         "benches": built("bench", [name for name in benches if name not in cpu_benches]),
         "tests": sorted(tests, key=lambda test: (test["folder"], test["name"])),
     }

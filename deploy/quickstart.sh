@@ -5,7 +5,7 @@
 #
 #   deploy/quickstart.sh [--prompts N] [--samples N]
 #
-# Leaves build/cpu-release/bin/{bebop-server,bebop}. Safe to run twice; the second run takes seconds. Leaves no process behind.
+# Leaves build/cpu-release/bin/{bebop-server,bebop,bebop-train-mtp}. Safe to run twice; the second run takes seconds. Leaves no process behind.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -33,11 +33,11 @@ if [[ -f $cache ]] && ! grep -qxF "CMAKE_HOME_DIRECTORY:INTERNAL=$PWD" "$cache";
   rm -rf build/cpu-release
 fi
 
-say "building bebop-server and bebop (the first time takes some minutes)"
+say "building bebop-server, bebop and bebop-train-mtp (the first time takes some minutes)"
 mkdir -p build
 log=build/quickstart-build.log
 cmake --preset cpu-release -DBEBOP_BUILD_TESTS=OFF -DBEBOP_BUILD_BENCH=OFF -B build/cpu-release >"$log" 2>&1 || { tail -40 "$log"; exit 1; }
-cmake --build build/cpu-release -j "$(nproc)" --target bebop-server bebop >>"$log" 2>&1 || { tail -40 "$log"; exit 1; }
+cmake --build build/cpu-release -j "$(nproc)" --target bebop-server bebop bebop-train-mtp >>"$log" 2>&1 || { tail -40 "$log"; exit 1; }
 
 say "starting bebop-server on tests/models/bebop-tiny"
 work=$(mktemp -d)
@@ -72,6 +72,7 @@ What to try next
                                                                               one prompt from the shell
   build/cpu-release/bin/bebop verify                                          that drafting changes no distribution
   build/cpu-release/bin/bebop bench --concurrency 8 --num-requests 64         load, with latencies and acceptance
+  build/cpu-release/bin/bebop-train-mtp --help                                train the MTP layer on rollouts (docs/training.md)
   tests/run.sh                                                                every test
 NEXT
 say "done"

@@ -80,7 +80,7 @@ run_stage() {
     cuda)
       say "cuda: build"
       cmake_args=("-DBEBOP_PYTHON=$PWD/$python")
-      configure_and_build cuda-release bebop-server bebop bebop_cuda_tests bebop_cuda_benches
+      configure_and_build cuda-release bebop-server bebop bebop-train-mtp bebop_cuda_tests bebop_cuda_benches
       say "cuda: tests (they skip where no device is)"
       ctest --preset cuda-release --output-on-failure -j "$jobs"
       say "cuda: registers and spills"
@@ -91,13 +91,13 @@ run_stage() {
     emulated)
       say "emulated: build"
       cmake_args=("-DBEBOP_PYTHON=$PWD/$python")
-      configure_and_build cuda-emulated bebop-server bebop bebop_cuda_tests bebop_cuda_benches
+      configure_and_build cuda-emulated bebop-server bebop bebop-train-mtp bebop_cuda_tests bebop_cuda_benches
       say "emulated: tests"
       ctest --preset cuda-emulated --output-on-failure -j "$jobs"
       say "emulated: the device scripts"
       tests/gpu.sh --device emulated --build build/cuda-emulated --only server
       # The script's logic; an emulated device has no times worth reading.
-      local bench=(--only iterations-4b --only operators --only summary)
+      local bench=(--only iterations-4b --only operators --only training-4b --only summary)
       if "$python" -c 'import torch' 2>/dev/null; then bench+=(--only baseline-c); fi
       PYTHON=$([[ -x $python ]] && echo "$python" || echo python3) tests/bench/gpu.sh --smoke "${bench[@]}" >build/cuda-emulated-bench.log 2>&1 ||
         { tail -30 build/cuda-emulated-bench.log; exit 1; }

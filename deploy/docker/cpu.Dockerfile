@@ -10,8 +10,8 @@ COPY deploy/install_deps.sh deploy/install_deps.sh
 RUN deploy/install_deps.sh build && rm -rf /var/lib/apt/lists/*
 COPY . .
 RUN cmake --preset cpu-release -DBEBOP_BUILD_TESTS=OFF -DBEBOP_BUILD_BENCH=OFF \
-  && cmake --build build/cpu-release -j "$(nproc)" --target bebop-server bebop \
-  && strip build/cpu-release/bin/bebop-server build/cpu-release/bin/bebop
+  && cmake --build build/cpu-release -j "$(nproc)" --target bebop-server bebop bebop-train-mtp \
+  && strip build/cpu-release/bin/bebop-server build/cpu-release/bin/bebop build/cpu-release/bin/bebop-train-mtp
 
 FROM debian:bookworm-slim
 ARG VERSION=0.1.0
@@ -26,7 +26,7 @@ RUN apt-get update \
   && apt-get install -y --no-install-recommends libgrpc++1.51 libprotobuf32 libabsl20220623 libicu72 libre2-9 libyaml-cpp0.7 libprometheus-cpp-core1.0 libcivetweb1 \
   && rm -rf /var/lib/apt/lists/* \
   && useradd --system --uid 65532 --no-create-home --shell /usr/sbin/nologin bebop
-COPY --from=build /src/build/cpu-release/bin/bebop-server /src/build/cpu-release/bin/bebop /usr/local/bin/
+COPY --from=build /src/build/cpu-release/bin/bebop-server /src/build/cpu-release/bin/bebop-train-mtp /src/build/cpu-release/bin/bebop /usr/local/bin/
 COPY --from=build /src/LICENSE /usr/share/doc/bebop/LICENSE
 USER 65532:65532
 EXPOSE 50051 50052 8000

@@ -11,8 +11,8 @@ COPY deploy/install_deps.sh deploy/install_deps.sh
 RUN deploy/install_deps.sh build cuda && rm -rf /var/lib/apt/lists/*
 COPY . .
 RUN cmake --preset cuda-release -DBEBOP_BUILD_TESTS=OFF -DBEBOP_BUILD_BENCH=OFF -DBEBOP_PYTHON=/src/build/venv/bin/python \
-  && cmake --build build/cuda-release -j "$(nproc)" --target bebop-server bebop \
-  && strip build/cuda-release/bin/bebop-server build/cuda-release/bin/bebop \
+  && cmake --build build/cuda-release -j "$(nproc)" --target bebop-server bebop bebop-train-mtp \
+  && strip build/cuda-release/bin/bebop-server build/cuda-release/bin/bebop build/cuda-release/bin/bebop-train-mtp \
   && mkdir -p /cuda \
   && cp build/venv/lib/python3*/site-packages/nvidia/cu13/lib/libcublasLt.so.13 /cuda/
 
@@ -30,7 +30,7 @@ RUN apt-get update \
   && rm -rf /var/lib/apt/lists/* \
   && useradd --system --uid 65532 --no-create-home --shell /usr/sbin/nologin bebop
 COPY --from=build /cuda/libcublasLt.so.13 /usr/local/cuda/lib64/
-COPY --from=build /src/build/cuda-release/bin/bebop-server /src/build/cuda-release/bin/bebop /usr/local/bin/
+COPY --from=build /src/build/cuda-release/bin/bebop-server /src/build/cuda-release/bin/bebop-train-mtp /src/build/cuda-release/bin/bebop /usr/local/bin/
 COPY --from=build /src/LICENSE /usr/share/doc/bebop/LICENSE
 # Read by NVIDIA's container toolkit: every device, and the driver's compute part with nvidia-smi.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
