@@ -268,9 +268,10 @@ CONTRASTS: tuple[tuple[str, Group, Group, str], ...] = (
     ("TV online TV − TV frozen", ("rejection", "tv", "tv"), ("rejection", "tv", None), "no help: about 0 (Fig. 9a)"),
     ("e2e TV online e2e TV − e2e TV frozen", ("rejection", "e2e_tv", "e2e_tv"), ("rejection", "e2e_tv", None), "no help: about 0 (Fig. 9a)"),
     ("TV online CE − TV frozen", ("rejection", "tv", "ce"), ("rejection", "tv", None), "pulled down (Fig. 9a)"),
+    ("TV online CE − TV online TV", ("rejection", "tv", "ce"), ("rejection", "tv", "tv"), "below (Fig. 9a)"),
     ("TV online CE − CE online CE", ("rejection", "tv", "ce"), ("rejection", "ce", "ce"), "to the level of CE: about 0 (Fig. 9a)"),
     ("e2e TV online CE − e2e TV frozen", ("rejection", "e2e_tv", "ce"), ("rejection", "e2e_tv", None), "pulled down (Fig. 9a)"),
-    ("CE online CE − CE frozen", ("rejection", "ce", "ce"), ("rejection", "ce", None), "—"),
+    ("CE online CE − CE frozen", ("rejection", "ce", "ce"), ("rejection", "ce", None), "–"),
     ("TV frozen − CE frozen, target-only", ("target_only", "tv", None), ("target_only", "ce", None), "within 0.3 (Fig. 5)"),
 )
 

@@ -147,6 +147,7 @@ def test_tables_and_plots(tmp_path):
     assert "| falling | 10 | 2 | 22 | 0.500 → 0.750 | 0.300 [0.300, 0.300] | 0.200 [0.200, 0.200] |" in tables["rl_runs"]
     assert "| TV frozen − CE frozen | +2.0 [+2.0, +2.0] | above" in tables["rl_contrasts"]
     assert "| TV online CE − TV frozen | −2.0 [−2.0, −2.0] | pulled" in tables["rl_contrasts"]
+    assert "| TV online CE − TV online TV | −2.0 [−2.0, −2.0] | below" in tables["rl_contrasts"]
     assert "CE online CE" not in tables["rl_contrasts"]  # not measured
     assert "| RS, TV, online CE | 1 | 80.0 [80.0, 80.0] | 82.0 [82.0, 82.0] | 3.46 [3.46, 3.46] | +2.0 [+2.0, +2.0] |" in tables["rl_acceptance_falling"]
     over_temperature = "| −0.40 [−0.40, −0.40] | +4.0 [+4.0, +4.0] |"
