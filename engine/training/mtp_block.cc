@@ -58,7 +58,7 @@ int64_t MtpBlock::Carve(char* base) {
   wide_ = matrix(std::max(layout_.ffn, query));
   const auto pack = [&](Packed& packed, int64_t rows, int64_t cols) {
     packed.forward_data = take(ops_.PackedMatrixBytes(rows, cols));
-    packed.transposed_data = take(ops_.PackedMatrixBytes(cols, rows));
+    if (!ops_.reads_columns()) packed.transposed_data = take(ops_.PackedMatrixBytes(cols, rows));
   };
   pack(fc_, hidden, 2 * hidden);
   pack(qkv_, layout_.qkv_width(), hidden);
@@ -72,7 +72,7 @@ int64_t MtpBlock::Carve(char* base) {
 
 int64_t MtpBlock::OperandValues(const ModelConfig& config, int64_t max_rows) {
   const MtpLayout layout(config);
-  return max_rows * std::max({2 * layout.hidden, 2 * layout.ffn, layout.qkv_width()});
+  return max_rows * RoundUp(std::max({2 * layout.hidden, 2 * layout.ffn, layout.qkv_width()}), kPanelCols);
 }
 
 int64_t MtpBlock::Bytes(const ModelConfig& config, int64_t max_rows, int32_t max_steps, const TrainingOps& ops) {
@@ -99,7 +99,7 @@ void MtpBlock::SetParameters(const float* flat) {
   auto* const weights = const_cast<float*>(flat);  // a view has no const form; packing only reads
   const auto pack = [&](const TensorView& matrix, Packed& packed) {
     packed.forward = ops_.Pack(matrix, packed.forward_data);
-    packed.transposed = ops_.PackTransposed(matrix, packed.transposed_data);
+    packed.transposed = ops_.reads_columns() ? InColumns(packed.forward) : ops_.PackTransposed(matrix, packed.transposed_data);
   };
   pack(layout_.Fc(weights), fc_);
   pack(layout_.Qkv(weights), qkv_);

@@ -24,6 +24,8 @@ constexpr int64_t kAlignment = 256;  // of every array: what DeviceMemory gives
 // What the logits of a chunk take by default, and the rows of which even a large vocabulary has that many: fewer would read
 // lm_head too often.
 constexpr int64_t kLogitBytes = int64_t{32} << 20;
+// On a device, whose products want thousands of rows: 4,324 in bf16 at V = 248,320, 720 bases and their 5 steps.
+constexpr int64_t kDeviceLogitBytes = int64_t{2} << 30;
 constexpr int64_t kLeastLogitRows = 64;
 constexpr int64_t kUnpackRows = 4096;  // rows of lm_head that become float32 at a time
 
@@ -32,7 +34,9 @@ int64_t LogitStride(const ModelConfig& config) { return RoundUp(config.vocab_siz
 int64_t LogitRows(const ModelConfig& config, const TrainerOptions& options, const TrainingOps& ops) {
   const int64_t steps = options.num_steps_ahead;
   int64_t rows = options.chunk_rows;
-  if (rows == 0) rows = std::max(kLogitBytes / (LogitStride(config) * ElementBytes(ops.logits_dtype())), kLeastLogitRows);
+  const DType dtype = ops.logits_dtype();
+  const int64_t bytes = dtype == DType::kFloat32 ? kLogitBytes : kDeviceLogitBytes;
+  if (rows == 0) rows = std::max(bytes / (LogitStride(config) * ElementBytes(dtype)), kLeastLogitRows);
   return std::max(2 * steps, std::min(rows, (steps + 1) * options.batch_tokens));
 }
 
@@ -83,9 +87,10 @@ struct Buffers {
   double* row_weights = nullptr;
 };
 
-// Of the largest operand of a product.
+// Of the largest operand of a product that the operators copy: gradients of logits, where these are not in bf16 already.
 int64_t OperandValues(const ModelConfig& config, const TrainerOptions& options, const TrainingOps& ops) {
-  return std::max(MtpBlock::OperandValues(config, options.batch_tokens), LogitRows(config, options, ops) * config.hidden_size);
+  const int64_t width = ops.logits_dtype() == DType::kFloat32 ? LogitStride(config) : config.hidden_size;
+  return std::max(MtpBlock::OperandValues(config, options.batch_tokens), LogitRows(config, options, ops) * width);
 }
 
 struct MemoryPart {
@@ -97,9 +102,9 @@ std::vector<MemoryPart> Parts(const ModelConfig& config, const TrainerOptions& o
   constexpr int64_t kFlatArrays = 4;  // parameters, gradients, two moments
   return {{"target pass", TargetPass::Bytes(config, weight_dtype, activation_dtype, options.batch_tokens)},
           {"MTP activations and packed weights", MtpBlock::Bytes(config, options.batch_tokens, options.num_steps_ahead, ops)},
-          {"operands in bf16", ops.OperandBytes(OperandValues(config, options, ops))},
+          {"copies of operands", ops.OperandBytes(OperandValues(config, options, ops))},
           {"parameters, gradients and moments", kFlatArrays * MtpLayout(config).total * ElementBytes(DType::kFloat32)},
-          {"transposed lm_head", ops.PackedMatrixBytes(config.hidden_size, config.vocab_size)},
+          {"transposed lm_head", ops.reads_columns() ? 0 : ops.PackedMatrixBytes(config.hidden_size, config.vocab_size)},
           {"batch and logits", Buffers(config, options, activation_dtype, ops, nullptr).bytes}};
 }
 
@@ -198,8 +203,13 @@ class Trainer final : public MtpTrainer {
     std::vector<double> acceptance, target_entropy, draft_entropy, kl;
   };
 
-  // lm_headᵀ for the gradients of hidden states, by way of a float32 copy in rows that lives no longer than this.
+  // lm_headᵀ for the gradients of hidden states, by way of a float32 copy in rows that lives no longer than this, where
+  // products cannot read it as it lies.
   absl::StatusOr<std::shared_ptr<void>> TransposeLmHead() {
+    if (ops_.reads_columns()) {
+      lm_head_transposed_ = InColumns(weights_.lm_head);
+      return std::shared_ptr<void>();
+    }
     const int64_t vocab = config_.vocab_size, hidden = config_.hidden_size;
     BEBOP_ASSIGN_OR_RETURN(std::shared_ptr<void> packed, memory_.Allocate(ops_.PackedMatrixBytes(hidden, vocab), "transposed lm_head"));
     BEBOP_ASSIGN_OR_RETURN(const std::shared_ptr<void> rows,

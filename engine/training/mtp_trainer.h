@@ -23,7 +23,7 @@ struct TrainerOptions {
   DraftLoss loss = DraftLoss::kEndToEndTotalVariation;
   int32_t num_steps_ahead = 5;  // K: steps of the chain, forward and backward; 1 .. 8
   int64_t batch_tokens = 2048;  // most rows of a batch
-  // Rows of logits that exist at a time, targets and drafts of all steps; >= 2K; 0: as many as fit in some tens of MB.
+  // Rows of logits that exist at a time, targets and drafts of all steps; >= 2K; 0: as many as fit in 32 MiB, on a device 2 GiB.
   int64_t chunk_rows = 0;
   // An experiment of the paper (Fig. 14b), not for use: p and q are restricted to the target's K largest logits of a place and
   // renormalised; 0: full vocabulary.

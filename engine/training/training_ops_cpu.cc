@@ -17,8 +17,11 @@ class CpuTrainingOps final : public TrainingOps {
     return absl::UnimplementedError(absl::StrCat("training: head_dim: ", config.head_dim, ", but it must be a multiple of 16"));
   }
 
-  absl::Status ReserveOperands(int64_t) override { return absl::OkStatus(); }
-  int64_t OperandBytes(int64_t) const override { return 0; }
+  absl::Status ReserveOperands(int64_t values) override {
+    linear_scratch_.Reserve(1, values);
+    return absl::OkStatus();
+  }
+  int64_t OperandBytes(int64_t values) const override { return values * ElementBytes(DType::kFloat32); }
 
   int64_t PackedMatrixBytes(int64_t rows, int64_t cols) const override { return PackedBytes(DType::kFloat32, rows, cols); }
   PackedMatrix Pack(const TensorView& w, void* destination) override {
