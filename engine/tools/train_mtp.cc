@@ -61,50 +61,62 @@ std::string CheckUnsigned(std::string& text) {
 }
 
 template <typename T>
-void AddChoice(CLI::App* app, const std::string& name, const std::map<std::string, T>& choices, T* value, const std::string& help) {
+void AddChoice(CLI::App* app, const std::string& name, const std::map<std::string, T>& choices, T* value,
+               const std::string& help) {
   std::vector<std::string> names;
   for (const auto& [key, unused] : choices) names.push_back(key);
-  app->add_option_function<std::string>(name, [&choices, value](const std::string& key) { *value = choices.at(key); }, help)
+  app->add_option_function<std::string>(
+         name, [&choices, value](const std::string& key) { *value = choices.at(key); }, help)
       ->check(CLI::IsMember(names));
 }
 
 void AddFlags(CLI::App* app, bebop::TrainOptions* options) {
+  app->option_defaults()->take_last();  // a script may add to a command
   app->add_option("--model", options->model, "Checkpoint directory (Hugging Face layout): the frozen target; required");
   app->add_option("--data", options->data, "JSON lines of documents, as `bebop rollouts` writes them; required");
-  app->add_option("--out", options->out, "Safetensors file to write: what --mtp of bebop-server and `bebop weights push` take; required");
+  app->add_option("--out", options->out,
+                  "Safetensors file to write: what --mtp of bebop-server and `bebop weights push` take; required");
   app->add_option("--mtp", options->mtp, "Begin from the mtp.* tensors of this file or folder; default: the model's");
   app->add_flag("--init-mtp", options->init_mtp, "Begin from random weights that --seed decides");
   AddChoice(app, "--loss", kLosses, &options->loss, "ce, kl, reverse_kl, tv, e2e_tv or lk; default: e2e_tv");
-  const auto number = [app](const char* name, auto* value, const char* help) { app->add_option(name, *value, help)->capture_default_str(); };
+  const auto number = [app](const char* name, auto* value, const char* help) {
+    app->add_option(name, *value, help)->capture_default_str();
+  };
   number("--num-steps-ahead", &options->num_steps_ahead, "Steps of the chain to train through, 1..8");
   number("--lr", &options->learning_rate, "Learning rate");
   number("--warmup-ratio", &options->warmup_ratio, "Share of the steps on which the rate rises to --lr");
-  AddChoice(app, "--decay", kDecays, &options->decay, "What the rate does afterwards: none, linear or cosine (to 0); default: none");
+  AddChoice(app, "--decay", kDecays, &options->decay,
+            "What the rate does afterwards: none, linear or cosine (to 0); default: none");
   number("--weight-decay", &options->weight_decay, "AdamW's, of matrices");
   number("--clip-norm", &options->clip_norm, "Gradients of a larger norm are scaled down to it; 0: never");
   number("--epochs", &options->epochs, "Passes over the data");
   number("--max-steps", &options->max_steps, "Ends after so many steps; 0: all epochs");
   number("--batch-tokens", &options->batch_tokens, "Most tokens of a batch; one batch is one step");
-  number("--max-seq-len", &options->max_seq_len, "Longer documents lose their end; 0: --batch-tokens, or the model's limit if that is less");
+  number("--max-seq-len", &options->max_seq_len,
+         "Longer documents lose their end; 0: --batch-tokens, or the model's limit if that is less");
   app->add_option("--seed", options->seed, "Of the order of the documents, and of --init-mtp")
       ->transform(CLI::Validator(CheckUnsigned, ""))
       ->capture_default_str();
   number("--truncate-top-k,--train-truncate-top-k", &options->truncate_top_k,
          "An experiment, not for use: losses over the target's K largest logits alone; 0: all");
   app->add_flag("--resume", options->resume, "Go on with the run whose checkpoints are there");
-  app->add_option("--checkpoints", options->checkpoints, "Folder of checkpoints; default: OUT.checkpoints. It is removed when OUT is written");
+  app->add_option("--checkpoints", options->checkpoints,
+                  "Folder of checkpoints; default: OUT.checkpoints. It is removed when OUT is written");
   number("--checkpoint-every", &options->checkpoint_every, "Steps between two checkpoints");
   app->add_option("--eval-data", options->eval_data, "JSON lines to evaluate on, before the first step and after the last");
   number("--eval-every", &options->eval_every, "Steps between two evaluations; 0: none in between");
   number("--log-every", &options->log_every, "Steps between two lines of the log, which has their means");
   app->add_flag("--json", options->json, "The log as one JSON object a line");
-  app->add_option("--device", options->device, "Where to compute: cpu, or in a build with CUDA also cuda or cuda:N")->capture_default_str();
-  AddChoice(app, "--dtype", kDTypes, &options->dtype, "Of the target's weights, as it is served: bfloat16 or float32; default: bfloat16");
+  app->add_option("--device", options->device, "Where to compute: cpu, or in a build with CUDA also cuda or cuda:N")
+      ->capture_default_str();
+  AddChoice(app, "--dtype", kDTypes, &options->dtype,
+            "Of the target's weights, as it is served: bfloat16 or float32; default: bfloat16");
   number("--threads", &options->num_threads, "Compute threads; 0: all processors");
   app->set_help_flag("-h,--help", "Print this and exit");
   app->set_version_flag("--version", "bebop-train-mtp " BEBOP_VERSION);
   app->footer(
-      "SIGINT or SIGTERM saves a checkpoint after the step that runs and exits with 128 + its number; a second one ends at once.\n"
+      "SIGINT or SIGTERM saves a checkpoint after the step that runs and exits with 128 + its number; a second one ends at "
+      "once.\n"
       "Exit status 0: OUT is written; 1: training failed; 2: a bad flag, model or data file.");
 }
 
@@ -116,10 +128,6 @@ void HandleSignals() {
   sigaction(SIGINT, &action, nullptr);
   sigaction(SIGTERM, &action, nullptr);
   signal(SIGXFSZ, SIG_IGN);  // a limit on file sizes is an error like a full disk
-}
-
-std::string HowToResume(const bebop::TrainingRun& run) {
-  return absl::StrCat("the last checkpoint is in ", run.checkpoints_folder(), "; the same command with --resume goes on from it");
 }
 
 }  // namespace
@@ -149,10 +157,10 @@ int main(int argc, char** argv) {
   if (!finished.ok() && absl::IsInvalidArgument(finished.status())) return Fail(finished.status(), kExitUsage);
   absl::Status status = finished.status();
   if (status.ok() && !*finished) {
-    std::fprintf(stderr, "stopped at step %lld: %s\n", static_cast<long long>((*run)->step()), HowToResume(**run).c_str());
+    std::fprintf(stderr, "stopped at step %lld: %s\n", static_cast<long long>((*run)->step()), (*run)->HowToGoOn(status).c_str());
     return 128 + stop_signal.load();
   }
   if (status.ok()) status = (*run)->Finish();
   if (status.ok()) return kExitOk;
-  return Fail(absl::Status(status.code(), absl::StrCat(status.message(), "; ", HowToResume(**run))), kExitFailed);
+  return Fail(absl::Status(status.code(), absl::StrCat(status.message(), "; ", (*run)->HowToGoOn(status))), kExitFailed);
 }

@@ -15,7 +15,8 @@ namespace {
 template <typename T>
 absl::Status CheckRange(const char* flag, T value, T low, T high) {
   if (value >= low && value <= high) return absl::OkStatus();
-  const std::string range = high == std::numeric_limits<T>::max() ? absl::StrCat(">= ", low) : absl::StrCat("in [", low, ", ", high, "]");
+  const std::string range =
+      high == std::numeric_limits<T>::max() ? absl::StrCat(">= ", low) : absl::StrCat("in [", low, ", ", high, "]");
   return absl::InvalidArgumentError(absl::StrCat(flag, ": ", value, " is not ", range));
 }
 
@@ -27,12 +28,18 @@ absl::Status CheckGiven(const char* flag, const std::string& value, const char* 
 
 const char* LossName(DraftLoss loss) {
   switch (loss) {
-    case DraftLoss::kCrossEntropy: return "ce";
-    case DraftLoss::kKl: return "kl";
-    case DraftLoss::kReverseKl: return "reverse_kl";
-    case DraftLoss::kTotalVariation: return "tv";
-    case DraftLoss::kEndToEndTotalVariation: return "e2e_tv";
-    case DraftLoss::kLk: break;
+    case DraftLoss::kCrossEntropy:
+      return "ce";
+    case DraftLoss::kKl:
+      return "kl";
+    case DraftLoss::kReverseKl:
+      return "reverse_kl";
+    case DraftLoss::kTotalVariation:
+      return "tv";
+    case DraftLoss::kEndToEndTotalVariation:
+      return "e2e_tv";
+    case DraftLoss::kLk:
+      break;
   }
   return "lk";
 }
@@ -64,15 +71,20 @@ absl::Status CheckOptions(const TrainOptions& options) {
   if (options.max_seq_len != 0) {
     BEBOP_RETURN_IF_ERROR(CheckRange("--max-seq-len", options.max_seq_len, shortest, int64_t{1} << 24));
     if (options.max_seq_len > options.batch_tokens) {
-      return absl::InvalidArgumentError(absl::StrCat("--max-seq-len: ", options.max_seq_len, " is more than --batch-tokens ", options.batch_tokens,
-                                                     ", and a document is in one batch"));
+      return absl::InvalidArgumentError(absl::StrCat("--max-seq-len: ", options.max_seq_len, " is more than --batch-tokens ",
+                                                     options.batch_tokens, ", and a document is in one batch"));
     }
   }
   BEBOP_RETURN_IF_ERROR(CheckRange("--truncate-top-k", options.truncate_top_k, 0, std::numeric_limits<int32_t>::max()));
+  if (options.truncate_top_k > 0 && options.loss == DraftLoss::kCrossEntropy) {
+    return absl::InvalidArgumentError(absl::StrCat("--truncate-top-k: ", options.truncate_top_k,
+                                                   " with --loss ce, which looks at one token alone; drop one of the two"));
+  }
   BEBOP_RETURN_IF_ERROR(CheckRange("--checkpoint-every", options.checkpoint_every, int64_t{1}, kAny));
   BEBOP_RETURN_IF_ERROR(CheckRange("--eval-every", options.eval_every, int64_t{0}, kAny));
   if (options.eval_every > 0 && options.eval_data.empty()) {
-    return absl::InvalidArgumentError(absl::StrCat("--eval-every: ", options.eval_every, " without --eval-data; give what to evaluate on"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("--eval-every: ", options.eval_every, " without --eval-data; give what to evaluate on"));
   }
   BEBOP_RETURN_IF_ERROR(CheckRange("--log-every", options.log_every, int64_t{1}, kAny));
   return CheckRange("--threads", options.num_threads, 0, 1024);

@@ -47,8 +47,8 @@ struct TrainOptions {
 const char* LossName(DraftLoss loss);
 const char* DecayName(RateDecay decay);
 
-// What shows without a look at any file. INVALID_ARGUMENT: a flag that is missing, out of its range, or excludes another, with both
-// values.
+// What shows without a look at any file. INVALID_ARGUMENT: a flag that is missing, out of its range, or excludes another, with
+// both values.
 absl::Status CheckOptions(const TrainOptions& options);
 
 }  // namespace bebop

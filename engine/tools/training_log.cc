@@ -36,8 +36,8 @@ std::string AlphaText(const std::vector<double>& acceptance) {
 }
 
 std::string QualityText(const ReportSum& sum) {
-  return absl::StrFormat("loss %.4f  alpha %% %s  entropy %.3f/%.3f  kl %.4f", sum.loss(), AlphaText(sum.acceptance()), sum.target_entropy(),
-                         sum.draft_entropy(), sum.kl());
+  return absl::StrFormat("loss %.4f  alpha %% %s  entropy %.3f/%.3f  kl %.4f", sum.loss(), AlphaText(sum.acceptance()),
+                         sum.target_entropy(), sum.draft_entropy(), sum.kl());
 }
 
 }  // namespace
@@ -83,7 +83,8 @@ double ReportSum::target_entropy() const { return Ratio(target_entropy_, Total(r
 double ReportSum::draft_entropy() const { return Ratio(draft_entropy_, Total(rows_)); }
 double ReportSum::kl() const { return Ratio(kl_, Total(rows_)); }
 
-TrainingLog::TrainingLog(bool json, double gemm_rate) : json_(json), gemm_rate_(gemm_rate), shows_progress_(isatty(STDERR_FILENO) == 1) {}
+TrainingLog::TrainingLog(bool json, double gemm_rate)
+    : json_(json), gemm_rate_(gemm_rate), shows_progress_(isatty(STDERR_FILENO) == 1) {}
 
 TrainingLog::~TrainingLog() { ClearProgress(); }
 
@@ -103,14 +104,19 @@ void TrainingLog::Note(const std::string& text) {
   std::fprintf(stderr, "%s\n", text.c_str());
 }
 
-double TrainingLog::BoundFraction(double flops, double seconds) const { return seconds > 0.0 ? flops / seconds / gemm_rate_ : 0.0; }
+double TrainingLog::BoundFraction(double flops, double seconds) const {
+  return seconds > 0.0 ? flops / seconds / gemm_rate_ : 0.0;
+}
 
 void TrainingLog::Progress(const RunPlace& place, const TrainingReport& report) {
   if (!shows_progress_) return;
-  const double done = place.all_batches > 0 ? 100.0 * static_cast<double>(place.done_batches) / static_cast<double>(place.all_batches) : 100.0;
+  const double done =
+      place.all_batches > 0 ? 100.0 * static_cast<double>(place.done_batches) / static_cast<double>(place.all_batches) : 100.0;
   const double tokens_per_second = report.seconds > 0.0 ? static_cast<double>(report.tokens) / report.seconds : 0.0;
-  std::fprintf(stderr, "\r\033[Kstep %lld  batch %lld/%lld (%.0f %%)  %.0f tokens/s  %.0f %% of the GEMM bound  loss %.4f  %s left", static_cast<long long>(place.step),
-               static_cast<long long>(place.done_batches), static_cast<long long>(place.all_batches), done, tokens_per_second,
+  std::fprintf(stderr,
+               "\r\033[Kstep %lld  batch %lld/%lld (%.0f %%)  %.0f tokens/s  %.0f %% of the GEMM bound  loss %.4f  %s left",
+               static_cast<long long>(place.step), static_cast<long long>(place.done_batches),
+               static_cast<long long>(place.all_batches), done, tokens_per_second,
                100.0 * BoundFraction(report.gemm_flops, report.seconds), report.loss, DurationText(place.seconds_left).c_str());
   std::fflush(stderr);
   progress_shown_ = true;
@@ -120,8 +126,9 @@ void TrainingLog::Steps(const RunPlace& place, const ReportSum& sum, const Train
   const double tokens_per_second = sum.seconds() > 0.0 ? static_cast<double>(sum.tokens()) / sum.seconds() : 0.0;
   const double fraction = BoundFraction(sum.gemm_flops(), sum.seconds());
   if (!json_) {
-    Print(absl::StrFormat("step %d  epoch %d  %s  norm %.3g  lr %.3g  %.0f tokens/s  %.0f %% of the GEMM bound", place.step, place.epoch,
-                          QualityText(sum), last.gradient_norm, last.learning_rate, tokens_per_second, 100.0 * fraction));
+    Print(absl::StrFormat("step %d  epoch %d  %s  norm %.3g  lr %.3g  %.0f tokens/s  %.0f %% of the GEMM bound", place.step,
+                          place.epoch, QualityText(sum), last.gradient_norm, last.learning_rate, tokens_per_second,
+                          100.0 * fraction));
     return;
   }
   Print(Text({{"step", place.step},
@@ -146,8 +153,8 @@ void TrainingLog::Evaluation(int64_t step, const ReportSum& sum) {
   }
 }
 
-void TrainingLog::Finished(const RunPlace& place, double seconds, const std::optional<ReportSum>& evaluation, const TrainingDataCounts& counts,
-                           const std::string& out) {
+void TrainingLog::Finished(const RunPlace& place, double seconds, const std::optional<ReportSum>& evaluation,
+                           const TrainingDataCounts& counts, const std::string& out) {
   if (json_) {
     Print(Text({{"step", place.step},
                 {"evaluation", evaluation ? EvaluationJson(*evaluation) : Json()},
@@ -164,7 +171,8 @@ void TrainingLog::Finished(const RunPlace& place, double seconds, const std::opt
     return;
   }
   if (evaluation) Print(absl::StrFormat("step %d  evaluation  %s", place.step, QualityText(*evaluation)));
-  Print(absl::StrFormat("%s: %d steps, %d tokens in %s; data: %s", out, place.step, place.tokens, DurationText(seconds), CountsText(counts)));
+  Print(absl::StrFormat("%s: %d steps, %d tokens in %s; data: %s", out, place.step, place.tokens, DurationText(seconds),
+                        CountsText(counts)));
 }
 
 std::string DurationText(double seconds) {
@@ -175,12 +183,15 @@ std::string DurationText(double seconds) {
 }
 
 std::string BytesText(int64_t bytes) {
-  return bytes >= 1'000'000'000 ? absl::StrFormat("%.2f GB", static_cast<double>(bytes) * 1e-9) : absl::StrFormat("%.0f MB", static_cast<double>(bytes) * 1e-6);
+  return bytes >= 1'000'000'000 ? absl::StrFormat("%.2f GB", static_cast<double>(bytes) * 1e-9)
+                                : absl::StrFormat("%.0f MB", static_cast<double>(bytes) * 1e-6);
 }
 
 std::string CountsText(const TrainingDataCounts& counts) {
-  std::string text = absl::StrCat(counts.documents, " documents of ", counts.tokens, " tokens, ", counts.loss_tokens, " of them to predict");
-  if (counts.skipped_short > 0) absl::StrAppend(&text, "; skipped ", counts.skipped_short, " too short or with nothing to predict");
+  std::string text =
+      absl::StrCat(counts.documents, " documents of ", counts.tokens, " tokens, ", counts.loss_tokens, " of them to predict");
+  if (counts.skipped_short > 0)
+    absl::StrAppend(&text, "; skipped ", counts.skipped_short, " too short or with nothing to predict");
   if (counts.skipped_failed > 0) absl::StrAppend(&text, "; skipped ", counts.skipped_failed, " that had failed");
   if (counts.truncated > 0) absl::StrAppend(&text, "; cut ", counts.truncated, " at --max-seq-len");
   return text;

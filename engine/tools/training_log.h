@@ -41,12 +41,12 @@ struct RunPlace {
   int64_t num_epochs = 0;
   int64_t done_batches = 0;  // of the whole run
   int64_t all_batches = 0;
-  int64_t tokens = 0;        // of the whole run, trained on
+  int64_t tokens = 0;  // of the whole run, trained on
   double seconds_left = 0.0;
 };
 
-// What a run says: with `json` one object a line on stdout, else lines for people there. A line that is overwritten shows progress on
-// stderr, when that is a terminal.
+// What a run says: with `json` one object a line on stdout, else lines for people there. A line that is overwritten shows
+// progress on stderr, when that is a terminal.
 class TrainingLog {
  public:
   // gemm_rate: floating point operations a second that products alone reach here.
@@ -60,8 +60,8 @@ class TrainingLog {
   void Steps(const RunPlace& place, const ReportSum& sum, const TrainingReport& last);
   void Evaluation(int64_t step, const ReportSum& sum);
   // The last one. `evaluation`: none without --eval-data.
-  void Finished(const RunPlace& place, double seconds, const std::optional<ReportSum>& evaluation, const TrainingDataCounts& counts,
-                const std::string& out);
+  void Finished(const RunPlace& place, double seconds, const std::optional<ReportSum>& evaluation,
+                const TrainingDataCounts& counts, const std::string& out);
 
  private:
   void Print(const std::string& line);

@@ -36,8 +36,8 @@ std::vector<const TrainingDocument*> BatchOf(const TrainingData& data, const std
   return batch;
 }
 
-// Floating point operations a second of the products of training: forward, both gradients, at the shape of the MLP's largest matrix.
-// The best of some, as others may use the machine.
+// Floating point operations a second of the products of training: forward, both gradients, at the shape of the MLP's largest
+// matrix. The best of some, as others may use the machine.
 absl::StatusOr<double> MeasureGemmRate(const ModelConfig& config, int64_t batch_tokens, DeviceMemory& memory, TrainingOps& ops) {
   constexpr absl::Duration kLongEnough = absl::Milliseconds(200);
   constexpr int kFewest = 3;  // the first one also brings memory in
@@ -90,8 +90,9 @@ absl::StatusOr<std::unique_ptr<TrainingRun>> TrainingRun::Prepare(const TrainOpt
   std::unique_ptr<TrainingRun> run(new TrainingRun(WithDefaults(options)));
   BEBOP_ASSIGN_OR_RETURN(const int64_t newest, run->checkpoints_.Newest());
   if (newest >= 0 && !options.resume) {
-    return absl::FailedPreconditionError(absl::StrCat("--checkpoints: ", run->checkpoints_.PathOf(newest),
-                                                      " is of a run that was stopped: go on with it by --resume, or remove the folder to begin anew"));
+    return absl::FailedPreconditionError(
+        absl::StrCat("--checkpoints: ", run->checkpoints_.PathOf(newest),
+                     " is of a run that was stopped: go on with it by --resume, or remove the folder to begin anew"));
   }
   BEBOP_RETURN_IF_ERROR(run->ReadInputs());
   BEBOP_RETURN_IF_ERROR(run->LoadTarget());
@@ -102,21 +103,29 @@ absl::StatusOr<std::unique_ptr<TrainingRun>> TrainingRun::Prepare(const TrainOpt
 absl::Status TrainingRun::ReadInputs() {
   BEBOP_ASSIGN_OR_RETURN(config_, LoadModelConfig(options_.model));
   if (config_.num_mtp_layers == 0) {
-    return absl::InvalidArgumentError(absl::StrCat(options_.model, "/config.json: mtp_num_hidden_layers: expected 1, got 0: the model has no MTP layer",
-                                                   options_.init_mtp ? "; set it to 1 to have --init-mtp give it one" : " to train"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(options_.model, "/config.json: mtp_num_hidden_layers: expected 1, got 0: the model has no MTP layer",
+                     options_.init_mtp ? "; set it to 1 to have --init-mtp give it one" : " to train"));
   }
   if (options_.max_seq_len > config_.max_position_embeddings) {
-    return absl::InvalidArgumentError(absl::StrCat("--max-seq-len: ", options_.max_seq_len, " is more than max_position_embeddings ",
-                                                   config_.max_position_embeddings, " of ", options_.model, "/config.json"));
+    return absl::InvalidArgumentError(absl::StrCat("--max-seq-len: ", options_.max_seq_len,
+                                                   " is more than max_position_embeddings ", config_.max_position_embeddings,
+                                                   " of ", options_.model, "/config.json"));
   }
   const int64_t longest =
       options_.max_seq_len > 0 ? options_.max_seq_len : std::min<int64_t>(options_.batch_tokens, config_.max_position_embeddings);
   if (longest < options_.num_steps_ahead + 2) {
-    return absl::InvalidArgumentError(absl::StrCat(options_.model, "/config.json: max_position_embeddings ", config_.max_position_embeddings,
-                                                   " is less than --num-steps-ahead ", options_.num_steps_ahead, " + 2"));
+    return absl::InvalidArgumentError(absl::StrCat(options_.model, "/config.json: max_position_embeddings ",
+                                                   config_.max_position_embeddings, " is less than --num-steps-ahead ",
+                                                   options_.num_steps_ahead, " + 2"));
   }
-  const TrainingDataOptions data_options = {
-      .vocab_size = config_.vocab_size, .num_steps_ahead = options_.num_steps_ahead, .max_seq_len = static_cast<int32_t>(longest)};
+  if (options_.truncate_top_k > config_.vocab_size) {
+    return absl::InvalidArgumentError(absl::StrCat("--truncate-top-k: ", options_.truncate_top_k, " is more than vocab_size ",
+                                                   config_.vocab_size, " of ", options_.model, "/config.json"));
+  }
+  const TrainingDataOptions data_options = {.vocab_size = config_.vocab_size,
+                                            .num_steps_ahead = options_.num_steps_ahead,
+                                            .max_seq_len = static_cast<int32_t>(longest)};
   BEBOP_ASSIGN_OR_RETURN(data_, ReadTrainingData(options_.data, data_options));
   if (!options_.eval_data.empty()) {
     BEBOP_ASSIGN_OR_RETURN(eval_data_, ReadTrainingData(options_.eval_data, data_options));
@@ -139,18 +148,19 @@ absl::Status TrainingRun::ReadInputs() {
 }
 
 absl::Status TrainingRun::LoadTarget() {
-  pool_ = std::make_unique<ThreadPool>(options_.num_threads > 0 ? options_.num_threads : std::max(1u, std::thread::hardware_concurrency()));
+  pool_ = std::make_unique<ThreadPool>(options_.num_threads > 0 ? options_.num_threads
+                                                                : std::max(1u, std::thread::hardware_concurrency()));
   EngineOptions engine_options;
   engine_options.device = options_.device;
   BEBOP_ASSIGN_OR_RETURN(backend_, MakeBackend(engine_options, pool_.get()));
+  backend_->EnterThread();
   BEBOP_RETURN_IF_ERROR(backend_->CheckShapes(config_, options_.dtype));
   LoadOptions load;
   load.path = options_.model;
   load.dtype = options_.dtype;
   load.needs_mtp = false;
   BEBOP_ASSIGN_OR_RETURN(weights_, LoadModelWeights(config_, load, *pool_, backend_->memory()));
-  if (!backend_->memory()->is_host()) return absl::UnimplementedError("--device: training runs on the cpu alone");
-  ops_ = MakeCpuTrainingOps(pool_.get());
+  BEBOP_ASSIGN_OR_RETURN(ops_, MakeTrainingOps(backend_.get(), pool_.get()));
 
   // The file has the type of the tensors that it stands in for.
   BEBOP_ASSIGN_OR_RETURN(std::optional<DType> type, MtpFileType(options_.model));
@@ -179,12 +189,12 @@ absl::Status TrainingRun::MakeTrainer() {
   BEBOP_ASSIGN_OR_RETURN(std::optional<TrainingProgress> found, checkpoints_.Load(trainer_->layout(), progress_.identity));
   BEBOP_ASSIGN_OR_RETURN(const double gemm_rate, MeasureGemmRate(config_, options_.batch_tokens, *backend_->memory(), *ops_));
   log_ = std::make_unique<TrainingLog>(options_.json, gemm_rate);
-  const std::string set = backend_->memory()->is_host()
-                              ? absl::StrCat(", ", cpu::InstructionSetName(cpu::DetectInstructionSet()), ", ", pool_->num_threads(), " threads")
-                              : "";
+  const std::string set = backend_->memory()->is_host() ? absl::StrCat(", ", cpu::InstructionSetName(cpu::DetectInstructionSet()),
+                                                                       ", ", pool_->num_threads(), " threads")
+                                                        : "";
   log_->Note(absl::StrCat("data: ", CountsText(data_.counts)));
-  log_->Note(absl::StrFormat("%s%s: products at %.0f GFLOP/s; memory beside the target's %s: %s", backend_->name(), set, gemm_rate * 1e-9,
-                             BytesText(weights_->storage_bytes),
+  log_->Note(absl::StrFormat("%s%s: products at %.0f GFLOP/s; memory beside the target's %s: %s", backend_->name(), set,
+                             gemm_rate * 1e-9, BytesText(weights_->storage_bytes),
                              BytesText(MtpTrainer::Bytes(config_, options, options_.dtype, *backend_, *ops_))));
   if (found) {
     progress_ = *std::move(found);
@@ -225,7 +235,26 @@ std::map<std::string, std::string> TrainingRun::Identity() const {
 absl::Status TrainingRun::Save() {
   TrainingProgress progress = progress_;
   progress.state = trainer_->state();
+  // A step can overflow them although its loss and gradient were finite. What is there already is better.
+  for (const std::vector<float>* values :
+       {&progress.state.parameters, &progress.state.first_moment, &progress.state.second_moment}) {
+    if (!std::all_of(values->begin(), values->end(), [](float value) { return std::isfinite(value); })) {
+      return absl::DataLossError(absl::StrCat("training: step ", progress.state.step, " has made weights that are not finite"));
+    }
+  }
   return checkpoints_.Save(progress, trainer_->layout());
+}
+
+std::string TrainingRun::HowToGoOn(const absl::Status& status) const {
+  const absl::StatusOr<int64_t> newest = checkpoints_.Newest();
+  if (!newest.ok() || *newest < 0) return "there is no checkpoint yet";
+  const std::string path = checkpoints_.PathOf(*newest);
+  if (absl::IsDataLoss(status)) {
+    return absl::StrCat(path,
+                        "/mtp.safetensors has the last good weights: another run can begin from them by --mtp, with a smaller "
+                        "--lr or without those lines");
+  }
+  return absl::StrCat(path, " is the last checkpoint: the same command with --resume goes on from it");
 }
 
 RunPlace TrainingRun::Place() const {
@@ -237,7 +266,8 @@ RunPlace TrainingRun::Place() const {
   for (int64_t epoch = 0; epoch < progress_.epoch; ++epoch) place.done_batches += epoch_batches_[static_cast<size_t>(epoch)];
   place.all_batches = std::max(all_batches_, place.done_batches);
   if (batches_this_run_ > 0) {
-    place.seconds_left = seconds_this_run_ / static_cast<double>(batches_this_run_) * static_cast<double>(place.all_batches - place.done_batches);
+    place.seconds_left =
+        seconds_this_run_ / static_cast<double>(batches_this_run_) * static_cast<double>(place.all_batches - place.done_batches);
   }
   return place;
 }
@@ -262,10 +292,10 @@ absl::StatusOr<bool> TrainingRun::Train(const std::atomic<int>& stop) {
       absl::StatusOr<TrainingReport> stepped = trainer_->Step(batch);
       if (!stepped.ok()) {
         // The parameters are as they were before it.
-        if (absl::IsDataLoss(stepped.status()) && progress_.state.step > 0) {
-          BEBOP_RETURN_IF_ERROR(Save());
-        }
-        return stepped.status();
+        if (!absl::IsDataLoss(stepped.status()) || progress_.state.step == 0) return stepped.status();
+        const absl::Status kept = Save();
+        return kept.ok() ? stepped.status()
+                         : absl::Status(stepped.status().code(), absl::StrCat(stepped.status().message(), "; ", kept.message()));
       }
       ++progress_.batch;
       progress_.tokens += stepped->tokens;
@@ -296,8 +326,9 @@ absl::StatusOr<bool> TrainingRun::Train(const std::atomic<int>& stop) {
   }
   if (since_log.terms() > 0) log_->Steps(Place(), since_log, report);
   if (progress_.state.step == 0) {
-    return absl::InvalidArgumentError(absl::StrCat(options_.data, ": expected documents with predictions that count for --loss ", LossName(options_.loss),
-                                                   " at --num-steps-ahead ", options_.num_steps_ahead, ", got none in ", data_.counts.documents,
+    return absl::InvalidArgumentError(absl::StrCat(options_.data, ": expected documents with predictions that count for --loss ",
+                                                   LossName(options_.loss), " at --num-steps-ahead ", options_.num_steps_ahead,
+                                                   ", got none in ", data_.counts.documents,
                                                    " documents: what follows loss_start is too short"));
   }
   // Evaluating takes time, and the disk may be full: neither costs a step.

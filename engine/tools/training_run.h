@@ -34,15 +34,16 @@ class TrainingRun {
   // Errors of flags, files and memory, naming the offender and both values; nothing has been written.
   static absl::StatusOr<std::unique_ptr<TrainingRun>> Prepare(const TrainOptions& options);
 
-  // Trains to the end, or until `stop` is not 0; then a checkpoint is there, and false is returned. DATA_LOSS: loss or gradient is not
-  // finite; a checkpoint of the weights before that step is there, unless the run had no step yet. Others: a checkpoint or the device
-  // failed; the last whole checkpoint stays.
+  // Trains to the end, or until `stop` is not 0; then a checkpoint is there, and false is returned. DATA_LOSS: loss or gradient
+  // is not finite; a checkpoint of the weights before that step is there, unless the run had no step yet. Others: a checkpoint or
+  // the device failed; the last whole checkpoint stays.
   absl::StatusOr<bool> Train(const std::atomic<int>& stop);
   // Evaluates, writes the trained file and removes the checkpoints. An error leaves the last checkpoint.
   absl::Status Finish();
 
   int64_t step() const { return progress_.state.step; }
-  const std::string& checkpoints_folder() const { return options_.checkpoints; }
+  // What is there after a run that `status` (OK: a signal) has ended, and how to go on from it.
+  std::string HowToGoOn(const absl::Status& status) const;
 
  private:
   explicit TrainingRun(const TrainOptions& options) : options_(options), checkpoints_(options.checkpoints) {}

@@ -125,7 +125,8 @@ std::vector<int64_t> ShapeOf(const MtpTensor& tensor) {
 // Flat arrays of MtpLayout, each under its tensors' names with a prefix.
 using NamedArrays = std::vector<std::pair<std::string, const std::vector<float>*>>;
 
-absl::StatusOr<Sha256Digest> WriteSafetensors(const std::string& path, const MtpLayout& layout, const NamedArrays& arrays, DType dtype) {
+absl::StatusOr<Sha256Digest> WriteSafetensors(const std::string& path, const MtpLayout& layout, const NamedArrays& arrays,
+                                              DType dtype) {
   nlohmann::ordered_json header;
   header["__metadata__"] = {{"format", "pt"}};  // without it transformers refuses the file
   int64_t offset = 0;
@@ -148,9 +149,11 @@ absl::StatusOr<Sha256Digest> WriteSafetensors(const std::string& path, const Mtp
   std::vector<char> converted;
   for (const auto& [prefix, values] : arrays) {
     for (const MtpTensor& tensor : layout.tensors) {
-      std::string_view bytes(reinterpret_cast<const char*>(values->data() + tensor.offset), static_cast<size_t>(tensor.size()) * sizeof(float));
+      std::string_view bytes(reinterpret_cast<const char*>(values->data() + tensor.offset),
+                             static_cast<size_t>(tensor.size()) * sizeof(float));
       bytes = ToForm("F32", bytes, dtype, converted);
-      for (size_t begin = 0; begin < bytes.size(); begin += kPieceBytes) BEBOP_RETURN_IF_ERROR(file.Write(bytes.substr(begin, kPieceBytes)));
+      for (size_t begin = 0; begin < bytes.size(); begin += kPieceBytes)
+        BEBOP_RETURN_IF_ERROR(file.Write(bytes.substr(begin, kPieceBytes)));
     }
   }
   return file.Finish();
@@ -181,12 +184,13 @@ absl::Status AddFile(const std::string& path, bool only_mtp, MtpSource& source) 
     const std::string name = SlotName(entry.name);
     if (!IsMtp(name)) {
       if (!only_mtp) continue;
-      return absl::InvalidArgumentError(StrCat(path, ": tensor ", Quoted(entry.name), ": expected only mtp.* tensors in this file"));
+      return absl::InvalidArgumentError(
+          StrCat(path, ": tensor ", Quoted(entry.name), ": expected only mtp.* tensors in this file"));
     }
     const auto [twin, inserted] = source.tensors.emplace(name, Found{&file, &entry});
     if (inserted) continue;
-    return absl::InvalidArgumentError(StrCat(path, ": tensor ", Quoted(entry.name), ": already given as ", Quoted(twin->second.entry->name), " in ",
-                                             twin->second.file->path()));
+    return absl::InvalidArgumentError(StrCat(path, ": tensor ", Quoted(entry.name), ": already given as ",
+                                             Quoted(twin->second.entry->name), " in ", twin->second.file->path()));
   }
   return absl::OkStatus();
 }
@@ -218,7 +222,8 @@ absl::StatusOr<MtpSource> OpenMtpSource(const std::string& path) {
 
 absl::Status CheckEntry(const Found& found, const std::vector<int64_t>& shape) {
   if (found.entry->shape != shape) {
-    return absl::InvalidArgumentError(StrCat(found.Label(), ": expected shape ", ShapeString(shape), ", got ", ShapeString(found.entry->shape)));
+    return absl::InvalidArgumentError(
+        StrCat(found.Label(), ": expected shape ", ShapeString(shape), ", got ", ShapeString(found.entry->shape)));
   }
   const std::string& type = found.entry->dtype;
   if (type == "BF16" || type == "F32" || type == "F16") return absl::OkStatus();
@@ -237,7 +242,8 @@ absl::Status ReadValues(const Found& found, const MtpTensor& tensor, std::vector
 }
 
 // One file of a training checkpoint: exactly the tensors of `prefixes`, in float32.
-absl::Status ReadArrays(const std::string& path, const MtpLayout& layout, const std::vector<std::pair<std::string, std::vector<float>*>>& arrays) {
+absl::Status ReadArrays(const std::string& path, const MtpLayout& layout,
+                        const std::vector<std::pair<std::string, std::vector<float>*>>& arrays) {
   BEBOP_ASSIGN_OR_RETURN(const SafetensorsFile file, SafetensorsFile::Open(path));
   std::map<std::string_view, const TensorEntry*> entries;
   for (const TensorEntry& entry : file.header().tensors) entries.emplace(entry.name, &entry);
@@ -245,7 +251,8 @@ absl::Status ReadArrays(const std::string& path, const MtpLayout& layout, const 
     values->assign(static_cast<size_t>(layout.total), 0.0f);
     for (const MtpTensor& tensor : layout.tensors) {
       const auto entry = entries.find(prefix + tensor.name);
-      if (entry == entries.end()) return absl::NotFoundError(StrCat(path, ": tensor ", Quoted(prefix + tensor.name), ": expected, got nothing"));
+      if (entry == entries.end())
+        return absl::NotFoundError(StrCat(path, ": tensor ", Quoted(prefix + tensor.name), ": expected, got nothing"));
       const Found found{&file, entry->second};
       BEBOP_RETURN_IF_ERROR(CheckEntry(found, ShapeOf(tensor)));
       BEBOP_RETURN_IF_ERROR(ReadValues(found, tensor, *values));
@@ -297,7 +304,8 @@ absl::Status Prune(const std::string& folder) {
   for (size_t i = kKept; i < steps.size(); ++i) BEBOP_RETURN_IF_ERROR(RemoveStep(StrCat(folder, "/", kStepPrefix, steps[i])));
   std::vector<std::string> unfinished;
   std::error_code error;
-  for (std::filesystem::directory_iterator entry(folder, error); !error && entry != std::filesystem::directory_iterator(); entry.increment(error)) {
+  for (std::filesystem::directory_iterator entry(folder, error); !error && entry != std::filesystem::directory_iterator();
+       entry.increment(error)) {
     const std::string name = entry->path().filename().string();
     if (name.starts_with(kStepPrefix) && name.ends_with(kUnfinished)) unfinished.push_back(entry->path().string());
   }
@@ -314,9 +322,10 @@ absl::Status WriteStep(const std::string& part, const TrainingProgress& progress
   const MtpTrainer::State& state = progress.state;
   BEBOP_ASSIGN_OR_RETURN(const Sha256Digest mtp_digest,
                          WriteSafetensors(StrCat(part, "/", kMtpFile), layout, {{"", &state.parameters}}, DType::kFloat32));
-  BEBOP_ASSIGN_OR_RETURN(const Sha256Digest optimizer_digest,
-                         WriteSafetensors(StrCat(part, "/", kOptimizerFile), layout,
-                                          {{"first_moment.", &state.first_moment}, {"second_moment.", &state.second_moment}}, DType::kFloat32));
+  BEBOP_ASSIGN_OR_RETURN(
+      const Sha256Digest optimizer_digest,
+      WriteSafetensors(StrCat(part, "/", kOptimizerFile), layout,
+                       {{"first_moment.", &state.first_moment}, {"second_moment.", &state.second_moment}}, DType::kFloat32));
   nlohmann::ordered_json json;
   json["version"] = kStateVersion;
   json["step"] = state.step;
@@ -335,7 +344,8 @@ absl::Status WriteStep(const std::string& part, const TrainingProgress& progress
 
 absl::StatusOr<TrainingProgress> ReadStep(const std::string& path, const MtpLayout& layout) {
   TrainingProgress progress;
-  const std::string state_path = StrCat(path, "/", kStateFile), mtp_path = StrCat(path, "/", kMtpFile), optimizer_path = StrCat(path, "/", kOptimizerFile);
+  const std::string state_path = StrCat(path, "/", kStateFile), mtp_path = StrCat(path, "/", kMtpFile),
+                    optimizer_path = StrCat(path, "/", kOptimizerFile);
   BEBOP_ASSIGN_OR_RETURN(const MappedFile state_file, MappedFile::Open(state_path));
   BEBOP_ASSIGN_OR_RETURN(const JsonValue value, ParseJson(state_file.bytes(), state_path));
   BEBOP_ASSIGN_OR_RETURN(const JsonObject object, JsonObject::Open(value, state_path));
@@ -348,7 +358,8 @@ absl::StatusOr<TrainingProgress> ReadStep(const std::string& path, const MtpLayo
   BEBOP_ASSIGN_OR_RETURN(progress.seconds, object.Number("seconds", 0.0, 1e12));
   BEBOP_RETURN_IF_ERROR(object.Object("identity").status());
   for (const auto& [name, text] : *object.Get("identity")->object()) {
-    if (text.string() == nullptr) return absl::InvalidArgumentError(StrCat(state_path, ": identity.", name, ": expected a string"));
+    if (text.string() == nullptr)
+      return absl::InvalidArgumentError(StrCat(state_path, ": identity.", name, ": expected a string"));
     progress.identity[name] = *text.string();
   }
   BEBOP_ASSIGN_OR_RETURN(const std::string mtp_digest, object.String("mtp_sha256"));
@@ -357,34 +368,38 @@ absl::StatusOr<TrainingProgress> ReadStep(const std::string& path, const MtpLayo
   BEBOP_RETURN_IF_ERROR(CheckDigest(optimizer_path, optimizer_digest));
   BEBOP_RETURN_IF_ERROR(ReadArrays(mtp_path, layout, {{"", &progress.state.parameters}}));
   BEBOP_RETURN_IF_ERROR(
-      ReadArrays(optimizer_path, layout, {{"first_moment.", &progress.state.first_moment}, {"second_moment.", &progress.state.second_moment}}));
+      ReadArrays(optimizer_path, layout,
+                 {{"first_moment.", &progress.state.first_moment}, {"second_moment.", &progress.state.second_moment}}));
   return progress;
 }
 
-absl::Status CheckIdentity(const std::string& path, const std::map<std::string, std::string>& found, const std::map<std::string, std::string>& wanted) {
+absl::Status CheckIdentity(const std::string& path, const std::map<std::string, std::string>& found,
+                           const std::map<std::string, std::string>& wanted) {
   std::map<std::string, std::pair<std::string, std::string>> both;  // name -> found, wanted
   for (const auto& [name, value] : found) both[name].first = value;
   for (const auto& [name, value] : wanted) both[name].second = value;
   for (const auto& [name, values] : both) {
     const auto& [old_value, new_value] = values;
     if (old_value == new_value) continue;
-    return absl::FailedPreconditionError(StrCat(path, ": ", name, ": the run that was stopped had ", old_value.empty() ? "nothing" : old_value,
-                                                ", this one has ", new_value.empty() ? "nothing" : new_value,
-                                                "; give what it had to go on with it, or begin anew without --resume"));
+    return absl::FailedPreconditionError(
+        StrCat(path, ": ", name, ": the run that was stopped had ", old_value.empty() ? "nothing" : old_value, ", this one has ",
+               new_value.empty() ? "nothing" : new_value, "; give what it had to go on with it, or begin anew without --resume"));
   }
   return absl::OkStatus();
 }
 
 }  // namespace
 
-absl::StatusOr<std::vector<float>> ReadMtpParameters(const std::string& path, const ModelConfig& config, const MtpLayout& layout) {
+absl::StatusOr<std::vector<float>> ReadMtpParameters(const std::string& path, const ModelConfig& config,
+                                                     const MtpLayout& layout) {
   if (config.num_mtp_layers == 0) {
     return absl::InvalidArgumentError("config.json: mtp_num_hidden_layers: expected 1 to train the MTP layer, got 0");
   }
   BEBOP_ASSIGN_OR_RETURN(const MtpSource source, OpenMtpSource(path));
   if (source.tensors.empty()) {
-    return absl::FailedPreconditionError(
-        StrCat(path, ": expected mtp.* tensors to begin from, got none: give them with --mtp FILE, or begin from random ones with --init-mtp"));
+    return absl::FailedPreconditionError(StrCat(path,
+                                                ": expected mtp.* tensors to begin from, got none: give them with --mtp FILE, or "
+                                                "begin from random ones with --init-mtp"));
   }
   std::vector<float> flat(static_cast<size_t>(layout.total), 0.0f);
   size_t num_found = 0, num_missing = 0;
@@ -392,7 +407,9 @@ absl::StatusOr<std::vector<float>> ReadMtpParameters(const std::string& path, co
   for (const MtpTensor& tensor : layout.tensors) {
     const auto found = source.tensors.find(tensor.name);
     if (found == source.tensors.end()) {
-      if (num_missing++ == 0) first_missing = StrCat(path, ": tensor ", Quoted(tensor.name), ": expected ", ShapeString(ShapeOf(tensor)), ", got nothing");
+      if (num_missing++ == 0)
+        first_missing =
+            StrCat(path, ": tensor ", Quoted(tensor.name), ": expected ", ShapeString(ShapeOf(tensor)), ", got nothing");
       continue;
     }
     ++num_found;
@@ -402,7 +419,8 @@ absl::StatusOr<std::vector<float>> ReadMtpParameters(const std::string& path, co
   std::string first_unexpected;  // a misnamed tensor is both missing and unexpected: say both
   if (num_found < source.tensors.size()) {
     for (const auto& [name, found] : source.tensors) {
-      const bool known = std::any_of(layout.tensors.begin(), layout.tensors.end(), [&name = name](const MtpTensor& tensor) { return tensor.name == name; });
+      const bool known = std::any_of(layout.tensors.begin(), layout.tensors.end(),
+                                     [&name = name](const MtpTensor& tensor) { return tensor.name == name; });
       if (known) continue;
       first_unexpected = StrCat(found.Label(), ": unexpected, got ", found.entry->dtype, " ", ShapeString(found.entry->shape));
       break;
@@ -419,8 +437,8 @@ absl::StatusOr<std::vector<float>> ReadMtpParameters(const std::string& path, co
 absl::StatusOr<std::optional<DType>> MtpFileType(const std::string& path) {
   BEBOP_ASSIGN_OR_RETURN(const MtpSource source, OpenMtpSource(path));
   if (source.tensors.empty()) return std::nullopt;
-  const bool is_bfloat16 =
-      std::all_of(source.tensors.begin(), source.tensors.end(), [](const auto& tensor) { return tensor.second.entry->dtype == "BF16"; });
+  const bool is_bfloat16 = std::all_of(source.tensors.begin(), source.tensors.end(),
+                                       [](const auto& tensor) { return tensor.second.entry->dtype == "BF16"; });
   return is_bfloat16 ? DType::kBFloat16 : DType::kFloat32;
 }
 
@@ -434,7 +452,8 @@ std::vector<float> InitMtpParameters(const MtpLayout& layout, uint64_t seed) {
     for (int64_t i = 0; i < tensor.size(); i += 2) {
       const uint64_t place = static_cast<uint64_t>(tensor.offset + i);
       const auto words = Philox4x32(seed, {static_cast<uint32_t>(place), static_cast<uint32_t>(place >> 32), 0, kInitPurpose});
-      const double radius_uniform = (static_cast<double>(static_cast<uint64_t>(words[0]) << 21 | words[1] >> 11) + 0.5) * 0x1p-53;  // never 0
+      const double radius_uniform =
+          (static_cast<double>(static_cast<uint64_t>(words[0]) << 21 | words[1] >> 11) + 0.5) * 0x1p-53;  // never 0
       const double angle = 2.0 * std::numbers::pi * static_cast<double>(words[2]) * 0x1p-32;
       const double radius = deviation * std::sqrt(-2.0 * std::log(radius_uniform));
       flat[place] = static_cast<float>(radius * std::cos(angle));
@@ -453,7 +472,8 @@ std::vector<float> InitMtpParameters(const MtpLayout& layout, uint64_t seed) {
 absl::Status CheckWritable(const std::string& path) {
   const std::string folder = FolderOf(path);
   std::error_code error;
-  if (std::filesystem::is_directory(path, error)) return absl::InvalidArgumentError(StrCat(path, ": expected a file to write, got a folder"));
+  if (std::filesystem::is_directory(path, error))
+    return absl::InvalidArgumentError(StrCat(path, ": expected a file to write, got a folder"));
   if (!std::filesystem::is_directory(folder, error)) return absl::NotFoundError(StrCat(path, ": ", folder, " is no folder"));
   const std::string part = path + kUnfinished;
   BEBOP_RETURN_IF_ERROR(FileWriter::Create(part).status());
@@ -502,8 +522,8 @@ absl::Status TrainingCheckpoints::Save(const TrainingProgress& progress, const M
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::optional<TrainingProgress>> TrainingCheckpoints::Load(const MtpLayout& layout,
-                                                                          const std::map<std::string, std::string>& identity) const {
+absl::StatusOr<std::optional<TrainingProgress>> TrainingCheckpoints::Load(
+    const MtpLayout& layout, const std::map<std::string, std::string>& identity) const {
   BEBOP_ASSIGN_OR_RETURN(const std::vector<int64_t> steps, ListSteps(folder_));
   absl::Status first_error;
   for (const int64_t step : steps) {
@@ -526,7 +546,8 @@ absl::Status TrainingCheckpoints::Remove() {
   // Oldest first: a kill half-way leaves the newest.
   for (auto step = steps.rbegin(); step != steps.rend(); ++step) BEBOP_RETURN_IF_ERROR(RemoveStep(PathOf(*step)));
   BEBOP_RETURN_IF_ERROR(Prune(folder_));
-  if (rmdir(folder_.c_str()) != 0 && errno != ENOENT && errno != ENOTEMPTY && errno != EEXIST) return FileError(folder_, "cannot be removed");
+  if (rmdir(folder_.c_str()) != 0 && errno != ENOENT && errno != ENOTEMPTY && errno != EEXIST)
+    return FileError(folder_, "cannot be removed");
   return absl::OkStatus();
 }
 

@@ -24,7 +24,8 @@ constexpr uint32_t kShufflePurpose = 0x73687566;
 
 class Reader {
  public:
-  Reader(std::string path, const TrainingDataOptions& options, TrainingData& data) : path_(std::move(path)), options_(options), data_(data) {}
+  Reader(std::string path, const TrainingDataOptions& options, TrainingData& data)
+      : path_(std::move(path)), options_(options), data_(data) {}
 
   absl::Status Line(std::string_view text, int64_t number) {
     line_ = number;
@@ -47,10 +48,12 @@ class Reader {
   // The file has been read.
   absl::Status Finish() const {
     if (!data_.documents.empty()) return absl::OkStatus();
-    if (num_lines_ == 0) return absl::InvalidArgumentError(StrCat(path_, ": expected lines of JSON with documents, got an empty file"));
+    if (num_lines_ == 0)
+      return absl::InvalidArgumentError(StrCat(path_, ": expected lines of JSON with documents, got an empty file"));
     const TrainingDataCounts& counts = data_.counts;
-    return absl::InvalidArgumentError(StrCat(path_, ": expected documents to train on, got none: ", counts.skipped_short, " skipped with fewer than ",
-                                             options_.num_steps_ahead + 2, " tokens (--num-steps-ahead ", options_.num_steps_ahead,
+    return absl::InvalidArgumentError(StrCat(path_, ": expected documents to train on, got none: ", counts.skipped_short,
+                                             " skipped with fewer than ", options_.num_steps_ahead + 2,
+                                             " tokens (--num-steps-ahead ", options_.num_steps_ahead,
                                              " + 2) or nothing to predict, ", counts.skipped_failed, " that had failed"));
   }
 
@@ -95,21 +98,23 @@ class Reader {
   }
 
   static absl::Status NoPrompt(const JsonObject& object) {
-    return object.Unexpected("prompt_token_ids", "the prompt's ids beside \"samples\" (`bebop rollouts` writes them; so does a request with "
-                                                 "\"output\": {\"prompt\": true})");
+    return object.Unexpected("prompt_token_ids",
+                             "the prompt's ids beside \"samples\" (`bebop rollouts` writes them; so does a request with "
+                             "\"output\": {\"prompt\": true})");
   }
 
   // `path` is where `object` is in its line.
-  absl::Status AppendIds(const JsonObject& object, std::string_view path, std::string_view key, std::vector<uint32_t>& ids) const {
+  absl::Status AppendIds(const JsonObject& object, std::string_view path, std::string_view key,
+                         std::vector<uint32_t>& ids) const {
     BEBOP_ASSIGN_OR_RETURN(const JsonValue::Array* values, object.Array(key));
     ids.reserve(ids.size() + values->size());
     for (size_t i = 0; i < values->size(); ++i) {
       const int64_t* id = (*values)[i].integer();
       if (id == nullptr || *id < 0 || *id >= options_.vocab_size) {
         const bool is_id = id != nullptr && *id >= 0;
-        return absl::InvalidArgumentError(StrCat(path_, ": line ", line_, ": ", path, key, "[", i, "]: expected a token id in [0, ",
-                                                 options_.vocab_size - 1, "] as the model has them, got ", JsonValue::Describe(&(*values)[i]),
-                                                 is_id ? " (data of another vocabulary)" : ""));
+        return absl::InvalidArgumentError(StrCat(
+            path_, ": line ", line_, ": ", path, key, "[", i, "]: expected a token id in [0, ", options_.vocab_size - 1,
+            "] as the model has them, got ", JsonValue::Describe(&(*values)[i]), is_id ? " (data of another vocabulary)" : ""));
       }
       ids.push_back(static_cast<uint32_t>(*id));
     }
@@ -117,7 +122,8 @@ class Reader {
   }
 
   absl::StatusOr<int32_t> LossStart(const JsonObject& object, const TrainingDocument& document, int64_t fallback) const {
-    BEBOP_ASSIGN_OR_RETURN(const int64_t start, object.Integer("loss_start", 0, static_cast<int64_t>(document.token_ids.size()), fallback));
+    BEBOP_ASSIGN_OR_RETURN(const int64_t start,
+                           object.Integer("loss_start", 0, static_cast<int64_t>(document.token_ids.size()), fallback));
     return static_cast<int32_t>(start);
   }
 

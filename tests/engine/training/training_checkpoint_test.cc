@@ -30,9 +30,9 @@ namespace {
 
 // What the program's changes to files meet: the calls below stand in for the C library's.
 struct Faults {
-  int until_kill = -1;       // calls that go through before the process is killed in the next one; < 0: never
-  bool half_write = false;   // that one is a write that gets half its bytes out
-  int until_error = -1;      // calls that go through before all of `failing` fail with `error`; < 0: never
+  int until_kill = -1;      // calls that go through before the process is killed in the next one; < 0: never
+  bool half_write = false;  // that one is a write that gets half its bytes out
+  int until_error = -1;     // calls that go through before all of `failing` fail with `error`; < 0: never
   int error = 0;
   std::string failing = {};  // "write", "fsync" or "rename"
 };
@@ -64,9 +64,15 @@ ssize_t write(int descriptor, const void* bytes, size_t count) {
 }
 // Only counted: a kill does not show whether it was done, and it is slow.
 int fsync(int descriptor) { return Meet("fsync") || fcntl(descriptor, F_GETFD) < 0 ? -1 : 0; }
-int rename(const char* from, const char* to) noexcept { return Meet("rename") ? -1 : static_cast<int>(syscall(SYS_renameat2, AT_FDCWD, from, AT_FDCWD, to, 0)); }
-int mkdir(const char* path, mode_t mode) noexcept { return Meet("mkdir") ? -1 : static_cast<int>(syscall(SYS_mkdirat, AT_FDCWD, path, mode)); }
-int unlinkat(int folder, const char* path, int flags) noexcept { return Meet("unlinkat") ? -1 : static_cast<int>(syscall(SYS_unlinkat, folder, path, flags)); }
+int rename(const char* from, const char* to) noexcept {
+  return Meet("rename") ? -1 : static_cast<int>(syscall(SYS_renameat2, AT_FDCWD, from, AT_FDCWD, to, 0));
+}
+int mkdir(const char* path, mode_t mode) noexcept {
+  return Meet("mkdir") ? -1 : static_cast<int>(syscall(SYS_mkdirat, AT_FDCWD, path, mode));
+}
+int unlinkat(int folder, const char* path, int flags) noexcept {
+  return Meet("unlinkat") ? -1 : static_cast<int>(syscall(SYS_unlinkat, folder, path, flags));
+}
 int unlink(const char* path) noexcept { return Meet("unlink") ? -1 : static_cast<int>(syscall(SYS_unlinkat, AT_FDCWD, path, 0)); }
 }
 
@@ -77,7 +83,8 @@ const std::map<std::string, std::string> kIdentity = {{"loss", "e2e_tv"}, {"lr",
 
 class TrainingCheckpointTest : public testing::Test {
  protected:
-  TrainingCheckpointTest() : config_(ParseModelConfig(SmallConfigJson(/*tied=*/true)).value()), layout_(config_), runs_(folder_.path() + "/run") {}
+  TrainingCheckpointTest()
+      : config_(ParseModelConfig(SmallConfigJson(/*tied=*/true)).value()), layout_(config_), runs_(folder_.path() + "/run") {}
   void TearDown() override { faults = {}; }
 
   // Numbers that tell which step they are of.
@@ -93,7 +100,8 @@ class TrainingCheckpointTest : public testing::Test {
       values->assign(static_cast<size_t>(layout_.total), 0.0f);
       // Padding stays zero, as the trainer leaves it.
       for (const MtpTensor& tensor : layout_.tensors) {
-        for (int64_t i = tensor.offset; i < tensor.offset + tensor.size(); ++i) (*values)[static_cast<size_t>(i)] = std::sin(static_cast<float>(i + 31 * step));
+        for (int64_t i = tensor.offset; i < tensor.offset + tensor.size(); ++i)
+          (*values)[static_cast<size_t>(i)] = std::sin(static_cast<float>(i + 31 * step));
       }
       step += 1000;
     }
@@ -159,7 +167,8 @@ TEST_F(TrainingCheckpointTest, SyncsInOrder) {
   calls.clear();
   ASSERT_TRUE(TrainingCheckpoints(runs_).Save(Progress(1), layout_).ok());
   // Parent; three files; the folder among them ("fsync" of the last file and the folder are one here); its name.
-  EXPECT_EQ(calls, (std::vector<std::string>{"mkdir", "fsync", "mkdir", "write", "fsync", "write", "fsync", "write", "fsync", "rename", "fsync"}));
+  EXPECT_EQ(calls, (std::vector<std::string>{"mkdir", "fsync", "mkdir", "write", "fsync", "write", "fsync", "write", "fsync",
+                                             "rename", "fsync"}));
   calls.clear();
   ASSERT_TRUE(WriteMtpFile(folder_.path() + "/out", layout_, Progress(1).state.parameters, DType::kFloat32).ok());
   EXPECT_EQ(calls, (std::vector<std::string>{"write", "fsync", "rename", "fsync"}));
@@ -265,9 +274,11 @@ TEST_F(TrainingCheckpointTest, FailuresKeepTheLastCheckpointAndLeaveNoRest) {
     int error;
     absl::StatusCode code;
   };
-  for (const Case& test : {Case{"write", ENOSPC, absl::StatusCode::kResourceExhausted}, Case{"write", EDQUOT, absl::StatusCode::kResourceExhausted},
-                           Case{"fsync", ENOSPC, absl::StatusCode::kResourceExhausted}, Case{"write", EFBIG, absl::StatusCode::kResourceExhausted},
-                           Case{"rename", EACCES, absl::StatusCode::kPermissionDenied}, Case{"mkdir", EACCES, absl::StatusCode::kPermissionDenied}}) {
+  for (const Case& test :
+       {Case{"write", ENOSPC, absl::StatusCode::kResourceExhausted}, Case{"write", EDQUOT, absl::StatusCode::kResourceExhausted},
+        Case{"fsync", ENOSPC, absl::StatusCode::kResourceExhausted}, Case{"write", EFBIG, absl::StatusCode::kResourceExhausted},
+        Case{"rename", EACCES, absl::StatusCode::kPermissionDenied},
+        Case{"mkdir", EACCES, absl::StatusCode::kPermissionDenied}}) {
     for (const int until : {0, 1, 3, 7}) {
       if (until > 0 && (std::string(test.failing) == "rename" || std::string(test.failing) == "mkdir")) continue;
       if (until > 5 && std::string(test.failing) == "fsync") continue;  // a checkpoint has 6, the folders' included
@@ -356,10 +367,12 @@ TEST_F(MtpFileTest, LoadsInPlaceOfTheCheckpointsTensors) {
     const auto rounded = [dtype](float value) { return dtype == DType::kFloat32 ? value : ToFloat(ToBFloat16(value)); };
     std::vector<float> row(static_cast<size_t>(2 * config_.hidden_size));
     cpu::UnpackRow((*weights)->mtp->fc, 3, row.data());
-    for (size_t i = 0; i < row.size(); ++i) EXPECT_EQ(row[i], rounded(parameters[static_cast<size_t>(layout_.fc) + 3 * row.size() + i]));
+    for (size_t i = 0; i < row.size(); ++i)
+      EXPECT_EQ(row[i], rounded(parameters[static_cast<size_t>(layout_.fc) + 3 * row.size() + i]));
     row.resize(static_cast<size_t>(config_.intermediate_size));
     cpu::UnpackRow((*weights)->mtp->layer.mlp.down, 5, row.data());
-    for (size_t i = 0; i < row.size(); ++i) EXPECT_EQ(row[i], rounded(parameters[static_cast<size_t>(layout_.down) + 5 * row.size() + i]));
+    for (size_t i = 0; i < row.size(); ++i)
+      EXPECT_EQ(row[i], rounded(parameters[static_cast<size_t>(layout_.down) + 5 * row.size() + i]));
     for (int64_t i = 0; i < config_.hidden_size; ++i) {
       EXPECT_EQ((*weights)->mtp->norm[i], rounded(parameters[static_cast<size_t>(layout_.norm + i)]));
     }
@@ -379,7 +392,8 @@ TEST_F(MtpFileTest, ReadsCheckpointFoldersFilesAndShards) {
     ASSERT_TRUE(flat.ok()) << flat.status();
     for (const MtpTensor& tensor : layout_.tensors) {
       const TestTensor& expected = Find(tensor.name);
-      for (int64_t i = 0; i < tensor.size(); ++i) ASSERT_EQ((*flat)[static_cast<size_t>(tensor.offset + i)], expected.Value(i)) << tensor.name << " " << i;
+      for (int64_t i = 0; i < tensor.size(); ++i)
+        ASSERT_EQ((*flat)[static_cast<size_t>(tensor.offset + i)], expected.Value(i)) << tensor.name << " " << i;
     }
   };
   for (const std::string dtype : {"F32", "BF16", "F16"}) {
@@ -391,7 +405,8 @@ TEST_F(MtpFileTest, ReadsCheckpointFoldersFilesAndShards) {
     expect_values(ReadMtpParameters(out_, config_, layout_));
   }
   std::filesystem::remove(model_ + "/model.safetensors");
-  const std::vector<std::pair<std::string, std::vector<TestTensor>>> shards = {{"a.safetensors", Select(false)}, {"b.safetensors", Select(true)}};
+  const std::vector<std::pair<std::string, std::vector<TestTensor>>> shards = {{"a.safetensors", Select(false)},
+                                                                               {"b.safetensors", Select(true)}};
   for (const auto& [file, shard] : shards) WriteFile(model_ + "/" + file, SafetensorsBytes(shard));
   WriteFile(model_ + "/model.safetensors.index.json", IndexJson(shards));
   expect_values(ReadMtpParameters(model_, config_, layout_));
@@ -411,39 +426,48 @@ TEST_F(MtpFileTest, BadFilesAreNamed) {
   };
   WriteModel(Select(false));
   EXPECT_EQ(MtpFileType(model_).value(), std::nullopt);
-  expect(model_, absl::StatusCode::kFailedPrecondition, "expected mtp.* tensors to begin from, got none: give them with --mtp FILE, or begin from random "
-                                                        "ones with --init-mtp");
+  expect(model_, absl::StatusCode::kFailedPrecondition,
+         "expected mtp.* tensors to begin from, got none: give them with --mtp FILE, or begin from random "
+         "ones with --init-mtp");
   expect(folder_.path(), absl::StatusCode::kNotFound, "expected model.safetensors or model.safetensors.index.json, got neither");
   expect(folder_.path() + "/none", absl::StatusCode::kNotFound, "");
   expect(model_ + "/model.safetensors", absl::StatusCode::kInvalidArgument, "expected only mtp.* tensors in this file");
   const std::vector<TestTensor> good = Select(true);
-  const auto expect_spoiled = [&](absl::StatusCode code, const std::string& part, const std::function<void(std::vector<TestTensor>&)>& spoil) {
+  const auto expect_spoiled = [&](absl::StatusCode code, const std::string& part,
+                                  const std::function<void(std::vector<TestTensor>&)>& spoil) {
     std::vector<TestTensor> tensors = good;
     spoil(tensors);
     WriteFile(out_, SafetensorsBytes(tensors));
     expect(out_, code, part);
   };
   const auto index_of = [&](const std::string& name) {
-    return static_cast<size_t>(std::find_if(good.begin(), good.end(), [&](const TestTensor& tensor) { return tensor.name == name; }) - good.begin());
+    return static_cast<size_t>(
+        std::find_if(good.begin(), good.end(), [&](const TestTensor& tensor) { return tensor.name == name; }) - good.begin());
   };
   const size_t fc = index_of("mtp.fc.weight"), norm = index_of("mtp.norm.weight");
   const int64_t hidden = config_.hidden_size;
   expect_spoiled(absl::StatusCode::kNotFound, StrCat("tensor \"mtp.norm.weight\": expected [", hidden, "], got nothing"),
                  [&](auto& tensors) { tensors.erase(tensors.begin() + static_cast<std::ptrdiff_t>(norm)); });
-  expect_spoiled(absl::StatusCode::kNotFound, "(and 14 more missing)", [&](auto& tensors) { tensors.resize(1), tensors[0] = good[fc]; tensors[0].name = "mtp.cf"; });
+  expect_spoiled(absl::StatusCode::kNotFound, "(and 14 more missing)", [&](auto& tensors) {
+    tensors.resize(1), tensors[0] = good[fc];
+    tensors[0].name = "mtp.cf";
+  });
   expect_spoiled(absl::StatusCode::kInvalidArgument, "tensor \"mtp.extra\": unexpected, got F32 [1]",
                  [&](auto& tensors) { tensors.push_back(MakeTensor("mtp.extra", "F32", {1}, {1.0f})); });
   expect_spoiled(absl::StatusCode::kInvalidArgument, StrCat("tensor \"mtp.norm.weight\": expected shape [", hidden, "], got [1]"),
                  [&](auto& tensors) { tensors[norm] = MakeTensor("mtp.norm.weight", "F32", {1}, {1.0f}); });
-  expect_spoiled(absl::StatusCode::kInvalidArgument, "tensor \"mtp.norm.weight\": expected type BF16, F32 or F16, got I32", [&](auto& tensors) {
-    tensors[norm] = MakeTensor("mtp.norm.weight", "F32", {hidden}, std::vector<float>(static_cast<size_t>(hidden)));
-    tensors[norm].dtype = "I32";
-  });
-  expect_spoiled(absl::StatusCode::kInvalidArgument, "tensor \"mtp.norm.weight\": element 2: expected a finite value, got inf", [&](auto& tensors) {
-    std::vector<float> values(static_cast<size_t>(hidden));
-    values[2] = INFINITY;
-    tensors[norm] = MakeTensor("mtp.norm.weight", "BF16", {hidden}, values);
-  });
+  expect_spoiled(absl::StatusCode::kInvalidArgument, "tensor \"mtp.norm.weight\": expected type BF16, F32 or F16, got I32",
+                 [&](auto& tensors) {
+                   tensors[norm] =
+                       MakeTensor("mtp.norm.weight", "F32", {hidden}, std::vector<float>(static_cast<size_t>(hidden)));
+                   tensors[norm].dtype = "I32";
+                 });
+  expect_spoiled(absl::StatusCode::kInvalidArgument, "tensor \"mtp.norm.weight\": element 2: expected a finite value, got inf",
+                 [&](auto& tensors) {
+                   std::vector<float> values(static_cast<size_t>(hidden));
+                   values[2] = INFINITY;
+                   tensors[norm] = MakeTensor("mtp.norm.weight", "BF16", {hidden}, values);
+                 });
   expect_spoiled(absl::StatusCode::kInvalidArgument, "already given as", [&](auto& tensors) {
     tensors.push_back(good[norm]);
     tensors.back().name = "model.mtp.norm.weight";
@@ -452,7 +476,8 @@ TEST_F(MtpFileTest, BadFilesAreNamed) {
   expect(out_, absl::StatusCode::kDataLoss, "");
   ModelConfig without = config_;
   without.num_mtp_layers = 0;
-  EXPECT_EQ(ReadMtpParameters(out_, without, layout_).status().message(), "config.json: mtp_num_hidden_layers: expected 1 to train the MTP layer, got 0");
+  EXPECT_EQ(ReadMtpParameters(out_, without, layout_).status().message(),
+            "config.json: mtp_num_hidden_layers: expected 1 to train the MTP layer, got 0");
 }
 
 TEST_F(MtpFileTest, WritesWholeOrNotAtAll) {
@@ -481,7 +506,8 @@ TEST_F(MtpFileTest, PlacesThatCannotBeWritten) {
   EXPECT_EQ(Entries(folder_.path()), (std::set<std::string>{"model"}));
   EXPECT_EQ(CheckWritable(model_).code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(CheckWritable(folder_.path() + "/none/a.safetensors").code(), absl::StatusCode::kNotFound);
-  EXPECT_EQ(WriteMtpFile(folder_.path() + "/none/a.safetensors", layout_, Progress(1).state.parameters, DType::kFloat32).code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(WriteMtpFile(folder_.path() + "/none/a.safetensors", layout_, Progress(1).state.parameters, DType::kFloat32).code(),
+            absl::StatusCode::kNotFound);
   if (geteuid() == 0) return;  // root may write anywhere
   ASSERT_EQ(chmod(model_.c_str(), 0555), 0);
   EXPECT_EQ(CheckWritable(model_ + "/a.safetensors").code(), absl::StatusCode::kPermissionDenied);
@@ -507,7 +533,9 @@ TEST_F(MtpFileTest, InitialParameters) {
       continue;
     }
     EXPECT_FALSE(std::equal(values.begin(), values.end(), other.begin() + tensor.offset)) << tensor.name;
-    const double expected = tensor.name.find("o_proj") != std::string::npos || tensor.name.find("down_proj") != std::string::npos ? 0.02 * std::sqrt(0.5) : 0.02;
+    const double expected = tensor.name.find("o_proj") != std::string::npos || tensor.name.find("down_proj") != std::string::npos
+                                ? 0.02 * std::sqrt(0.5)
+                                : 0.02;
     double sum = 0.0, squares = 0.0, fourth = 0.0;
     for (const float value : values) {
       sum += value;

@@ -44,7 +44,8 @@ TEST_F(TrainingDataTest, ReadsDocumentsAndGenerateResults) {
       "{\"token_ids\": [1, 2, 3, 4], \"loss_start\": 2}\r\n"
       "\n"
       "  {\"token_ids\":[5,6,7,8,9],\"reward\":0.5}\n"
-      "{\"request_id\":\"a\",\"prompt_token_ids\":[10,11],\"samples\":[{\"token_ids\":[12,13,14],\"finish\":{\"reason\":\"STOP\"}},"
+      "{\"request_id\":\"a\",\"prompt_token_ids\":[10,11],\"samples\":[{\"token_ids\":[12,13,14],\"finish\":{\"reason\":\"STOP\"}"
+      "},"
       "{\"token_ids\":[15,16],\"finish\":{\"reason\":\"ABORTED\"}}]}");  // the last line needs no newline
   ASSERT_TRUE(data.ok()) << data.status();
   ASSERT_EQ(data->documents.size(), 4u);
@@ -74,12 +75,13 @@ TEST_F(TrainingDataTest, DigestIsTheFilesSha256) {
 
 TEST_F(TrainingDataTest, CountsWhatItSkipsAndCuts) {
   const auto data = Read(
-      "{\"token_ids\":[1,2,3]}\n"                                      // shorter than 2 + 2
-      "{\"token_ids\":[1,2,3,4]}\n"                                    // just long enough
-      "{\"token_ids\":[1,2,3,4],\"loss_start\":4}\n"                   // nothing to predict
-      "{\"token_ids\":[1,2,3,4,5,6,7,8],\"loss_start\":5}\n"           // loses its end
-      "{\"token_ids\":[1,2,3,4,5,6,7,8],\"loss_start\":6}\n"           // loses all there is to predict
-      "{\"prompt_token_ids\":[1,2,3,4],\"samples\":[{\"token_ids\":[]},{\"token_ids\":[5,6],\"finish\":{\"reason\":\"NON_FINITE\"}}]}\n"
+      "{\"token_ids\":[1,2,3]}\n"                             // shorter than 2 + 2
+      "{\"token_ids\":[1,2,3,4]}\n"                           // just long enough
+      "{\"token_ids\":[1,2,3,4],\"loss_start\":4}\n"          // nothing to predict
+      "{\"token_ids\":[1,2,3,4,5,6,7,8],\"loss_start\":5}\n"  // loses its end
+      "{\"token_ids\":[1,2,3,4,5,6,7,8],\"loss_start\":6}\n"  // loses all there is to predict
+      "{\"prompt_token_ids\":[1,2,3,4],\"samples\":[{\"token_ids\":[]},{\"token_ids\":[5,6],\"finish\":{\"reason\":\"NON_"
+      "FINITE\"}}]}\n"
       "{\"error\":{\"code\":\"UNAVAILABLE\",\"reason\":\"DRAINING\",\"message\":\"\"}}\n");
   ASSERT_TRUE(data.ok()) << data.status();
   ASSERT_EQ(data->documents.size(), 2u);
@@ -101,14 +103,20 @@ TEST_F(TrainingDataTest, BadLinesAreNamedWithFieldAndBothValues) {
   const std::string good = "{\"token_ids\":[1,2,3,4]}\n";
   EXPECT_EQ(Refusal(good + "{\"token_ids\":[1,2,100,4]}"),
             "line 2: token_ids[2]: expected a token id in [0, 99] as the model has them, got 100 (data of another vocabulary)");
-  EXPECT_EQ(Refusal("{\"token_ids\":[1,-2]}"), "line 1: token_ids[1]: expected a token id in [0, 99] as the model has them, got -2");
-  EXPECT_EQ(Refusal("{\"token_ids\":[1.0]}"), "line 1: token_ids[0]: expected a token id in [0, 99] as the model has them, got 1");
-  EXPECT_EQ(Refusal("{\"token_ids\":[\"7\"]}"), "line 1: token_ids[0]: expected a token id in [0, 99] as the model has them, got \"7\"");
+  EXPECT_EQ(Refusal("{\"token_ids\":[1,-2]}"),
+            "line 1: token_ids[1]: expected a token id in [0, 99] as the model has them, got -2");
+  EXPECT_EQ(Refusal("{\"token_ids\":[1.0]}"),
+            "line 1: token_ids[0]: expected a token id in [0, 99] as the model has them, got 1");
+  EXPECT_EQ(Refusal("{\"token_ids\":[\"7\"]}"),
+            "line 1: token_ids[0]: expected a token id in [0, 99] as the model has them, got \"7\"");
   EXPECT_EQ(Refusal("{\"token_ids\":7}"), "line 1: token_ids: expected an array, got 7");
-  EXPECT_EQ(Refusal(good + "\n{\"token_ids\":[1,2,3,4],\"loss_start\":5}"), "line 3: loss_start: expected an integer in [0, 4], got 5");
+  EXPECT_EQ(Refusal(good + "\n{\"token_ids\":[1,2,3,4],\"loss_start\":5}"),
+            "line 3: loss_start: expected an integer in [0, 4], got 5");
   EXPECT_EQ(Refusal("{\"token_ids\":[1,2,3,4],\"loss_start\":-1}"), "line 1: loss_start: expected an integer in [0, 4], got -1");
-  EXPECT_EQ(Refusal("{\"text\":\"hello\"}"), "line 1: expected either \"token_ids\" or, of a GenerateResult, \"samples\", got neither");
-  EXPECT_EQ(Refusal("{\"token_ids\":[1],\"samples\":[]}"), "line 1: expected either \"token_ids\" or, of a GenerateResult, \"samples\", got both");
+  EXPECT_EQ(Refusal("{\"text\":\"hello\"}"),
+            "line 1: expected either \"token_ids\" or, of a GenerateResult, \"samples\", got neither");
+  EXPECT_EQ(Refusal("{\"token_ids\":[1],\"samples\":[]}"),
+            "line 1: expected either \"token_ids\" or, of a GenerateResult, \"samples\", got both");
   EXPECT_EQ(Refusal("[1,2,3]"), "line 1: expected an object, got an array of 3");
   EXPECT_EQ(Refusal(good + "{\"token_ids\":[1,2,3"), "line 2: not valid JSON at byte 20");
   for (const std::string prompt : {"", "\"prompt_token_ids\":[],", "\"prompt_token_ids\":null,"}) {
@@ -117,9 +125,11 @@ TEST_F(TrainingDataTest, BadLinesAreNamedWithFieldAndBothValues) {
     EXPECT_NE(message.find("bebop rollouts"), std::string::npos);
   }
   EXPECT_EQ(Refusal("{\"prompt_token_ids\":[1],\"samples\":[{\"token_ids\":[1,2,3]},{\"token_ids\":[4,5,444]}]}"),
-            "line 1: samples[1].token_ids[2]: expected a token id in [0, 99] as the model has them, got 444 (data of another vocabulary)");
+            "line 1: samples[1].token_ids[2]: expected a token id in [0, 99] as the model has them, got 444 (data of another "
+            "vocabulary)");
   EXPECT_EQ(Refusal("{\"prompt_token_ids\":[1],\"samples\":[3]}"), "line 1: samples[0]: expected an object, got 3");
-  EXPECT_EQ(Refusal("{\"prompt_token_ids\":[1],\"samples\":[{}]}"), "line 1: samples[0].token_ids: expected an array, got nothing");
+  EXPECT_EQ(Refusal("{\"prompt_token_ids\":[1],\"samples\":[{}]}"),
+            "line 1: samples[0].token_ids: expected an array, got nothing");
 }
 
 TEST_F(TrainingDataTest, FilesWithoutADocumentSayWhy) {
@@ -127,7 +137,8 @@ TEST_F(TrainingDataTest, FilesWithoutADocumentSayWhy) {
   EXPECT_EQ(Refusal(""), empty);
   EXPECT_EQ(Refusal("\n \r\n\t\n"), empty);
   EXPECT_EQ(Refusal("{\"token_ids\":[1,2,3]}\n{\"error\":{}}\n{\"error\":{}}\n"),
-            "expected documents to train on, got none: 1 skipped with fewer than 4 tokens (--num-steps-ahead 2 + 2) or nothing to predict, 2 that had "
+            "expected documents to train on, got none: 1 skipped with fewer than 4 tokens (--num-steps-ahead 2 + 2) or nothing "
+            "to predict, 2 that had "
             "failed");
   const auto missing = ReadTrainingData(folder_.path() + "/none.jsonl", kOptions);
   EXPECT_EQ(missing.status().code(), absl::StatusCode::kNotFound);
@@ -137,17 +148,26 @@ TEST_F(TrainingDataTest, FilesWithoutADocumentSayWhy) {
 
 // Whatever happens to a line, it is read or refused by its number: nothing crashes, nothing is taken for another token.
 TEST_F(TrainingDataTest, SpoiledLinesAreReadOrRefused) {
-  const std::string good = "{\"prompt_token_ids\":[1,2],\"samples\":[{\"token_ids\":[3,4,5],\"finish\":{\"reason\":\"STOP\"}}],\"loss_start\":2}";
+  const std::string good =
+      "{\"prompt_token_ids\":[1,2],\"samples\":[{\"token_ids\":[3,4,5],\"finish\":{\"reason\":\"STOP\"}}],\"loss_start\":2}";
   int refused = 0;
   for (uint32_t trial = 0; trial < 1000; ++trial) {
     const auto words = Philox4x32(1, {trial, 0, 0, 0});
     std::string line = good;
     const size_t place = words[0] % line.size();
     switch (words[1] % 4) {
-      case 0: line[place] = static_cast<char>(words[2] % 256); break;
-      case 1: line.erase(place, words[2] % 8); break;
-      case 2: line.insert(place, 1, "[]{}\",:0-9e.\\ntf"[words[2] % 16]); break;
-      default: line.insert(place, line.substr(words[2] % line.size(), words[3] % 30)); break;
+      case 0:
+        line[place] = static_cast<char>(words[2] % 256);
+        break;
+      case 1:
+        line.erase(place, words[2] % 8);
+        break;
+      case 2:
+        line.insert(place, 1, "[]{}\",:0-9e.\\ntf"[words[2] % 16]);
+        break;
+      default:
+        line.insert(place, line.substr(words[2] % line.size(), words[3] % 30));
+        break;
     }
     std::erase(line, '\n');
     const auto data = Read("{\"token_ids\":[1,2,3,4]}\n" + line + "\n");
@@ -181,7 +201,8 @@ TEST(PlanEpoch, BatchesAreFullAndHoldEveryDocumentOnce) {
     for (size_t i = 0; i < batches.size(); ++i) {
       ASSERT_FALSE(batches[i].empty());
       int64_t tokens = 0;
-      for (const int32_t index : batches[i]) tokens += static_cast<int64_t>(data.documents[static_cast<size_t>(index)].token_ids.size());
+      for (const int32_t index : batches[i])
+        tokens += static_cast<int64_t>(data.documents[static_cast<size_t>(index)].token_ids.size());
       EXPECT_LE(tokens, 10);
       // The batch before it had no room for its first document.
       const int64_t first = static_cast<int64_t>(data.documents[static_cast<size_t>(batches[i][0])].token_ids.size());
