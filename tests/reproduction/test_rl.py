@@ -150,8 +150,8 @@ def test_tables_and_plots(tmp_path):
     assert "| TV online CE − TV online TV | −2.0 [−2.0, −2.0] | below" in tables["rl_contrasts"]
     assert "CE online CE" not in tables["rl_contrasts"]  # not measured
     assert "| RS, TV, online CE | 1 | 80.0 [80.0, 80.0] | 82.0 [82.0, 82.0] | 3.46 [3.46, 3.46] | +2.0 [+2.0, +2.0] |" in tables["rl_acceptance_falling"]
-    over_temperature = "| −0.40 [−0.40, −0.40] | +4.0 [+4.0, +4.0] |"
-    assert "| RS, CE, frozen | −0.40 [−0.40, −0.40] | +4.0 [+4.0, +4.0] |" in tables["rl_split_falling"] and over_temperature in tables["rl_split_falling"]
+    over_temperature = "| −1.20 [−1.20, −1.20] | +4.0 [+4.0, +4.0] |"  # gamma is 3
+    assert "| RS, CE, frozen | −1.20 [−1.20, −1.20] | +4.0 [+4.0, +4.0] |" in tables["rl_split_falling"] and over_temperature in tables["rl_split_falling"]
     assert "| RS, TV, frozen | +4.0 [+4.0, +4.0] | +4.0 [+4.0, +4.0] |" in tables["rl_tasks_falling"]
     frozen = numbers["falling"]["heads"]["RS, CE, frozen"]["over_temperature"]
     assert frozen["change"][1]["mean"] == pytest.approx(0.04) and frozen["mismatch"][1]["high"] == pytest.approx(0, abs=1e-9)
