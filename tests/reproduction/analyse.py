@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import platform
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -366,7 +367,7 @@ def boundary_table(cells: Cells, scores: list[dict[str, Any]]) -> tuple[dict[str
 
 def top_k_table(context: Context, cells: Cells) -> tuple[dict[str, Any], str]:
     """Acceptance after training TV on the target's K most likely tokens alone, against full-vocabulary TV."""
-    numbers: dict[str, Any] = {"curves": {}}
+    numbers: dict[str, Any] = {"gradient_norms": {}}
     rows = []
     for top_k in (0, *sorted(context.settings.top_k, reverse=True)):
         name = "all" if top_k == 0 else str(top_k)
@@ -378,8 +379,7 @@ def top_k_table(context: Context, cells: Cells) -> tuple[dict[str, Any], str]:
             row.append(tables.with_half(over_seeds(value)) if top_k == 0 else tables.with_half(gain, sign=True))
         rows.append(row)
         logs = [heads.training_log(context, heads.Head("tv", seed, top_k)) for seed in range(context.settings.seeds)]
-        curves = [[(line["step"], line["alpha"]) for line in log if "alpha" in line and "step" in line] for log in logs]
-        numbers["curves"][name] = curves
+        numbers["gradient_norms"][name] = [[line["gradient_norm"] for line in log if "gradient_norm" in line] for log in logs]
     return numbers, tables.table(["K", *workloads.WORKLOADS], rows)
 
 
@@ -423,6 +423,40 @@ def throughput_table(context: Context) -> tuple[dict[str, Any], str]:
     return numbers, tables.table(header, rows)
 
 
+# ---- what was done ----
+
+
+def processor() -> str:
+    """The processor's name, where the system tells."""
+    path = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("model name")] if path.exists() else []
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def setup_table(context: Context, cells: Cells, throughput: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], str]:
+    settings = context.settings
+    logs = [heads.training_log(context, head) for head in heads.full_vocabulary(context)]
+    tokens = [log[-1]["tokens"] for log in logs]
+    decoded = sum(counts["tokens"] for record in cells.records for counts in record["prompts"])
+    times = {}
+    for line in (context.work / "times.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        times[record["stage"]] = times.get(record["stage"], 0.0) + record["seconds"]
+    rows = [
+        ["losses; seeds", f"{', '.join(NAMES[loss] for loss in settings.losses)}; {settings.seeds}"],
+        ["rollouts of a seed", f"{settings.rollouts} sequences, {min(tokens)} to {max(tokens)} tokens with their prompts, seen once"],
+        ["training", f"{settings.num_steps_ahead} recurrent steps, learning rate {settings.lr:g}, {settings.batch_tokens} tokens a batch, {logs[0][-1]['step']} steps"],
+        ["heads", f"{len(logs)}, and {len(heads.truncated(context))} with truncated TV"],
+        ["decoding at temperature 1", f"{settings.prompts} prompts a workload, {settings.samples} samples each, at most {settings.max_new_tokens} tokens"],
+        ["decoding at other temperatures", f"{settings.temperature_prompts} prompts a task, {settings.samples} samples each"],
+        ["tokens decoded", f"{decoded / 1e6:.1f} million"],
+        ["machine", f"{context.device}: {processor()}; load while throughput was measured {min(run['load'] for run in throughput):.1f} to "
+                    f"{max(run['load'] for run in throughput):.1f}"],
+        ["minutes", ", ".join(f"{stage} {seconds / 60:.1f}" for stage, seconds in times.items())],
+    ]
+    return {"tokens": tokens, "decoded": decoded, "times": times}, tables.table(["", ""], rows)
+
+
 # ---- all of it ----
 
 
@@ -432,8 +466,9 @@ def run(context: Context, publish: Path | None) -> None:
     out = context.work / "report"
     out.mkdir(exist_ok=True)
     cells, scores = Cells(context), read(context, "score")
-    numbers: dict[str, Any] = {"machine": f"{platform.machine()}, {platform.system()}"}
+    numbers: dict[str, Any] = {}
     pages: dict[str, str] = {}
+    numbers["setup"], pages["setup"] = setup_table(context, cells, read(context, "throughput"))
     numbers["acceptance"], pages["acceptance"] = acceptance_table(cells, "rejection")
     numbers["target_only"], pages["target_only"] = acceptance_table(cells, "target_only")
     numbers["spread"], pages["spread"] = spread_under_target_only(cells)
@@ -444,7 +479,8 @@ def run(context: Context, publish: Path | None) -> None:
     numbers["temperature"], pages["temperature"] = temperature_table(cells)
     numbers["output"] = output_position_numbers(cells)
     numbers["boundary"], pages["boundary"] = boundary_table(cells, scores)
-    numbers["top_k"], pages["top_k"] = top_k_table(context, cells)
+    if context.settings.top_k:
+        numbers["top_k"], pages["top_k"] = top_k_table(context, cells)
     numbers["throughput"], pages["throughput"] = throughput_table(context)
     pictures = plots.draw_all(numbers, context.settings.losses, NAMES, out)
     if records_path(context, rl_stage.STAGE).exists():

@@ -7,7 +7,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -53,14 +52,43 @@ def truncated(context: Context) -> list[Head]:
 
 
 def start_head(context: Context) -> Head:
-    """The common starting head, copied to where servers may read it."""
+    """The common starting head: the mtp.* tensors of context.start, in a file that servers and trainer take."""
     head = Head(START, 0)
     path = head.path(context)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        source = context.start / "model.safetensors" if context.start.is_dir() else context.start
-        shutil.copyfile(source, path)
+        files = sorted(context.start.glob("*.safetensors")) if context.start.is_dir() else [context.start]
+        write_safetensors(path, {name: tensor for file in files for name, tensor in read_safetensors(file, "mtp.").items()})
     return head
+
+
+def read_safetensors(path: Path, prefix: str) -> dict[str, tuple[str, list[int], bytes]]:
+    """(dtype, shape, bytes) of the tensors whose names begin with `prefix`. numpy has no bfloat16, and nothing here looks at values."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        tensors = {}
+        for name, entry in header.items():
+            if name.startswith(prefix):
+                begin, end = entry["data_offsets"]
+                file.seek(8 + size + begin)
+                tensors[name] = (entry["dtype"], entry["shape"], file.read(end - begin))
+    return tensors
+
+
+def write_safetensors(path: Path, tensors: dict[str, tuple[str, list[int], bytes]]) -> None:
+    """ValueError: there are none."""
+    if not tensors:
+        raise ValueError(f"{path}: nothing to write; the starting head's files have no mtp.* tensors")
+    header, offset = {}, 0
+    for name, (dtype, shape, data) in sorted(tensors.items()):
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + len(data)]}
+        offset += len(data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(tensors[name][2] for name in sorted(tensors)))
+    temporary.replace(path)
 
 
 def rollouts_path(context: Context, seed: int) -> Path:
@@ -108,7 +136,8 @@ def train(context: Context, head: Head) -> None:
     command: list[object] = [
         context.programs.trainer, "--model", context.model, "--mtp", start_head(context).path(context), "--data", rollouts_path(context, head.seed),
         "--out", path, "--loss", head.loss, "--num-steps-ahead", settings.num_steps_ahead, "--lr", settings.lr, "--warmup-ratio", 0.03, "--epochs", 1,
-        "--batch-tokens", settings.batch_tokens, "--seed", head.seed, "--threads", settings.threads, "--device", context.device, "--json",
+        "--batch-tokens", settings.batch_tokens, "--seed", head.seed, "--threads", settings.threads, "--device", context.device,
+        "--log-every", 1, "--json",
     ]
     if head.top_k:
         command += ["--truncate-top-k", head.top_k]

@@ -26,6 +26,8 @@ def draw_all(numbers: Mapping[str, Any], losses: Sequence[str], names: Mapping[s
     ]
     files = []
     for name, draw in pictures:
+        if name not in numbers:
+            continue
         figure = draw(numbers, losses, names)
         figure.tight_layout()
         files.append(out / f"{name}.png")
@@ -141,26 +143,22 @@ def draw_boundary(numbers: Mapping[str, Any], losses: Sequence[str], names: Mapp
 
 
 def draw_top_k(numbers: Mapping[str, Any], losses: Sequence[str], names: Mapping[str, str]) -> Any:
-    """Gain of truncated over full TV after training, and the course of training."""
+    """Gain of truncated over full TV after training, and the gradients on the way."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 3.8))
-    curves = numbers["top_k"]["curves"]
-    for number, name in enumerate(curves):
-        color = plt.get_cmap("viridis")(number / max(1, len(curves) - 1))
+    norms = numbers["top_k"]["gradient_norms"]
+    for number, name in enumerate(norms):
+        color = plt.get_cmap("viridis")(number / max(1, len(norms) - 1))
         gains = [numbers["top_k"][f"{name}/{workload}"]["gain"] for workload in workloads.WORKLOADS]
         if name != "all":
             axes[0].errorbar(np.arange(len(gains)) + 0.1 * number, [gain["mean"] for gain in gains], yerr=np.array([_bounds(gain) for gain in gains]).T,
                              fmt="o", color=color, capsize=2, label=f"K = {name}")
-        shortest = min(len(curve) for curve in curves[name])
-        steps = [step for step, _ in curves[name][0][:shortest]]
-        alpha = np.mean([[np.mean(values) for _, values in curve[:shortest]] for curve in curves[name]], axis=0)
-        window = max(1, shortest // 10)
-        smooth = [100 * alpha[max(0, end - window) : end].mean() for end in range(1, shortest + 1)]
-        axes[1].plot(steps, smooth, color=color, label=f"K = {name}")
+        shortest = min(len(curve) for curve in norms[name])
+        axes[1].plot(np.arange(1, shortest + 1), np.mean([curve[:shortest] for curve in norms[name]], axis=0), color=color, label=f"K = {name}", linewidth=0.8)
     axes[0].axhline(0, color="black", linewidth=0.6)
     axes[0].set_xticks(range(len(workloads.WORKLOADS)), workloads.WORKLOADS)
     axes[0].set(title="acceptance against full-vocabulary TV, points")
     axes[0].legend(fontsize=8)
-    axes[1].set(title="teacher-forced overlap while training, % (what the trainer reports)", xlabel="step")
+    axes[1].set(title="norm of the gradient, mean over seeds", xlabel="step", ylim=(0, None))
     axes[1].legend(fontsize=8)
     return figure
 

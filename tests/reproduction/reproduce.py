@@ -101,7 +101,11 @@ def main() -> int:
             if not arguments.only or name in arguments.only:
                 begin = time.monotonic()
                 stage(context)
-                say(f"{name}: {time.monotonic() - begin:.0f} s")
+                seconds = time.monotonic() - begin
+                say(f"{name}: {seconds:.0f} s")
+                if name != "analyse":
+                    with open(work / "times.jsonl", "a", encoding="utf-8") as times:
+                        times.write(json.dumps({"stage": name, "seconds": seconds}) + "\n")
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -41,18 +41,19 @@ class Settings:
 
 
 QUICK = Settings(
-    losses=("ce", "tv", "e2e_tv"), seeds=2, rollouts=240, num_steps_ahead=3, lr=3e-4, batch_tokens=1024, top_k=(8,), num_draft_tokens=3, samples=2,
-    max_new_tokens=96, prompts=12, temperatures=(0.5, 1.3), temperature_prompts=6, score_sequences=12, score_temperatures=(1.0,),
-    throughput_prompts=8, throughput_rounds=2, servers=2, threads=1)
+    losses=("ce", "tv", "e2e_tv"), seeds=2, rollouts=160, num_steps_ahead=3, lr=1e-4, batch_tokens=1024, top_k=(8,), num_draft_tokens=3, samples=1,
+    max_new_tokens=96, prompts=20, temperatures=(1.3,), temperature_prompts=10, score_sequences=12, score_temperatures=(1.0,), throughput_prompts=8,
+    throughput_rounds=2, servers=2, threads=1)
 
 FULL = Settings(
-    losses=LOSSES, seeds=3, rollouts=4000, num_steps_ahead=3, lr=3e-4, batch_tokens=2048, top_k=(4, 16, 64), num_draft_tokens=3, samples=4,
+    losses=LOSSES, seeds=3, rollouts=3000, num_steps_ahead=3, lr=1e-4, batch_tokens=1024, top_k=(2, 8, 32), num_draft_tokens=3, samples=4,
     max_new_tokens=128, prompts=100, temperatures=(0.1, 0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.6), temperature_prompts=40, score_sequences=100,
     score_temperatures=(0.3, 1.0, 1.3), throughput_prompts=40, throughput_rounds=4, servers=2, threads=1)
 
-# A GPU holds one server, and one training at a time keeps it busy. The paper's recipe where it differs: five steps, its learning rate.
+# A GPU holds one server, and one training at a time keeps it busy. The paper's recipe where it differs: five steps, its learning rate. Truncated
+# losses are for the CPU alone.
 GPU = dataclasses.replace(
-    FULL, rollouts=60000, num_steps_ahead=5, lr=3.5e-5, batch_tokens=16384, top_k=(20, 1000, 20000), samples=8, max_new_tokens=1024, prompts=400,
+    FULL, rollouts=60000, num_steps_ahead=5, lr=3.5e-5, batch_tokens=16384, top_k=(), samples=8, max_new_tokens=1024, prompts=400,
     temperature_prompts=100, score_sequences=400, throughput_prompts=200, servers=1, threads=0)
 
 SCALES = {"quick": QUICK, "full": FULL, "gpu": GPU}
