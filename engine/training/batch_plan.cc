@@ -74,7 +74,8 @@ class Planner {
           plan_.steps[static_cast<size_t>(base)] = range.last;
           plan_.terms += loss_ == DraftLoss::kEndToEndTotalVariation ? 1 : range.last - range.first + 1;
           for (int32_t k = range.first; k <= range.last; ++k) {
-            const auto at = static_cast<size_t>(num_steps_ * chunk.first_base + (k - 1) * chunk.num_bases + base - chunk.first_base);
+            const auto at =
+                static_cast<size_t>(num_steps_ * chunk.first_base + (k - 1) * chunk.num_bases + base - chunk.first_base);
             plan_.target_rows[at] = static_cast<int32_t>(first_target + t + k - (first + 1));
             const auto predicted = static_cast<size_t>(t + k + 1);  // read by cross-entropy alone, which has it
             plan_.data_tokens[at] = predicted < document.token_ids.size() ? document.token_ids[predicted] : 0;
@@ -104,7 +105,8 @@ class Planner {
 
 }  // namespace
 
-void PlanBatch(std::span<const TrainingDocument* const> documents, DraftLoss loss, int32_t num_steps, int64_t logit_rows, BatchPlan* plan) {
+void PlanBatch(std::span<const TrainingDocument* const> documents, DraftLoss loss, int32_t num_steps, int64_t logit_rows,
+               BatchPlan* plan) {
   BEBOP_CHECK(num_steps >= 1 && logit_rows >= 2 * num_steps);
   plan->num_rows = 0;
   plan->terms = 0;
@@ -133,7 +135,8 @@ void PlanBatch(std::span<const TrainingDocument* const> documents, DraftLoss los
     }
   }
 
-  const auto bases = static_cast<size_t>(plan->chunks.empty() ? 0 : plan->chunks.back().first_base + plan->chunks.back().num_bases);
+  const auto bases =
+      static_cast<size_t>(plan->chunks.empty() ? 0 : plan->chunks.back().first_base + plan->chunks.back().num_bases);
   plan->steps.assign(bases, 0);
   plan->target_rows.assign(count * bases, -1);
   plan->data_tokens.assign(count * bases, 0);

@@ -97,8 +97,8 @@ struct MemoryPart {
   const char* name;
   int64_t bytes;
 };
-std::vector<MemoryPart> Parts(const ModelConfig& config, const TrainerOptions& options, DType weight_dtype, DType activation_dtype,
-                              const TrainingOps& ops) {
+std::vector<MemoryPart> Parts(const ModelConfig& config, const TrainerOptions& options, DType weight_dtype,
+                              DType activation_dtype, const TrainingOps& ops) {
   constexpr int64_t kFlatArrays = 4;  // parameters, gradients, two moments
   return {{"target pass", TargetPass::Bytes(config, weight_dtype, activation_dtype, options.batch_tokens)},
           {"MTP activations and packed weights", MtpBlock::Bytes(config, options.batch_tokens, options.num_steps_ahead, ops)},
@@ -133,7 +133,8 @@ absl::Status CheckOptions(const ModelConfig& config, const TrainerOptions& optio
   if (options.truncate_top_k > 0) {
     if (!memory.is_host()) return absl::UnimplementedError("training: truncate_top_k: this experiment is for the CPU alone");
     if (options.loss == DraftLoss::kCrossEntropy) {
-      return absl::InvalidArgumentError("training: truncate_top_k: expected a loss against the target's distribution, got cross-entropy");
+      return absl::InvalidArgumentError(
+          "training: truncate_top_k: expected a loss against the target's distribution, got cross-entropy");
     }
   }
   return absl::OkStatus();
@@ -141,8 +142,15 @@ absl::Status CheckOptions(const ModelConfig& config, const TrainerOptions& optio
 
 class Trainer final : public MtpTrainer {
  public:
-  Trainer(const ModelConfig& config, const ModelWeights* weights, Backend* backend, TrainingOps* ops, const TrainerOptions& options)
-      : config_(config), options_(options), layout_(config), weights_(*weights), backend_(*backend), memory_(*backend->memory()), ops_(*ops) {}
+  Trainer(const ModelConfig& config, const ModelWeights* weights, Backend* backend, TrainingOps* ops,
+          const TrainerOptions& options)
+      : config_(config),
+        options_(options),
+        layout_(config),
+        weights_(*weights),
+        backend_(*backend),
+        memory_(*backend->memory()),
+        ops_(*ops) {}
 
   absl::Status Init(std::span<const float> parameters) {
     const DType activation_dtype = backend_.activation_dtype(weights_.embedding.dtype);
@@ -163,8 +171,12 @@ class Trainer final : public MtpTrainer {
     return memory_.status();
   }
 
-  absl::StatusOr<TrainingReport> Step(std::span<const TrainingDocument* const> batch) override { return Run(batch, /*train=*/true); }
-  absl::StatusOr<TrainingReport> Evaluate(std::span<const TrainingDocument* const> batch) override { return Run(batch, /*train=*/false); }
+  absl::StatusOr<TrainingReport> Step(std::span<const TrainingDocument* const> batch) override {
+    return Run(batch, /*train=*/true);
+  }
+  absl::StatusOr<TrainingReport> Evaluate(std::span<const TrainingDocument* const> batch) override {
+    return Run(batch, /*train=*/false);
+  }
 
   State state() override {
     State state;
@@ -196,7 +208,8 @@ class Trainer final : public MtpTrainer {
  private:
   // What the chunks add up. By step, so that the order of the sums is that of the bases, however these are cut into chunks.
   struct Sums {
-    explicit Sums(int32_t num_steps) : acceptance(static_cast<size_t>(num_steps)), target_entropy(acceptance), draft_entropy(acceptance), kl(acceptance) {}
+    explicit Sums(int32_t num_steps)
+        : acceptance(static_cast<size_t>(num_steps)), target_entropy(acceptance), draft_entropy(acceptance), kl(acceptance) {}
     double loss = 0.0;
     bool finite = true;
     int64_t bad_row = -1;  // the first row of the batch whose chain is not finite
@@ -211,10 +224,12 @@ class Trainer final : public MtpTrainer {
       return std::shared_ptr<void>();
     }
     const int64_t vocab = config_.vocab_size, hidden = config_.hidden_size;
-    BEBOP_ASSIGN_OR_RETURN(std::shared_ptr<void> packed, memory_.Allocate(ops_.PackedMatrixBytes(hidden, vocab), "transposed lm_head"));
+    BEBOP_ASSIGN_OR_RETURN(std::shared_ptr<void> packed,
+                           memory_.Allocate(ops_.PackedMatrixBytes(hidden, vocab), "transposed lm_head"));
     BEBOP_ASSIGN_OR_RETURN(const std::shared_ptr<void> rows,
                            memory_.Allocate(vocab * hidden * ElementBytes(DType::kFloat32), "lm_head in float32"));
-    BEBOP_ASSIGN_OR_RETURN(const std::shared_ptr<void> ids, memory_.Allocate(kUnpackRows * ElementBytes(DType::kFloat32), "row numbers"));
+    BEBOP_ASSIGN_OR_RETURN(const std::shared_ptr<void> ids,
+                           memory_.Allocate(kUnpackRows * ElementBytes(DType::kFloat32), "row numbers"));
     const TensorView matrix = FloatMatrix(static_cast<float*>(rows.get()), vocab, hidden);
     std::vector<uint32_t> numbers;
     for (int64_t row = 0; row < vocab; row += kUnpackRows) {
@@ -223,7 +238,8 @@ class Trainer final : public MtpTrainer {
       for (int64_t i = 0; i < count; ++i) numbers.push_back(static_cast<uint32_t>(row + i));
       memory_.CopyIn(ids.get(), numbers.data(), count * static_cast<int64_t>(sizeof(uint32_t)));
       // The lookup of a token's row unpacks it, whatever the weights' dtype and layout.
-      ops_.Embedding({.token_ids = static_cast<const uint32_t*>(ids.get()), .table = weights_.lm_head, .out = matrix.Rows(row, count)});
+      ops_.Embedding(
+          {.token_ids = static_cast<const uint32_t*>(ids.get()), .table = weights_.lm_head, .out = matrix.Rows(row, count)});
     }
     lm_head_transposed_ = ops_.PackTransposed(matrix, packed.get());
     BEBOP_RETURN_IF_ERROR(memory_.status());  // and waits, before the copy goes
@@ -240,7 +256,8 @@ class Trainer final : public MtpTrainer {
     int64_t rows = 0;
     for (const TrainingDocument* document : batch) rows += static_cast<int64_t>(document->token_ids.size());
     if (rows > options_.batch_tokens) {
-      return absl::InvalidArgumentError(absl::StrCat("training: batch: expected at most ", options_.batch_tokens, " tokens, got ", rows));
+      return absl::InvalidArgumentError(
+          absl::StrCat("training: batch: expected at most ", options_.batch_tokens, " tokens, got ", rows));
     }
     const int32_t num_steps = options_.num_steps_ahead;
     PlanBatch(batch, options_.loss, num_steps, buffers_->logits.rows, &plan_);
@@ -254,7 +271,8 @@ class Trainer final : public MtpTrainer {
 
     const MtpBatch chains = UploadPlan(rows);
     target_->Run(batch, buffers_->target_hidden.Rows(0, rows));
-    if (buffers_->float_hidden.data != buffers_->target_hidden.data) ops_.Copy(buffers_->target_hidden.Rows(0, rows), chains.target_hidden);
+    if (buffers_->float_hidden.data != buffers_->target_hidden.data)
+      ops_.Copy(buffers_->target_hidden.Rows(0, rows), chains.target_hidden);
     for (int32_t step = 1; step <= num_steps; ++step) block_->ForwardStep(chains, step);
     dhidden_.clear();
     for (const TensorView& view : buffers_->dhidden) dhidden_.push_back(view.Rows(0, rows));
@@ -300,8 +318,8 @@ class Trainer final : public MtpTrainer {
             .embedding = weights_.embedding};
   }
 
-  // The losses of a chunk's chains, and with `train` the gradients of their hidden states. An end-to-end loss weighs a step by all
-  // acceptances of its chain, so all steps of a base are in one chunk.
+  // The losses of a chunk's chains, and with `train` the gradients of their hidden states. An end-to-end loss weighs a step by
+  // all acceptances of its chain, so all steps of a base are in one chunk.
   void RunChunk(const LogitChunk& chunk, bool train, Sums* sums) {
     const int32_t num_steps = options_.num_steps_ahead;
     const int64_t num_drafts = num_steps * chunk.num_bases, first = num_steps * chunk.first_base;
@@ -322,7 +340,8 @@ class Trainer final : public MtpTrainer {
     }
     backend_.ops()->Linear({.x = targets, .w = weights_.lm_head, .y = target_logits});
     ops_.Linear({.x = drafts, .w = weights_.lm_head, .y = draft_logits});
-    if (options_.truncate_top_k > 0) TruncateLogits(options_.truncate_top_k, target_logits, buffers_->target_rows + first, draft_logits);
+    if (options_.truncate_top_k > 0)
+      TruncateLogits(options_.truncate_top_k, target_logits, buffers_->target_rows + first, draft_logits);
     ops_.Normalize(target_logits, buffers_->normalizers);
     const DraftLossArgs forward = {.loss = options_.loss,
                                    .draft = draft_logits,
@@ -403,8 +422,8 @@ class Trainer final : public MtpTrainer {
     const auto line = [](std::string* out, const TrainingDocument* document) { absl::StrAppend(out, document->line); };
     const std::string what = sums.finite ? absl::StrCat("loss ", sums.loss, ", but the gradient norm is ", norm)
                                          : std::string("the loss is not finite, and the gradient norm not taken");
-    return absl::DataLossError(absl::StrCat("training: step ", step_ + 1, ": ", what, first, "; documents of lines ",
-                                            absl::StrJoin(batch, ", ", line)));
+    return absl::DataLossError(
+        absl::StrCat("training: step ", step_ + 1, ": ", what, first, "; documents of lines ", absl::StrJoin(batch, ", ", line)));
   }
 
   double GemmFlops(int64_t rows, bool train) const {
@@ -415,7 +434,8 @@ class Trainer final : public MtpTrainer {
     for (const LogitChunk& chunk : plan_.chunks) {
       logits += static_cast<double>(chunk.num_targets) + static_cast<double>(chunk.num_bases) * steps * (train ? 2 : 1);
     }
-    return tokens * target_->RowFlops() + 2 * tokens * steps * weights * (train ? 3 : 1) + 2 * logits * hidden * config_.vocab_size;
+    return tokens * target_->RowFlops() + 2 * tokens * steps * weights * (train ? 3 : 1) +
+           2 * logits * hidden * config_.vocab_size;
   }
 
   const ModelConfig config_;
@@ -444,12 +464,13 @@ class Trainer final : public MtpTrainer {
 int64_t MtpTrainer::Bytes(const ModelConfig& config, const TrainerOptions& options, DType weight_dtype, const Backend& backend,
                           const TrainingOps& ops) {
   int64_t bytes = 0;
-  for (const MemoryPart& part : Parts(config, options, weight_dtype, backend.activation_dtype(weight_dtype), ops)) bytes += part.bytes;
+  for (const MemoryPart& part : Parts(config, options, weight_dtype, backend.activation_dtype(weight_dtype), ops))
+    bytes += part.bytes;
   return bytes;
 }
 
-absl::StatusOr<std::unique_ptr<MtpTrainer>> MtpTrainer::Create(const ModelConfig& config, const ModelWeights* weights, Backend* backend,
-                                                               TrainingOps* ops, const TrainerOptions& options,
+absl::StatusOr<std::unique_ptr<MtpTrainer>> MtpTrainer::Create(const ModelConfig& config, const ModelWeights* weights,
+                                                               Backend* backend, TrainingOps* ops, const TrainerOptions& options,
                                                                std::span<const float> parameters) {
   BEBOP_RETURN_IF_ERROR(CheckOptions(config, options, *backend->memory()));
   BEBOP_RETURN_IF_ERROR(ops->CheckModel(config, weights->embedding.dtype));
@@ -463,8 +484,9 @@ absl::StatusOr<std::unique_ptr<MtpTrainer>> MtpTrainer::Create(const ModelConfig
   if (status.code() != absl::StatusCode::kResourceExhausted) return status;
   const DType dtype = weights->embedding.dtype;
   const auto part = [](std::string* out, const MemoryPart& part) { absl::StrAppend(out, part.name, " ", part.bytes); };
-  return absl::ResourceExhaustedError(absl::StrCat(status.message(), "; training takes, in bytes: ",
-                                                   absl::StrJoin(Parts(config, options, dtype, backend->activation_dtype(dtype), *ops), ", ", part)));
+  return absl::ResourceExhaustedError(
+      absl::StrCat(status.message(), "; training takes, in bytes: ",
+                   absl::StrJoin(Parts(config, options, dtype, backend->activation_dtype(dtype), *ops), ", ", part)));
 }
 
 }  // namespace bebop

@@ -33,42 +33,42 @@ struct TrainerOptions {
 
 // What a batch came to. Means are over its terms (chains for e2e TV, else single steps that count).
 struct TrainingReport {
-  int64_t step = 0;                // of the optimizer, after it; 0 for an evaluation
+  int64_t step = 0;  // of the optimizer, after it; 0 for an evaluation
   double loss = 0.0;
   std::vector<double> acceptance;  // [K] mean α_k = Σ min(p, q) of chain step k, teacher-forced
   double target_entropy = 0.0;     // nats; means over the counted rows of all steps
   double draft_entropy = 0.0;
-  double kl = 0.0;                 // KL(p‖q)
-  double gradient_norm = 0.0;      // before clipping; 0 for an evaluation
+  double kl = 0.0;             // KL(p‖q)
+  double gradient_norm = 0.0;  // before clipping; 0 for an evaluation
   double learning_rate = 0.0;
-  int64_t tokens = 0;              // rows of the batch
-  int64_t terms = 0;               // what the means are over: batches are combined with it
-  std::vector<int64_t> rows;       // [K] counted rows of chain step k
+  int64_t tokens = 0;         // rows of the batch
+  int64_t terms = 0;          // what the means are over: batches are combined with it
+  std::vector<int64_t> rows;  // [K] counted rows of chain step k
   double seconds = 0.0;
-  double gemm_flops = 0.0;         // of all matrix products, target pass included (docs/training.md)
+  double gemm_flops = 0.0;  // of all matrix products, target pass included (docs/training.md)
 };
 
-// Trains the MTP layer of a checkpoint against its frozen target (algorithm.md section 4, architecture.md section 7): one batch, one step.
-// The target runs as it is served: hidden states and p come from `weights` in their dtype, once a batch. The MTP layer's float32
-// master weights, gradients and moments live here.
+// Trains the MTP layer of a checkpoint against its frozen target (algorithm.md section 4, architecture.md section 7): one batch,
+// one step. The target runs as it is served: hidden states and p come from `weights` in their dtype, once a batch. The MTP
+// layer's float32 master weights, gradients and moments live here.
 //
 // Deterministic: the bits of every result depend on the arguments, the data and the instruction set, not on threads or time.
 // One caller at a time. All pointers must outlive the trainer.
 class MtpTrainer {
  public:
-  // `parameters`: initial weights in the order of MtpLayout, host memory. INVALID_ARGUMENT: an option out of its range, with both values.
-  // UNIMPLEMENTED: see MtpBlock. RESOURCE_EXHAUSTED: not the memory, with the bytes by part.
-  static absl::StatusOr<std::unique_ptr<MtpTrainer>> Create(const ModelConfig& config, const ModelWeights* weights, Backend* backend,
-                                                            TrainingOps* ops, const TrainerOptions& options,
+  // `parameters`: initial weights in the order of MtpLayout, host memory. INVALID_ARGUMENT: an option out of its range, with both
+  // values. UNIMPLEMENTED: see MtpBlock. RESOURCE_EXHAUSTED: not the memory, with the bytes by part.
+  static absl::StatusOr<std::unique_ptr<MtpTrainer>> Create(const ModelConfig& config, const ModelWeights* weights,
+                                                            Backend* backend, TrainingOps* ops, const TrainerOptions& options,
                                                             std::span<const float> parameters);
   virtual ~MtpTrainer() = default;
   // Bytes beside the target's weights, by the formula of docs/training.md.
   static int64_t Bytes(const ModelConfig& config, const TrainerOptions& options, DType weight_dtype, const Backend& backend,
                        const TrainingOps& ops);
 
-  // One optimizer step over the batch; none when nothing in the batch counts (terms 0). An error leaves the parameters as they were:
-  // INVALID_ARGUMENT: more than batch_tokens rows.
-  // DATA_LOSS: loss or gradient is not finite; names loss, norm and the lines of the batch's documents. INTERNAL: the device failed.
+  // One optimizer step over the batch; none when nothing in the batch counts (terms 0). An error leaves the parameters as they
+  // were. DATA_LOSS: the loss or the gradient is not finite; says which, the first chain that is not, and the lines of the batch's
+  // documents. INVALID_ARGUMENT: more than batch_tokens rows. INTERNAL: the device failed.
   virtual absl::StatusOr<TrainingReport> Step(std::span<const TrainingDocument* const> batch) = 0;
   // The same quantities with the weights as they are, and no step.
   virtual absl::StatusOr<TrainingReport> Evaluate(std::span<const TrainingDocument* const> batch) = 0;

@@ -22,8 +22,8 @@ double LearningRate(const OptimizerOptions& options, int64_t step) {
 AdamW::AdamW(const MtpLayout& layout, const OptimizerOptions& options, TrainingOps* ops)
     : layout_(layout), options_(options), ops_(*ops) {}
 
-absl::StatusOr<std::unique_ptr<AdamW>> AdamW::Create(const MtpLayout& layout, const OptimizerOptions& options, DeviceMemory* memory,
-                                                     TrainingOps* ops) {
+absl::StatusOr<std::unique_ptr<AdamW>> AdamW::Create(const MtpLayout& layout, const OptimizerOptions& options,
+                                                     DeviceMemory* memory, TrainingOps* ops) {
   std::unique_ptr<AdamW> optimizer(new AdamW(layout, options, ops));
   const int64_t bytes = 2 * layout.total * static_cast<int64_t>(sizeof(float));
   BEBOP_ASSIGN_OR_RETURN(optimizer->storage_, memory->Allocate(bytes, "optimizer moments"));

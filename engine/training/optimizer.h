@@ -29,13 +29,13 @@ struct OptimizerOptions {
 // The rate of step `step` = 1, 2, ...
 double LearningRate(const OptimizerOptions& options, int64_t step);
 
-// AdamW (kernels/adamw) over the flat parameters of MtpLayout, with its moments in float32 and in the backend's memory. Bits do not
-// depend on the thread count. One caller at a time.
+// AdamW (kernels/adamw) over the flat parameters of MtpLayout, with its moments in float32 and in the backend's memory. Bits do
+// not depend on the thread count. One caller at a time.
 class AdamW {
  public:
   // The moments are zero. `memory` and `ops` must outlive it. RESOURCE_EXHAUSTED: not the memory.
-  static absl::StatusOr<std::unique_ptr<AdamW>> Create(const MtpLayout& layout, const OptimizerOptions& options, DeviceMemory* memory,
-                                                       TrainingOps* ops);
+  static absl::StatusOr<std::unique_ptr<AdamW>> Create(const MtpLayout& layout, const OptimizerOptions& options,
+                                                       DeviceMemory* memory, TrainingOps* ops);
 
   // √Σ gradient². Not finite when a gradient is not: then do not call Step.
   double Norm(const float* gradients);

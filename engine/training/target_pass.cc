@@ -32,14 +32,14 @@ double Flops(const PackedMatrix& matrix) { return 2.0 * static_cast<double>(matr
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<TargetPass>> TargetPass::Create(const ModelConfig& config, const ModelWeights* weights, Backend* backend,
-                                                               int64_t max_rows) {
+absl::StatusOr<std::unique_ptr<TargetPass>> TargetPass::Create(const ModelConfig& config, const ModelWeights* weights,
+                                                               Backend* backend, int64_t max_rows) {
   const ModelConfig target = WithoutMtp(config);
   const DType dtype = weights->embedding.dtype, activation_dtype = backend->activation_dtype(dtype);
   const ModelStateOptions options = StateOptions(dtype, activation_dtype, max_rows);
   std::unique_ptr<TargetPass> pass(new TargetPass());
-  BEBOP_ASSIGN_OR_RETURN(pass->model_,
-                         Model::Create(target, static_cast<int32_t>(max_rows), activation_dtype, backend->ops(), backend->memory()));
+  BEBOP_ASSIGN_OR_RETURN(
+      pass->model_, Model::Create(target, static_cast<int32_t>(max_rows), activation_dtype, backend->ops(), backend->memory()));
   pass->model_->SetWeights(weights);
   BEBOP_ASSIGN_OR_RETURN(pass->storage_, ModelStateStorage::Create(target, options, backend->memory()));
   BEBOP_ASSIGN_OR_RETURN(pass->device_batch_, DeviceBatch::Create(max_rows, kSlots, options.num_pages, backend->memory()));

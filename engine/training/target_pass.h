@@ -17,13 +17,13 @@
 
 namespace bebop {
 
-// The frozen target over whole documents: the pass that serves them, with pages and states of its own that hold nothing between calls.
-// One caller at a time; all pointers must outlive it.
+// The frozen target over whole documents: the pass that serves them, with pages and states of its own that hold nothing between
+// calls. One caller at a time; all pointers must outlive it.
 class TargetPass {
  public:
   // For documents of up to `max_rows` rows in all. RESOURCE_EXHAUSTED: not the memory.
-  static absl::StatusOr<std::unique_ptr<TargetPass>> Create(const ModelConfig& config, const ModelWeights* weights, Backend* backend,
-                                                            int64_t max_rows);
+  static absl::StatusOr<std::unique_ptr<TargetPass>> Create(const ModelConfig& config, const ModelWeights* weights,
+                                                            Backend* backend, int64_t max_rows);
   static int64_t Bytes(const ModelConfig& config, DType weight_dtype, DType activation_dtype, int64_t max_rows);
 
   // hidden [R, H] in the activation dtype: the post-norm hidden states of all rows, documents one after the other.

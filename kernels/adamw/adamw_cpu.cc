@@ -36,7 +36,8 @@ void AdamWUpdate(const AdamWArgs& args, ThreadPool& pool) {
       args.first[i] = static_cast<float>(first);
       args.second[i] = static_cast<float>(second);
       const double denominator = std::sqrt(second / args.second_correction) + args.epsilon;
-      args.parameters[i] = static_cast<float>(args.keep * args.parameters[i] - args.rate * (first / args.first_correction) / denominator);
+      args.parameters[i] =
+          static_cast<float>(args.keep * args.parameters[i] - args.rate * (first / args.first_correction) / denominator);
     }
   });
 }

@@ -2,14 +2,14 @@
 // Training at the sizes of the bundled model and of a 0.8B model, with random weights. Arguments of every entry: threads, then 0
 // (bundled) or 1 (0.8B); of Step and Chain also rows, rows of a document, steps K. Times are processor times of all threads.
 //
-// Step: a whole step of the trainer, target pass to AdamW, every row of the batch counting. bound_ms is what its matrix products and
-// loss passes take by themselves, measured in the same run, each product with its own shape and each at its fastest of three; of_bound
-// is the ratio, which is to be 0.5 or more. parts: the bound's share of the target's products, of those with lm_head, of the MTP
-// layer's and of the loss passes, in ms.
+// Step: a whole step of the trainer, target pass to AdamW, every row of the batch counting. bound_ms is what its matrix products
+// and loss passes take by themselves, measured in the same run, each product with its own shape and each at its fastest of three;
+// of_bound is the ratio, which is to be 0.5 or more. parts: the bound's share of the target's products, of those with lm_head, of
+// the MTP layer's and of the loss passes, in ms.
 //
-// Chain: the MTP layer's part alone (forward and backward of the recurrent chain, without the vocabulary); Forward, InputGradient,
-// WeightGradient: its three kinds of matrix product. GFLOP/s counts the products alone: Chain over the products is its fraction of
-// the GEMM bound.
+// Chain: the MTP layer's part alone (forward and backward of the recurrent chain, without the vocabulary); Forward,
+// InputGradient, WeightGradient: its three kinds of matrix product. GFLOP/s counts the products alone: Chain over the products is
+// its fraction of the GEMM bound.
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
@@ -103,13 +103,15 @@ struct Bound {
 };
 
 // What the products and loss passes of a step take by themselves. `logit_rows`: of a chunk.
-Bound MeasureBound(testing::TrainerHarness& harness, int64_t rows, int64_t steps, int64_t targets, int64_t drafts, int64_t logit_rows) {
+Bound MeasureBound(testing::TrainerHarness& harness, int64_t rows, int64_t steps, int64_t targets, int64_t drafts,
+                   int64_t logit_rows) {
   const ModelConfig& config = harness.config();
   TrainingOps& ops = harness.ops();
   const MtpLayout layout(config);
   int64_t widest = 2 * int64_t{config.intermediate_size};
   widest = std::max({widest, layout.qkv_width(), 2 * layout.hidden});
-  for (const LayerWeights& layer : harness.weights().layers) widest = std::max(widest, layer.linear ? layer.linear->in.rows : layer.full->qkv.rows);
+  for (const LayerWeights& layer : harness.weights().layers)
+    widest = std::max(widest, layer.linear ? layer.linear->in.rows : layer.full->qkv.rows);
   std::vector<float> in = Values(rows * widest), out(in.size()), flat = harness.parameters;
   const auto linear = [&](Ops* served, const PackedMatrix& w) {
     const LinearArgs args = {FloatMatrix(in.data(), rows, w.cols), w, FloatMatrix(out.data(), rows, w.rows)};
@@ -117,13 +119,13 @@ Bound MeasureBound(testing::TrainerHarness& harness, int64_t rows, int64_t steps
   };
   Bound bound;
   for (const LayerWeights& layer : harness.weights().layers) {
-    for (const PackedMatrix& w : {layer.linear ? layer.linear->in : layer.full->qkv, layer.linear ? layer.linear->out : layer.full->out,
-                                  layer.mlp.gate_up, layer.mlp.down}) {
+    for (const PackedMatrix& w : {layer.linear ? layer.linear->in : layer.full->qkv,
+                                  layer.linear ? layer.linear->out : layer.full->out, layer.mlp.gate_up, layer.mlp.down}) {
       bound.target += linear(harness.backend().ops(), w);
     }
   }
-  for (const TensorView& w : {layout.Fc(flat.data()), layout.Qkv(flat.data()), layout.Out(flat.data()), layout.GateUp(flat.data()),
-                              layout.Down(flat.data())}) {
+  for (const TensorView& w : {layout.Fc(flat.data()), layout.Qkv(flat.data()), layout.Out(flat.data()),
+                              layout.GateUp(flat.data()), layout.Down(flat.data())}) {
     const Aligned forward = MakePacked(w.rows, w.cols), transposed = MakePacked(w.cols, w.rows);
     double once = linear(nullptr, ops.Pack(w, forward.get())) + linear(nullptr, ops.PackTransposed(w, transposed.get()));
     std::vector<float> gradient(static_cast<size_t>(w.rows * w.cols));
@@ -148,20 +150,26 @@ Bound MeasureBound(testing::TrainerHarness& harness, int64_t rows, int64_t steps
     lm_head_transposed = ops.PackTransposed(FloatMatrix(matrix.data(), vocab, width), transposed.get());
   }
   bound.lm_head += chunks * Milliseconds([&] {
-    harness.backend().ops()->Linear({FloatMatrix(hidden.data(), chunk_targets, width), harness.weights().lm_head, target_logits});
-  });
+                     harness.backend().ops()->Linear(
+                         {FloatMatrix(hidden.data(), chunk_targets, width), harness.weights().lm_head, target_logits});
+                   });
   bound.lm_head += chunks * Milliseconds([&] { ops.Linear({draft_hidden, harness.weights().lm_head, draft_logits}); });
   std::vector<float> back(hidden.size());
   bound.lm_head += chunks * Milliseconds([&] {
-    ops.Linear({draft_logits, lm_head_transposed, FloatMatrix(back.data(), chunk_drafts, width)});
-  });
+                     ops.Linear({draft_logits, lm_head_transposed, FloatMatrix(back.data(), chunk_drafts, width)});
+                   });
   std::vector<LogitNormalizer> normalizers(static_cast<size_t>(logit_rows));
   std::vector<DraftLossRow> loss_rows(normalizers.size());
   std::vector<int32_t> target_rows;
   std::vector<double> weights(normalizers.size(), 1e-3);
   for (int64_t row = 0; row < chunk_drafts; ++row) target_rows.push_back(static_cast<int32_t>(row % chunk_targets));
-  const DraftLossArgs loss = {DraftLoss::kEndToEndTotalVariation, draft_logits, target_logits, normalizers.data(), target_rows.data(),
-                              nullptr, loss_rows.data()};
+  const DraftLossArgs loss = {DraftLoss::kEndToEndTotalVariation,
+                              draft_logits,
+                              target_logits,
+                              normalizers.data(),
+                              target_rows.data(),
+                              nullptr,
+                              loss_rows.data()};
   bound.losses += chunks * Milliseconds([&] { ops.Normalize(target_logits, normalizers.data()); });
   bound.losses += chunks * Milliseconds([&] { ops.DraftLossForward(loss); });
   bound.losses += chunks * Milliseconds([&] { ops.DraftLossBackward({loss, weights.data(), draft_logits}); });
@@ -192,7 +200,8 @@ void Step(State& state) {
     fastest = std::min(fastest, Milliseconds([&] { report = (*trainer)->Step(batch); }));
   }
   if (!report.ok()) return state.SkipWithError(report.status().ToString().c_str());
-  const int64_t steps = options.num_steps_ahead, targets = rows - static_cast<int64_t>(documents.size()), drafts = report->terms * steps;
+  const int64_t steps = options.num_steps_ahead, targets = rows - static_cast<int64_t>(documents.size()),
+                drafts = report->terms * steps;
   const int64_t chunk = std::min<int64_t>(targets + drafts, std::max<int64_t>(64, (32 << 20) / 4 / harness.config().vocab_size));
   const Bound bound = MeasureBound(harness, rows, steps, targets, drafts, chunk);
   state.counters["step_ms"] = fastest;

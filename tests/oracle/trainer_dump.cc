@@ -2,9 +2,9 @@
 //
 // trainer_dump CHECKPOINT DOCUMENTS OUT [KEY=VALUE ...]
 //
-// Trains the MTP layer of a checkpoint (in float32) on one batch, for tests/oracle/trainer_test.py to judge. DOCUMENTS: text, one a
-// line: loss_start, then the token ids. KEYs: loss, steps (K), updates, rate, weight_decay, clip, top_k, chunk_rows, threads. Prints
-// the report of the first step, `name value ...` a line, and writes raw float32 files, one a tensor, to the folder OUT:
+// Trains the MTP layer of a checkpoint (in float32) on one batch, for tests/oracle/trainer_test.py to judge. DOCUMENTS: text, one
+// a line: loss_start, then the token ids. KEYs: loss, steps (K), updates, rate, weight_decay, clip, top_k, chunk_rows, threads.
+// Prints the report of the first step, `name value ...` a line, and writes raw float32 files, one a tensor, to the folder OUT:
 //   gradient.NAME    of the first step: Adam's first moment after it, with beta1 = 0
 //   parameter.NAME   after `updates` steps with the usual betas
 #include <cstdio>
@@ -53,7 +53,7 @@ int Main(int argc, char** argv) {
     std::fprintf(stderr, "usage: trainer_dump CHECKPOINT DOCUMENTS OUT [KEY=VALUE ...]\n");
     return 2;
   }
-  std::map<std::string, std::string> values = {{"updates", "0"}, {"rate", "0.01"}, {"weight_decay", "0"}, {"clip", "0"},
+  std::map<std::string, std::string> values = {{"updates", "0"}, {"rate", "0.01"},    {"weight_decay", "0"}, {"clip", "0"},
                                                {"top_k", "0"},   {"chunk_rows", "0"}, {"threads", "2"}};
   for (int i = 4; i < argc; ++i) {
     const std::string word = argv[i];
@@ -83,8 +83,9 @@ int Main(int argc, char** argv) {
   BEBOP_CHECK(trainer.ok());
   const auto report = (*trainer)->Step(batch);
   BEBOP_CHECK(report.ok());
-  std::printf("loss %.17g\nterms %lld\ntarget_entropy %.17g\ndraft_entropy %.17g\nkl %.17g\ngradient_norm %.17g\nacceptance", report->loss,
-              static_cast<long long>(report->terms), report->target_entropy, report->draft_entropy, report->kl, report->gradient_norm);
+  std::printf("loss %.17g\nterms %lld\ntarget_entropy %.17g\ndraft_entropy %.17g\nkl %.17g\ngradient_norm %.17g\nacceptance",
+              report->loss, static_cast<long long>(report->terms), report->target_entropy, report->draft_entropy, report->kl,
+              report->gradient_norm);
   for (const double value : report->acceptance) std::printf(" %.17g", value);
   std::printf("\nrows");
   for (const int64_t value : report->rows) std::printf(" %lld", static_cast<long long>(value));

@@ -82,7 +82,10 @@ TEST(BatchPlanTest, HasEveryTermOnceInChunksOfTheAskedSize) {
           const auto at = static_cast<size_t>(num_steps * chunk.first_base + (k - 1) * chunk.num_bases + i);
           if (plan.target_rows[at] < 0) continue;
           ASSERT_LE(k, plan.steps[static_cast<size_t>(chunk.first_base + i)]);
-          const bool once = terms.insert({bases[static_cast<size_t>(i)], k, targets.at(static_cast<size_t>(plan.target_rows[at])), plan.data_tokens[at]}).second;
+          const bool once = terms
+                                .insert({bases[static_cast<size_t>(i)], k, targets.at(static_cast<size_t>(plan.target_rows[at])),
+                                         plan.data_tokens[at]})
+                                .second;
           ASSERT_TRUE(once);
           ++step_rows[static_cast<size_t>(k - 1)];
           chains += k == num_steps ? 1 : 0;

@@ -74,16 +74,17 @@ TrainerOptions SmallOptions(DraftLoss loss = DraftLoss::kEndToEndTotalVariation)
   return options;
 }
 
-constexpr DraftLoss kLosses[] = {DraftLoss::kCrossEntropy,   DraftLoss::kKl,
-                                 DraftLoss::kReverseKl,      DraftLoss::kTotalVariation,
-                                 DraftLoss::kEndToEndTotalVariation, DraftLoss::kLk};
+constexpr DraftLoss kLosses[] = {
+    DraftLoss::kCrossEntropy,           DraftLoss::kKl, DraftLoss::kReverseKl, DraftLoss::kTotalVariation,
+    DraftLoss::kEndToEndTotalVariation, DraftLoss::kLk};
 
 TEST(MtpTrainerTest, ThreadsAndChunksChangeNoBitOfTheParameters) {
   const Batch batch = MakeBatch({{70, 20}, {9, 0}, {130, 100}, {33, 2}});
   for (const DraftLoss loss : {DraftLoss::kKl, DraftLoss::kEndToEndTotalVariation}) {
     std::vector<float> expected;
     double expected_loss = 0;
-    for (const auto& [threads, chunk_rows] : std::vector<std::pair<int, int64_t>>{{1, 0}, {2, 0}, {3, 2 * kSteps}, {2, 50}, {1, 201}}) {
+    for (const auto& [threads, chunk_rows] :
+         std::vector<std::pair<int, int64_t>>{{1, 0}, {2, 0}, {3, 2 * kSteps}, {2, 50}, {1, 201}}) {
       TrainerHarness harness(SmallConfig(), DType::kBFloat16, threads);
       TrainerOptions options = SmallOptions(loss);
       options.chunk_rows = chunk_rows;
@@ -300,13 +301,15 @@ TEST(MtpTrainerTest, AGradientThatIsNotFiniteChangesNothing) {
   const Batch batch = MakeBatch({{20, 0}, {33, 0}});
   TrainerHarness harness(SmallConfig(), DType::kFloat32, 2);
   BrokenNorm ops(&harness.ops());
-  auto trainer = MtpTrainer::Create(harness.config(), &harness.weights(), &harness.backend(), &ops, SmallOptions(), harness.parameters);
+  auto trainer =
+      MtpTrainer::Create(harness.config(), &harness.weights(), &harness.backend(), &ops, SmallOptions(), harness.parameters);
   ASSERT_TRUE(trainer.ok()) << trainer.status();
   for (const double norm : {static_cast<double>(testing::kNan), HUGE_VAL}) {
     ops.norm = norm;
     const auto report = (*trainer)->Step(batch.pointers);
     EXPECT_EQ(report.status().code(), absl::StatusCode::kDataLoss);
-    EXPECT_TRUE(absl::StrContains(report.status().message(), std::isnan(norm) ? "gradient norm is nan" : "gradient norm is inf")) << report.status();
+    EXPECT_TRUE(absl::StrContains(report.status().message(), std::isnan(norm) ? "gradient norm is nan" : "gradient norm is inf"))
+        << report.status();
     EXPECT_TRUE(absl::StrContains(report.status().message(), "lines 10, 20")) << report.status();
     EXPECT_TRUE(SameBits((*trainer)->state().parameters, harness.parameters));
     EXPECT_EQ((*trainer)->state().step, 0);
@@ -361,7 +364,8 @@ TEST(MtpTrainerTest, ErrorsNameTheOptionAndBothValues) {
   expect(options, {"beta2", "less than 1", "1"});
 
   harness.parameters.pop_back();
-  expect(SmallOptions(), {"parameters", std::to_string(harness.parameters.size()), std::to_string(harness.parameters.size() + 1)});
+  expect(SmallOptions(),
+         {"parameters", std::to_string(harness.parameters.size()), std::to_string(harness.parameters.size() + 1)});
 
   TrainerHarness other(SmallConfig(), DType::kFloat32, 1);
   auto trainer = other.Make(SmallOptions());
@@ -408,8 +412,9 @@ class CountedBackend final : public Backend {
   absl::StatusOr<EngineSizes> Sizes(const EngineOptions& options, const ModelConfig& config, int64_t bytes) override {
     return backend_.Sizes(options, config, bytes);
   }
-  absl::StatusOr<std::unique_ptr<Executor>> MakeExecutor(const EngineOptions& options, const ModelConfig& config, const EngineSizes& sizes,
-                                                         Model* model, ModelStateStorage* storage) override {
+  absl::StatusOr<std::unique_ptr<Executor>> MakeExecutor(const EngineOptions& options, const ModelConfig& config,
+                                                         const EngineSizes& sizes, Model* model,
+                                                         ModelStateStorage* storage) override {
     return backend_.MakeExecutor(options, config, sizes, model, storage);
   }
   void EnterThread() override { backend_.EnterThread(); }
@@ -427,11 +432,12 @@ TEST(MtpTrainerTest, TakesTheMemoryThatItSays) {
     TrainerOptions options = SmallOptions();
     options.batch_tokens = 1024;
     {
-      auto trainer = MtpTrainer::Create(harness.config(), &harness.weights(), &backend, &harness.ops(), options, harness.parameters);
+      auto trainer =
+          MtpTrainer::Create(harness.config(), &harness.weights(), &backend, &harness.ops(), options, harness.parameters);
       ASSERT_TRUE(trainer.ok()) << trainer.status();
       const int64_t bytes = MtpTrainer::Bytes(harness.config(), options, dtype, backend, harness.ops());
-      // The operators keep one of the parts themselves: the gradient of the logits as the product reads it. The rest differs by the
-      // alignment of the caches' arrays.
+      // The operators keep one of the parts themselves: the gradient of the logits as the product reads it. The rest differs by
+      // the alignment of the caches' arrays.
       const int64_t operand = harness.ops().OperandBytes(1024 * (kSteps + 1) * 160);
       EXPECT_NEAR(static_cast<double>(memory.live + operand), static_cast<double>(bytes), 16 * 1024);
       EXPECT_GT(bytes, 4 << 20);
@@ -442,7 +448,8 @@ TEST(MtpTrainerTest, TakesTheMemoryThatItSays) {
     }
     EXPECT_EQ(memory.live, 0);
     memory.limit = 3 << 20;
-    const auto refused = MtpTrainer::Create(harness.config(), &harness.weights(), &backend, &harness.ops(), options, harness.parameters);
+    const auto refused =
+        MtpTrainer::Create(harness.config(), &harness.weights(), &backend, &harness.ops(), options, harness.parameters);
     EXPECT_EQ(refused.status().code(), absl::StatusCode::kResourceExhausted);
     for (const char* part : {"target pass ", "moments ", "lm_head ", "logits "}) {
       EXPECT_TRUE(absl::StrContains(refused.status().message(), part)) << refused.status();
