@@ -11,6 +11,8 @@ Both may be called again: what is there is kept.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,26 @@ from settings import Context
 STAGE = "rl"
 
 
+def check_same(context: Context, settings: rl_run.RlSettings) -> None:
+    """Refuses a folder of other settings: records of two settings must not mix."""
+    path = context.work / "rl/settings.json"
+    now = json.loads(json.dumps(dataclasses.asdict(settings)))
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for name in sorted(set(before) | set(now)):
+        if before.get(name) != now.get(name):
+            raise ValueError(f"{path.parent}: was made with {name} = {before.get(name)}, now it is {now.get(name)}; remove it and records/{STAGE}.jsonl")
+
+
 def measure(context: Context) -> None:
     """All that is not there yet. Does nothing for a model that the learner example cannot train."""
     if context.model != rl_run.MODEL:
         context.say(f"rl: left out, the learner example trains {rl_run.MODEL} alone")
         return
     settings = rl_run.settings_of(context)
+    check_same(context, settings)
     for policy in settings.policies:
         rl_run.run(context, policy)
         rl_replay.update_all(context, settings, policy)

@@ -245,6 +245,17 @@ def test_what_is_decoded_at_a_version(replay):
     assert later[-1].key == {"policy": "p", "version": 5, "mode": "rejection", "loss": "ce", "seed": 0, "update": "tv"}
 
 
+def test_a_folder_of_other_settings_is_refused(replay, context):
+    import rl_run
+    import rl_stage
+
+    context, settings, _, _ = context
+    rl_stage.check_same(context, settings)
+    rl_stage.check_same(context, settings)
+    with pytest.raises(ValueError, match="prompts = 8, now it is 9"):
+        rl_stage.check_same(context, dataclasses.replace(settings, prompts=9))
+
+
 def test_every_scale_updates_heads_that_it_measures_frozen(replay):
     import rl_run
     import settings
