@@ -130,6 +130,7 @@ class Replay:
                 raise ValueError(f"{job}: other prompts than in the first record")
             counts = np.array([summed(record["prompts"][place]) for place in kept], np.float64)
             self._counts.setdefault(((job["mode"], job["loss"], job["update"]), job["version"]), {})[job["seed"]] = counts
+        self._entropies: dict[int, Value] = {}  # by version; asked for by every group
         self.groups: list[Group] = list(dict.fromkeys(group for group, _ in self._counts))
 
     def _seeds(self, group: Group, version: int) -> list[np.ndarray]:
@@ -153,9 +154,11 @@ class Replay:
 
     def entropy(self, version: int) -> Value:
         """Nats a token of the target. Every mode and head emits the same distribution, so all decodings count."""
-        counts = sum(counts for (_, at), seeds in self._counts.items() if at == version for counts in seeds.values())
-        sums = self._resampling.sums([counts])
-        return Value(sums[:, ENTROPY] / sums[:, TOKENS])
+        if version not in self._entropies:
+            counts = sum(counts for (_, at), seeds in self._counts.items() if at == version for counts in seeds.values())
+            sums = self._resampling.sums([counts])
+            self._entropies[version] = Value(sums[:, ENTROPY] / sums[:, TOKENS])
+        return self._entropies[version]
 
     def run_slope(self, group: Group) -> Value:
         """Over the versions: reinforcement learning as the source of entropy change."""
