@@ -57,7 +57,7 @@ def start_head(context: Context) -> Head:
     path = head.path(context)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        files = sorted(context.start.glob("*.safetensors")) if context.start.is_dir() else [context.start]
+        files = sorted(context.start.glob("model*.safetensors")) if context.start.is_dir() else [context.start]
         write_safetensors(path, {name: tensor for file in files for name, tensor in read_safetensors(file, "mtp.").items()})
     return head
 

@@ -38,7 +38,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--publish", action="store_true", help="rewrite the tables of docs/reproduction.md and the plots beside it")
     parser.add_argument("--bin", type=Path, default=ROOT / "build/cpu-release/bin", help="the built programs")
     parser.add_argument("--model", type=Path, default=MODEL, help="checkpoint folder with mtp.* tensors")
-    parser.add_argument("--start", type=Path, help="head that training starts from: safetensors file or checkpoint folder; default: the model's own")
+    parser.add_argument("--start", type=Path, help="head that training starts from: file of mtp.* tensors or checkpoint folder; default: mtp_ce.safetensors "
+                        "in the model's folder or, without that, the model's own")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     return parser.parse_args(arguments)
 
@@ -94,9 +95,10 @@ def main() -> int:
     settings = SCALES[arguments.scale]
     try:
         programs = Programs.of(arguments.bin.resolve())
-        identity = {"model": str(arguments.model), "start": str(arguments.start), "device": arguments.device, **dataclasses.asdict(settings)}
+        start = arguments.start or next(filter(Path.exists, (arguments.model / "mtp_ce.safetensors", arguments.model)), arguments.model)
+        identity = {"model": str(arguments.model), "start": str(start), "device": arguments.device, **dataclasses.asdict(settings)}
         check_same_run(work, json.loads(json.dumps(identity)))
-        context = Context(settings, work, arguments.model.resolve(), (arguments.start or arguments.model).resolve(), arguments.device, programs, say)
+        context = Context(settings, work, arguments.model.resolve(), start.resolve(), arguments.device, programs, say)
         for name, stage in stages.items():
             if not arguments.only or name in arguments.only:
                 begin = time.monotonic()
