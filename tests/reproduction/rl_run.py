@@ -72,7 +72,7 @@ FULL = RlSettings(
     policies=(Policy("falling", 240, 40), Policy("rising", 60, 15, RISING)),
     seeds={"ce": 3, "tv": 3, "e2e_tv": 3, "kl": 1, "reverse_kl": 1}, target_only=("ce", "tv"),
     online=(Online("ce", "ce", 3), Online("tv", "tv", 3), Online("tv", "ce", 3), Online("e2e_tv", "e2e_tv", 1), Online("e2e_tv", "ce", 1)),
-    online_tokens=24000, prompts=100, samples=2)
+    online_tokens=36000, prompts=100, samples=2)
 
 # The learner trains the bundled model alone: what a GPU gives is time for a longer run, and larger updates of the heads.
 GPU = dataclasses.replace(FULL, policies=(Policy("falling", 2000, 200), Policy("rising", 200, 40, RISING)), online_tokens=400_000, prompts=400)
