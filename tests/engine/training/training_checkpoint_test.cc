@@ -256,6 +256,12 @@ TEST_F(TrainingCheckpointTest, KillsLeaveAWholeCheckpoint) {
       EXPECT_LE(newest, saved + 1) << "killed at call " << calls;
       behind += newest == saved;
       kills += !finished;
+      // What has the name of a checkpoint is one: nothing is filled, or emptied, under it.
+      for (const std::string& name : Entries(runs_)) {
+        if (!name.ends_with(".tmp")) {
+          EXPECT_EQ(Entries(runs_ + "/" + name).size(), 3u) << name << ", killed at call " << calls;
+        }
+      }
       // The next run goes on where this one was killed.
       ASSERT_TRUE(TrainingCheckpoints(runs_).Save(Progress(5), layout_).ok());
       EXPECT_EQ(Newest(), 5);
