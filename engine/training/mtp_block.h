@@ -50,7 +50,7 @@ class MtpBlock {
   static absl::StatusOr<std::unique_ptr<MtpBlock>> Create(const ModelConfig& config, int64_t max_rows, int32_t max_steps,
                                                           DeviceMemory* memory, TrainingOps* ops);
   // Bytes that Create takes: 4·max_rows·(max_steps·(4H + 5·nq·D + 5·nkv·D + nq + 2F) + 4H + max(F, nq·D) + 1), and two packed copies
-  // of the matrices; beside them it reserves the operators' operands.
+  // (one where products read columns) of the matrices; beside them it reserves the operators' operands.
   static int64_t Bytes(const ModelConfig& config, int64_t max_rows, int32_t max_steps, const TrainingOps& ops);
   static int64_t OperandValues(const ModelConfig& config, int64_t max_rows);  // of the largest operand of its products
 

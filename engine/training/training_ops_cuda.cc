@@ -58,6 +58,7 @@ class CudaTrainingOps final : public TrainingOps {
   PackedMatrix PackTransposed(const TensorView& w, void* destination) override {
     return cuda::PackBf16Transposed(w, destination, stream_);
   }
+  bool reads_columns() const override { return true; }
   void Linear(const LinearArgs& args) override { cuda::LinearRounded(args, plans_, scratch_, stream_); }
   void LinearBackwardWeight(const LinearBackwardWeightArgs& args) override {
     cuda::LinearBackwardWeight(args, plans_, scratch_, stream_);

@@ -227,8 +227,7 @@ PackedMatrix PackBf16(const TensorView& w, void* destination, Stream& stream) {
 }
 
 PackedMatrix PackBf16Transposed(const TensorView& w, void* destination, Stream& stream) {
-  Convert(w, {destination, DType::kBFloat16, w.rows, w.cols, w.cols}, stream);
-  return {destination, DType::kBFloat16, w.cols, w.rows, MatrixLayout::kColumns};
+  return InColumns(PackBf16(w, destination, stream));
 }
 
 void Clear(const TensorView& view, Stream& stream) {

@@ -30,6 +30,11 @@ struct PackedMatrix {
   MatrixLayout layout = MatrixLayout::kPanels;
 };
 
+// Wᵀ over the bytes of W. REQUIRES: kRows.
+inline PackedMatrix InColumns(const PackedMatrix& matrix) {
+  return {matrix.data, matrix.dtype, matrix.cols, matrix.rows, MatrixLayout::kColumns};
+}
+
 // Rows of a packed panel: fused matrices start each segment at a multiple of this.
 inline constexpr int64_t kPanelRows = 16;
 // Columns are padded with zeros to a multiple of this.

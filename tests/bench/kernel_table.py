@@ -28,15 +28,25 @@ RESERVED_SHARED_SM90 = 1024  # of every block that uses shared memory, by the sy
 # What each kernel is expected to wait for on an H200, as its file's banner derives it. A kernel that is missing here, or an entry without a
 # kernel, is an error. `DRAM` bytes of device memory, `tensor` tensor cores, `latency` launch, dependent loads and barriers, `L1` loads from L1.
 LIMITERS = {
+    "AdamWKernel": "DRAM",
     "AdvanceSequences": "latency",
+    "BackwardKernel": "DRAM (logits)",
     "BeginDecodeRows": "latency",
     "CausalConvKernel": "DRAM",
+    "ChainForwardKernel": "L2 (keys and values in float32), tensor",
+    "ChainKeysKernel": "L2 (queries and gradients in float32), tensor",
+    "ChainLossKernel": "latency",
+    "ChainQueriesKernel": "L2 (keys and values in float32), tensor",
+    "ChainRowsKernel": "DRAM",
     "ChunkKernel": "tensor, shared memory",
+    "ConvertKernel": "DRAM",
+    "DocumentRowsKernel": "latency",
     "DrawRows": "latency",
     "EmbeddingKernel": "latency; DRAM for long prompts",
     "FinishRows": "latency",
     "FinishSequences": "latency",
     "FloatKernel": "L1 (float32, the oracle mode)",
+    "ForwardKernel": "DRAM (logits)",
     "GatedRmsNormKernel": "latency; DRAM for long prompts",
     "GatherUnits": "latency",
     "GumbelDrafts": "integer arithmetic (Philox)",
@@ -45,22 +55,30 @@ LIMITERS = {
     "LinearFloat32Kernel": "L1 (float32, the oracle mode)",
     "MaxBlocks": "DRAM (logits)",
     "MergeKernel": "latency",
+    "NormalizeKernel": "DRAM (logits)",
     "PrefillKernel": "tensor",
     "PrepareRows": "latency",
     "PublishWords": "latency (PCIe)",
+    "QkNormRopeBackwardKernel": "DRAM",
     "QkNormRopeKernel": "latency; DRAM for long prompts",
+    "QkNormWeightKernel": "latency",
+    "RmsNormBackwardKernel": "DRAM",
     "RmsNormKernel": "latency; DRAM for long prompts",
+    "RmsNormWeightKernel": "latency",
     "ScatterKernel": "latency",
     "SplitKernel": "DRAM (keys and values); shared memory from 48 rows on",
+    "SquaredNormKernel": "DRAM",
+    "SquaredNormSumKernel": "latency",
     "StepKernel": "DRAM (state)",
     "SumBlocks": "DRAM or L2 (logits)",
+    "SwiGluBackwardKernel": "DRAM",
     "SwiGluKernel": "latency; DRAM for long prompts",
     "VocabularyRows": "DRAM (logits of rejected rows)",
     "WindowKernel": "latency",
 }
 # Kernels that may keep so many bytes a thread in local memory; all others none, as STL is the store of a spilled register or a local array. These are
 # kernels of one block a row, or of a few blocks, that wait for loads and barriers: 1,024 threads leave them 64 registers or fewer.
-MAY_USE_LOCAL_BYTES = {"AdvanceSequences": 32, "FinishRows": 32, "FinishSequences": 32, "PrepareRows": 32}
+MAY_USE_LOCAL_BYTES = {"AdvanceSequences": 32, "ChainLossKernel": 32, "FinishRows": 32, "FinishSequences": 32, "PrepareRows": 32}
 
 # Classes of SASS opcodes, in the order of the table's column.
 CLASSES = [
