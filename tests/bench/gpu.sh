@@ -9,6 +9,8 @@
 #   ceilings         copy bandwidth and matrix rate (seconds; runs before any other phase that has no ceilings.json yet)
 #   iterations-4b    4B shape, B in {1, 8, 32, 128, 256}, gamma in {0, 1, 3, 5}, accept length 1, 2.5, 3.5, L = 4096
 #   operators        delta rule, attention, linear, sampling, norms
+#   training-4b      optimizer steps of the MTP trainer, 4B shape: 5 steps ahead, batches of 8,192 tokens in documents of 1,024 and of 8,192
+#   training-9b      the same for the 9B shape
 #   baseline-c       strong PyTorch, 4B and 27B shape, gamma 0 and 3, accept length 2.5
 #   iterations-27b   as iterations-4b; a cell that does not fit runs at the largest context that does
 #   baseline-ab      transformers' generate, and its modules under torch.compile (4B)
@@ -17,7 +19,7 @@
 # the emulated device and the CPU, which test this script's logic and nothing else. Exit status 1 when a phase failed; the others run all the same.
 set -uo pipefail
 absolute() { case "$1" in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
-all=(ceilings iterations-4b operators baseline-c iterations-27b baseline-ab summary)
+all=(ceilings iterations-4b operators training-4b training-9b baseline-c iterations-27b baseline-ab summary)
 phases=()
 bundle=
 build=
@@ -32,7 +34,7 @@ while (($#)); do
     --only) phases+=("${2:?--only needs a phase}"); shift 2 ;;
     --smoke) smoke=1; shift ;;
     --list) printf '%s\n' "${all[@]}"; exit 0 ;;
-    --help | -h) sed -n '3,21s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --help | -h) sed -n '3,23s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "error: unknown argument '$1' (see --help)" >&2; exit 2 ;;
   esac
 done
@@ -48,7 +50,7 @@ if [[ -z $build ]]; then
   build=build/cuda-release
   if ((smoke)); then build=build/cuda-emulated; fi
 fi
-for program in iteration_bench ops_cuda_bench; do
+for program in iteration_bench ops_cuda_bench training_cuda_bench; do
   if [[ ! -x ${bundle:-$build}/bench/$program ]]; then
     echo "error: ${bundle:-$build}/bench/$program is missing: build the target bebop_cuda_benches, or name a bundle or build tree" >&2
     exit 2
@@ -140,6 +142,22 @@ phase() {
       if ((smoke)); then flags=(--smoke); fi
       run ops_cuda_bench "${flags[@]}" >"$out/operators.jsonl" || status=$?
       table "$out/operators.jsonl" op shape us GB_per_s TFLOP_per_s bound_us fraction
+      return "$status"
+      ;;
+    training-4b | training-9b)
+      local rate
+      rate=$(ceiling bf16_TFLOP_per_s 1e12)
+      : >"$out/$1.jsonl"
+      if ((smoke)); then
+        run training_cuda_bench --config tests/models/bebop-tiny --tokens 24 --length 12 --steps 2 --samples 1 --matrix-rate "$rate" \
+          >>"$out/$1.jsonl" || status=$?
+      else
+        for length in 1024 8192; do
+          run training_cuda_bench --config "$models/qwen3.5-${1#training-}-shape" --tokens 8192 --length "$length" --matrix-rate "$rate" \
+            >>"$out/$1.jsonl" || status=$?
+        done
+      fi
+      table "$out/$1.jsonl" tokens length steps ms tokens_per_s TFLOP_per_s bound_ms fraction all_fraction
       return "$status"
       ;;
     baseline-c)
