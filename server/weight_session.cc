@@ -130,6 +130,16 @@ absl::Status WeightSession::WriteChunk(const std::string& update_id, std::string
   return status;
 }
 
+absl::Status WeightSession::WriteChunks(const std::string& update_id, const TensorChunk& first, const TensorChunk& second) {
+  MutexLock lock(&mutex_);
+  BEBOP_ASSIGN_OR_RETURN(const OpenPtr open, FindAndTakeTurn(update_id));
+  mutex_.Unlock();
+  const absl::Status status = open->update->WriteChunks(first, second);
+  mutex_.Lock();
+  EndTurn(*open);
+  return status;
+}
+
 absl::Status WeightSession::Read(const std::string& update_id, const std::string& path, const std::atomic<bool>& cancelled) {
   if (!root_.has_value()) {
     return StatusWithReason(absl::StatusCode::kPermissionDenied, "NO_WEIGHTS_ROOT",

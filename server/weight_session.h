@@ -93,6 +93,8 @@ class WeightSession {
   // As WeightUpdate::WriteChunk. FAILED_PRECONDITION [COMMITTING]: it is being finished.
   absl::Status WriteChunk(const std::string& update_id, std::string_view tensor, int64_t offset, std::string_view bytes,
                           const std::optional<Sha256Digest>& digest);
+  // As WeightUpdate::WriteChunks, in one turn.
+  absl::Status WriteChunks(const std::string& update_id, const TensorChunk& first, const TensorChunk& second);
   // As ReadWeights, beneath the root. Stops as CANCELLED soon after `cancelled` becomes true. PERMISSION_DENIED [NO_WEIGHTS_ROOT].
   absl::Status Read(const std::string& update_id, const std::string& path, const std::atomic<bool>& cancelled);
   // Where the update stands; keeps it from expiring.

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <grpcpp/server_context.h>
 
+#include <array>
 #include <atomic>
 #include <deque>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 
@@ -154,21 +156,20 @@ class PushStream final : public ServerReadReactor<ByteBuffer> {
     chunks_.clear();
   }
 
-  // On the writer: one chunk, or the end, and then it is the other streams' turn. The call is not finished while `scheduled_`.
+  // On the writer: up to two chunks, which may be hashed together, or the end, and then it is the other streams' turn. The call is not
+  // finished while `scheduled_`.
   void Work() {
-    ByteBuffer bytes;
-    bool has_chunk = false;
+    std::array<ByteBuffer, 2> bytes;
+    size_t num_chunks = 0;
     {
       MutexLock lock(&mutex_);
-      if (!ended_ && !chunks_.empty()) {
-        bytes = std::move(chunks_.front());
+      for (; !ended_ && !chunks_.empty() && num_chunks < bytes.size(); ++num_chunks) {
+        bytes[num_chunks] = std::move(chunks_.front());
         chunks_.pop_front();
-        has_chunk = true;
-        if (!reading_ && !no_more_) Read();
       }
+      if (num_chunks > 0 && !reading_ && !no_more_) Read();
     }
-    absl::Status status;
-    if (has_chunk) status = Write(bytes);
+    const absl::Status status = Write({bytes.data(), num_chunks});
     Update([this, &status]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
       scheduled_ = false;
       if (!status.ok()) {
@@ -181,11 +182,34 @@ class PushStream final : public ServerReadReactor<ByteBuffer> {
     });
   }
 
-  absl::Status Write(const ByteBuffer& bytes) {
-    if (absl::Status status = ParseMessage(bytes, &chunk_); !status.ok()) return status;
-    if (absl::Status status = context_.rules.allow_unknown_fields ? absl::OkStatus() : CheckKnownFields(chunk_); !status.ok()) return status;
-    if (absl::Status status = CompleteChunk(&chunk_, &update_id_, &tensor_); !status.ok()) return status;
-    return session_.WriteChunk(update_id_, tensor_, chunk_.offset(), chunk_.data(), DigestOf(chunk_));
+  // Up to two chunks. Those before one that is refused are written.
+  absl::Status Write(std::span<ByteBuffer> bytes) {
+    size_t num_parsed = 0;
+    absl::Status refused;
+    while (num_parsed < bytes.size() && refused.ok()) {
+      refused = Parse(&bytes[num_parsed], &parsed_[num_parsed]);
+      if (refused.ok()) ++num_parsed;
+    }
+    if (num_parsed == 0) return refused;
+    const auto chunk = [](const v1::WeightChunk& message) {
+      return TensorChunk{message.tensor(), message.offset(), message.data(), DigestOf(message)};
+    };
+    const TensorChunk first = chunk(parsed_[0]);
+    const bool same_update = num_parsed == 2 && parsed_[0].update_id() == parsed_[1].update_id();
+    absl::Status status = same_update ? session_.WriteChunks(update_id_, first, chunk(parsed_[1]))
+                                      : session_.WriteChunk(parsed_[0].update_id(), first.tensor, first.offset, first.bytes, first.digest);
+    if (status.ok() && num_parsed == 2 && !same_update) {
+      const TensorChunk second = chunk(parsed_[1]);
+      status = session_.WriteChunk(update_id_, second.tensor, second.offset, second.bytes, second.digest);
+    }
+    return status.ok() ? refused : status;
+  }
+
+  absl::Status Parse(ByteBuffer* bytes, v1::WeightChunk* message) {
+    if (absl::Status status = ParseMessage(*bytes, message); !status.ok()) return status;
+    bytes->Clear();
+    if (absl::Status status = context_.rules.allow_unknown_fields ? absl::OkStatus() : CheckKnownFields(*message); !status.ok()) return status;
+    return CompleteChunk(message, &update_id_, &tensor_);
   }
 
   absl::Status Reply() {
@@ -203,7 +227,7 @@ class PushStream final : public ServerReadReactor<ByteBuffer> {
   CallLimit& limit_;
   ByteBuffer* const out_;  // gRPC's; valid until Finish
   // The writer's alone.
-  v1::WeightChunk chunk_;
+  std::array<v1::WeightChunk, 2> parsed_;
   std::string update_id_, tensor_;
 
   Mutex mutex_;

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // rollouts: training data from a file of prompts, in a file that is good at any moment and from which an interrupted run goes on.
 #include <fcntl.h>
-#include <openssl/evp.h>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -27,6 +26,7 @@
 #include "client/cli/batch.h"
 #include "client/cli/commands.h"
 #include "client/cli/console.h"
+#include "engine/formats/sha256.h"
 #include "google/protobuf/util/message_differencer.h"
 #include "nlohmann/json.hpp"
 
@@ -62,10 +62,8 @@ uint64_t SeedOf(uint64_t run_seed, uint64_t index) {
 }
 
 std::string Sha256Hex(const std::string& bytes) {
-  unsigned char digest[EVP_MAX_MD_SIZE];
-  unsigned int size = 0;
-  EVP_Digest(bytes.data(), bytes.size(), digest, &size, EVP_sha256(), nullptr);
-  return absl::BytesToHexString(absl::string_view(reinterpret_cast<const char*>(digest), size));
+  const Sha256Digest digest = Sha256Of(bytes);
+  return absl::BytesToHexString(absl::string_view(reinterpret_cast<const char*>(digest.data()), digest.size()));
 }
 
 // What a run was started with: kept beside its output as FILE.run, and what another run that would go on has to agree with.

@@ -2,7 +2,6 @@
 #include "client/cpp/checkpoint_push.h"
 
 #include <fcntl.h>
-#include <openssl/evp.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -23,6 +22,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "engine/formats/safetensors.h"
+#include "engine/formats/sha256.h"
 #include "engine/formats/strings.h"
 
 namespace bebop {
@@ -196,23 +196,7 @@ void Cast(const std::string& from_type, const std::string& from, const std::stri
   }
 }
 
-using Digest = std::array<uint8_t, 32>;
-
-class Sha256 {
- public:
-  Sha256() : context_(EVP_MD_CTX_new(), &EVP_MD_CTX_free) { EVP_DigestInit_ex(context_.get(), EVP_sha256(), nullptr); }
-  void Update(const std::string& bytes) { EVP_DigestUpdate(context_.get(), bytes.data(), bytes.size()); }
-  Digest Finish() {
-    Digest digest = {};
-    EVP_DigestFinal_ex(context_.get(), digest.data(), nullptr);
-    return digest;
-  }
-
- private:
-  std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context_;
-};
-
-std::string Hex(const Digest& digest) {
+std::string Hex(const Sha256Digest& digest) {
   return absl::BytesToHexString(absl::string_view(reinterpret_cast<const char*>(digest.data()), digest.size()));
 }
 
@@ -221,7 +205,7 @@ struct Tensor {
   const InputFile* file = nullptr;
   TensorEntry entry;
   std::string name, dtype;
-  std::optional<Digest> digest;  // once all of it has been sent
+  std::optional<Sha256Digest> digest;  // once all of it has been read
 
   int64_t file_width() const { return SafetensorsElementBytes(entry.dtype); }
   int64_t width() const { return SafetensorsElementBytes(dtype); }
@@ -315,77 +299,110 @@ std::string ComponentDigest(const std::vector<Tensor>& tensors, bool draft) {
 
 // ---- sending ----
 
-// Makes the chunks of one stream.
+// What one stream brings of a tensor: its elements from `first` on.
+struct Part {
+  size_t tensor = 0;
+  int64_t first = 0;
+};
+
+// Makes the chunks of one stream, of two tensors in turn: SHA-256 of two costs little more than of one, here and at the server.
 class ChunkSource {
  public:
   ChunkSource(std::vector<Tensor>* tensors, const WeightUpdateOptions& options) : tensors_(*tensors), options_(options) {
     for (const Tensor& tensor : tensors_) total_ += tensor.num_bytes();
   }
 
-  // The next stream begins at that byte of that tensor.
-  void Seek(size_t index, int64_t offset) {
-    index_ = index;
-    first_ = offset / std::max<int64_t>(1, tensors_[index].width());
-    hashed_ = 0;
-    hash_ = Sha256();
-    done_ = offset;
-    for (size_t i = 0; i < index; ++i) done_ += tensors_[i].num_bytes();
+  // The next stream brings these.
+  void Begin(std::vector<Part> parts) {
+    parts_ = std::move(parts);
+    next_part_ = num_ready_ = next_ready_ = 0;
+    lanes_ = {};
+    done_ = total_;
+    for (const Part& part : parts_) done_ -= tensors_[part.tensor].num_bytes() - part.first * tensors_[part.tensor].width();
     is_first_ = true;
   }
 
   // False at the end, and when a file cannot be read; see status().
   bool Next(v1::WeightChunk* chunk) {
-    if (index_ == tensors_.size() || !status_.ok()) return false;
-    Tensor& tensor = tensors_[index_];
-    const int64_t count = tensor.entry.num_elements();
-    const int64_t per_chunk = kChunkBytes / std::max<int64_t>(1, tensor.width());
-    while (hashed_ < first_) {  // what the server has from the stream before
-      const int64_t skip = std::min(per_chunk, first_ - hashed_);
-      if (!Read(tensor, hashed_, skip, &scratch_)) return false;
-    }
-    const int64_t size = std::min(per_chunk, count - first_);
-    if (!Read(tensor, first_, size, chunk->mutable_data())) return false;
+    if (next_ready_ == num_ready_ && !Prepare()) return false;
+    chunk->Swap(&ready_[next_ready_++]);  // buffers go round
     if (is_first_) {
       chunk->set_update_id(options_.update_id);
     } else {
       chunk->clear_update_id();
     }
-    chunk->set_tensor(tensor.name);
-    chunk->set_offset(first_ * tensor.width());
-    chunk->clear_digest();
     is_first_ = false;
-    first_ += size;
-    done_ += size * tensor.width();
+    done_ += static_cast<int64_t>(chunk->data().size());
     if (options_.on_progress != nullptr) options_.on_progress(done_, total_);
-    if (first_ < count) return true;
-    tensor.digest = hash_.Finish();
-    chunk->set_digest(tensor.digest->data(), tensor.digest->size());
-    hash_ = Sha256();
-    hashed_ = first_ = 0;
-    ++index_;
     return true;
   }
 
   const absl::Status& status() const { return status_; }
 
  private:
-  bool Read(const Tensor& tensor, int64_t first, int64_t count, std::string* out) {
-    status_ = tensor.Read(first, count, out);
-    if (!status_.ok()) return false;
-    hash_.Update(*out);
-    hashed_ = first + count;
-    return true;
+  // A tensor that is being read.
+  struct Lane {
+    Tensor* tensor = nullptr;
+    int64_t first = 0;   // element that is read next
+    int64_t hashed = 0;  // elements before this one are in `hash`
+    Sha256 hash;
+  };
+
+  // Makes the next chunk of each lane; false if there is none.
+  bool Prepare() {
+    num_ready_ = next_ready_ = 0;
+    std::array<Lane*, 2> lanes = {};  // of the chunks
+    for (Lane& lane : lanes_) {
+      if (lane.tensor == nullptr) {
+        if (next_part_ == parts_.size()) continue;
+        const Part& part = parts_[next_part_++];
+        lane = Lane{.tensor = &tensors_[part.tensor], .first = part.first, .hashed = 0, .hash = Sha256()};
+      }
+      if (!Read(&lane, &ready_[num_ready_])) return false;
+      lanes[num_ready_++] = &lane;
+    }
+    if (num_ready_ == 2) {
+      Sha256::UpdateBoth(&lanes[0]->hash, ready_[0].data(), &lanes[1]->hash, ready_[1].data());
+    } else if (num_ready_ == 1) {
+      lanes[0]->hash.Update(ready_[0].data());
+    }
+    for (size_t i = 0; i < num_ready_; ++i) {
+      Lane& lane = *lanes[i];
+      lane.hashed = lane.first;
+      if (lane.first < lane.tensor->entry.num_elements()) continue;
+      lane.tensor->digest = lane.hash.Finish();
+      ready_[i].set_digest(lane.tensor->digest->data(), lane.tensor->digest->size());
+      lane.tensor = nullptr;
+    }
+    return num_ready_ > 0;
+  }
+
+  // The next chunk but for its digest; what the server has from the stream before is read to be hashed.
+  bool Read(Lane* lane, v1::WeightChunk* chunk) {
+    const Tensor& tensor = *lane->tensor;
+    const int64_t per_chunk = kChunkBytes / std::max<int64_t>(1, tensor.width());
+    for (; lane->hashed < lane->first && status_.ok(); lane->hashed = std::min(lane->first, lane->hashed + per_chunk)) {
+      status_ = tensor.Read(lane->hashed, std::min(per_chunk, lane->first - lane->hashed), chunk->mutable_data());
+      if (status_.ok()) lane->hash.Update(chunk->data());
+    }
+    const int64_t size = std::min(per_chunk, tensor.entry.num_elements() - lane->first);
+    if (status_.ok()) status_ = tensor.Read(lane->first, size, chunk->mutable_data());
+    chunk->set_tensor(tensor.name);
+    chunk->set_offset(lane->first * tensor.width());
+    chunk->clear_digest();
+    lane->first += size;
+    return status_.ok();
   }
 
   std::vector<Tensor>& tensors_;
   const WeightUpdateOptions& options_;
-  size_t index_ = 0;
-  int64_t first_ = 0;   // element of the tensor that is sent next
-  int64_t hashed_ = 0;  // its elements before this one are in hash_
-  Sha256 hash_;
+  std::vector<Part> parts_;
+  size_t next_part_ = 0;  // that no lane has yet
+  std::array<Lane, 2> lanes_;
+  std::array<v1::WeightChunk, 2> ready_;  // those from next_ready_ to num_ready_
+  size_t num_ready_ = 0, next_ready_ = 0;
   int64_t done_ = 0, total_ = 0;
   bool is_first_ = true;
-  std::string scratch_;
   absl::Status status_;
 };
 
@@ -400,11 +417,15 @@ absl::Status SendAll(WeightsClient* client, const v1::StartWeightUpdateRequest& 
   int failures = 0;
   auto pause = kFirstPause;
   while (state.missing_size() > 0) {
-    // Tensors are sent in the order of the manifest, in which the server lists what is missing.
-    const v1::TensorProgress& first = state.missing(0);
-    const auto found = index_of.find(first.name());
-    if (found == index_of.end()) return absl::InternalError(StrCat("the server misses tensor ", Quoted(first.name()), ", which was not announced"));
-    source.Seek(found->second, first.next_offset());
+    // What the server lists is in the manifest's order, and so are the tensors here; of a long list it sends the beginning.
+    std::vector<Part> parts;
+    for (const v1::TensorProgress& missing : state.missing()) {
+      const auto found = index_of.find(missing.name());
+      if (found == index_of.end()) return absl::InternalError(StrCat("the server misses tensor ", Quoted(missing.name()), ", which was not announced"));
+      parts.push_back({found->second, missing.next_offset() / std::max<int64_t>(1, (*tensors)[found->second].width())});
+    }
+    for (size_t i = parts.back().tensor + 1; i < tensors->size(); ++i) parts.push_back({i, 0});
+    source.Begin(std::move(parts));
     const int64_t received = state.received_bytes();
     absl::StatusOr<v1::PushWeightsResult> result = client->PushWeights([&source](v1::WeightChunk* chunk) { return source.Next(chunk); });
     if (!source.status().ok()) return source.status();

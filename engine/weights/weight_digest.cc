@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "engine/weights/weight_digest.h"
 
-#include <openssl/evp.h>
-
 #include <algorithm>
 
 #include "absl/status/status.h"
@@ -13,13 +11,6 @@
 namespace bebop {
 namespace {
 
-// Looked up once: a look-up per digest takes the library's locks. Lives as long as the process.
-const EVP_MD* Algorithm() {
-  static const EVP_MD* const algorithm = EVP_MD_fetch(nullptr, "SHA256", nullptr);
-  BEBOP_CHECK(algorithm != nullptr);
-  return algorithm;
-}
-
 int HexValue(char digit) {
   if (digit >= '0' && digit <= '9') return digit - '0';
   if (digit >= 'a' && digit <= 'f') return digit - 'a' + 10;
@@ -28,28 +19,6 @@ int HexValue(char digit) {
 }
 
 }  // namespace
-
-// These calls fail for want of memory or of the algorithm only; neither is input.
-Sha256::Sha256() : context_(EVP_MD_CTX_new()) {
-  BEBOP_CHECK(context_ != nullptr && EVP_DigestInit_ex2(context_.get(), Algorithm(), nullptr) == 1);
-}
-
-void Sha256::Update(std::string_view bytes) { BEBOP_CHECK(EVP_DigestUpdate(context_.get(), bytes.data(), bytes.size()) == 1); }
-
-Sha256Digest Sha256::Finish() {
-  Sha256Digest digest;
-  unsigned int size = 0;
-  BEBOP_CHECK(EVP_DigestFinal_ex(context_.get(), digest.data(), &size) == 1 && size == digest.size());
-  return digest;
-}
-
-void Sha256::Free::operator()(evp_md_ctx_st* context) const { EVP_MD_CTX_free(context); }
-
-Sha256Digest Sha256Of(std::string_view bytes) {
-  Sha256 hash;
-  hash.Update(bytes);
-  return hash.Finish();
-}
 
 std::string DigestHex(const Sha256Digest& digest) {
   constexpr char kDigits[] = "0123456789abcdef";

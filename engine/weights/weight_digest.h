@@ -1,39 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <array>
 #include <cstdint>
-#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "engine/formats/sha256.h"
 #include "kernels/common/dtype.h"
 
-struct evp_md_ctx_st;  // of libcrypto
-
 namespace bebop {
-
-using Sha256Digest = std::array<uint8_t, 32>;
-
-// SHA-256 (FIPS 180-4) of bytes that come in pieces. Movable.
-class Sha256 {
- public:
-  Sha256();
-  void Update(std::string_view bytes);
-  // The digest of everything so far. REQUIRES: called once, last.
-  Sha256Digest Finish();
-
- private:
-  struct Free {
-    void operator()(evp_md_ctx_st* context) const;
-  };
-  std::unique_ptr<evp_md_ctx_st, Free> context_;
-};
-
-Sha256Digest Sha256Of(std::string_view bytes);
 
 // 64 lower-case hexadecimal digits, and back from digits of either case. INVALID_ARGUMENT: anything else.
 std::string DigestHex(const Sha256Digest& digest);

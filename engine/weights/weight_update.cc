@@ -113,7 +113,10 @@ absl::Status WeightUpdate::CheckSteps() const {
     return StatusWithReason(absl::StatusCode::kFailedPrecondition, "STEP_NOT_NEWER",
                             StrCat("target_step: expected more than ", step, ", which is loaded as ", component,
                                    " (or rewind), got ", spec_.target_step),
-                            {{"field", "target_step"}, {"value", StrCat(spec_.target_step)}, {"limit", StrCat("> ", step)}, {"component", component}});
+                            {{"field", "target_step"},
+                             {"value", StrCat(spec_.target_step)},
+                             {"limit", StrCat("> ", step)},
+                             {"component", component}});
   };
   if (is_delta() && !spec_.base_step.has_value()) {
     return Invalid("BASE_STEP_MISSING", "base_step: expected the step that an overwrite delta starts from, got none");
@@ -192,9 +195,10 @@ absl::StatusOr<std::vector<size_t>> WeightUpdate::MatchManifest() const {
 
 absl::Status WeightUpdate::Charge(int64_t bytes) const {
   if (bytes <= limit_bytes_ - staging_bytes_) return absl::OkStatus();
-  return StatusWithReason(absl::StatusCode::kResourceExhausted, "STAGING_BUDGET",
-                          StrCat("weight staging: expected at most ", limit_bytes_, " bytes, got ", staging_bytes_ + bytes),
-                          {{"field", "--weight-staging-bytes"}, {"value", StrCat(staging_bytes_ + bytes)}, {"limit", StrCat(limit_bytes_)}});
+  return StatusWithReason(
+      absl::StatusCode::kResourceExhausted, "STAGING_BUDGET",
+      StrCat("weight staging: expected at most ", limit_bytes_, " bytes, got ", staging_bytes_ + bytes),
+      {{"field", "--weight-staging-bytes"}, {"value", StrCat(staging_bytes_ + bytes)}, {"limit", StrCat(limit_bytes_)}});
 }
 
 const TensorInfo* WeightUpdate::Find(std::string_view tensor) const {
@@ -210,6 +214,32 @@ bool WeightUpdate::Takes(const TensorInfo& tensor, std::string_view file_type) c
 
 absl::Status WeightUpdate::WriteChunk(std::string_view name, int64_t offset, std::string_view bytes,
                                       const std::optional<Sha256Digest>& digest) {
+  std::string_view to_hash;
+  BEBOP_ASSIGN_OR_RETURN(Tensor* const tensor, Take({name, offset, bytes, digest}, &to_hash));
+  if (!to_hash.empty()) tensor->hash->Update(to_hash);
+  return Conclude(*tensor);
+}
+
+absl::Status WeightUpdate::WriteChunks(const TensorChunk& first, const TensorChunk& second) {
+  if (first.tensor == second.tensor) {  // one hash: in turn
+    BEBOP_RETURN_IF_ERROR(WriteChunk(first.tensor, first.offset, first.bytes, first.digest));
+    return WriteChunk(second.tensor, second.offset, second.bytes, second.digest);
+  }
+  std::string_view first_to_hash, second_to_hash;
+  BEBOP_ASSIGN_OR_RETURN(Tensor* const one, Take(first, &first_to_hash));
+  const absl::StatusOr<Tensor*> other = Take(second, &second_to_hash);
+  if (other.ok() && !first_to_hash.empty() && !second_to_hash.empty()) {
+    Sha256::UpdateBoth(&*one->hash, first_to_hash, &*(*other)->hash, second_to_hash);
+  } else {
+    if (!first_to_hash.empty()) one->hash->Update(first_to_hash);
+    if (other.ok() && !second_to_hash.empty()) (*other)->hash->Update(second_to_hash);
+  }
+  const absl::Status first_status = Conclude(*one), second_status = other.ok() ? Conclude(**other) : other.status();
+  return first_status.ok() ? second_status : first_status;
+}
+
+absl::StatusOr<WeightUpdate::Tensor*> WeightUpdate::Take(const TensorChunk& chunk, std::string_view* to_hash) {
+  const auto& [name, offset, bytes, digest] = chunk;
   const auto found = tensor_of_.find(name);
   if (found == tensor_of_.end()) return Invalid("UNKNOWN_TENSOR", StrCat(Label(name), ": not in the manifest of this update"));
   BEBOP_CHECK(next_.weights != nullptr);
@@ -227,9 +257,10 @@ absl::Status WeightUpdate::WriteChunk(std::string_view name, int64_t offset, std
   }
   if (const int64_t bad = FirstNonFinite(form, bytes); bad >= 0) {
     const int64_t element = offset / width + bad;
-    return StatusWithReason(absl::StatusCode::kInvalidArgument, "NON_FINITE",
-                            StrCat(Label(name), ": element ", element, ": expected a finite value, got ", ElementValue(form, bytes, bad)),
-                            {{"tensor", std::string(name)}, {"element", StrCat(element)}});
+    return StatusWithReason(
+        absl::StatusCode::kInvalidArgument, "NON_FINITE",
+        StrCat(Label(name), ": element ", element, ": expected a finite value, got ", ElementValue(form, bytes, bad)),
+        {{"tensor", std::string(name)}, {"element", StrCat(element)}});
   }
   BEBOP_RETURN_IF_ERROR(CheckRepeats(tensor, offset, bytes));
   if (size > 0 && !tensor.received.empty()) {
@@ -239,12 +270,8 @@ absl::Status WeightUpdate::WriteChunk(std::string_view name, int64_t offset, std
   }
 
   if (digest.has_value()) tensor.announced = digest;
-  if (size > 0) Receive(tensor, offset, bytes);
-  BEBOP_RETURN_IF_ERROR(memory_->status());
-  if (!tensor.announced.has_value() || !tensor.actual.has_value()) return absl::OkStatus();
-  const absl::Status status = CheckDigest(tensor, *tensor.actual);
-  if (!status.ok()) StartOver(tensor);
-  return status;
+  if (size > 0) Receive(tensor, offset, bytes, to_hash);
+  return &tensor;
 }
 
 absl::Status WeightUpdate::CheckRepeats(const Tensor& tensor, int64_t offset, std::string_view bytes) const {
@@ -269,7 +296,7 @@ absl::Status WeightUpdate::CheckRepeats(const Tensor& tensor, int64_t offset, st
   return absl::OkStatus();
 }
 
-void WeightUpdate::Receive(Tensor& tensor, int64_t offset, std::string_view bytes) {
+void WeightUpdate::Receive(Tensor& tensor, int64_t offset, std::string_view bytes, std::string_view* to_hash) {
   if (is_delta() && !tensor.based) {
     CopyBase(tensor.slot);
     tensor.based = true;
@@ -293,23 +320,34 @@ void WeightUpdate::Receive(Tensor& tensor, int64_t offset, std::string_view byte
   staging_bytes_ += tensor.charged_bytes();
 
   if (tensor.actual.has_value()) return;
-  // Hashes as far as there is no gap: the chunk's part from the chunk, which is in the cache, the rest from its place.
-  const int64_t next = tensor.next_offset();
   if (!tensor.hash.has_value()) tensor.hash.emplace();
+  // As far as there is no gap: the chunk's part is hashed from the chunk, which is in the cache.
   if (offset <= tensor.hashed_bytes && tensor.hashed_bytes < end) {
-    tensor.hash->Update(bytes.substr(static_cast<size_t>(tensor.hashed_bytes - offset)));
+    *to_hash = bytes.substr(static_cast<size_t>(tensor.hashed_bytes - offset));
     tensor.hashed_bytes = end;
   }
-  std::vector<char> piece;
-  while (tensor.hashed_bytes < next) {
-    piece.resize(static_cast<size_t>(std::min(kPieceBytes, next - tensor.hashed_bytes)));
-    tensor.resident.Read(tensor.hashed_bytes, static_cast<int64_t>(piece.size()), piece.data());
-    tensor.hash->Update({piece.data(), piece.size()});
-    tensor.hashed_bytes += static_cast<int64_t>(piece.size());
+}
+
+absl::Status WeightUpdate::Conclude(Tensor& tensor) {
+  BEBOP_RETURN_IF_ERROR(memory_->status());
+  if (tensor.hash.has_value()) {
+    const int64_t next = tensor.next_offset();
+    std::vector<char> piece;
+    while (tensor.hashed_bytes < next) {
+      piece.resize(static_cast<size_t>(std::min(kPieceBytes, next - tensor.hashed_bytes)));
+      tensor.resident.Read(tensor.hashed_bytes, static_cast<int64_t>(piece.size()), piece.data());
+      tensor.hash->Update({piece.data(), piece.size()});
+      tensor.hashed_bytes += static_cast<int64_t>(piece.size());
+    }
+    if (tensor.whole()) {
+      tensor.actual = tensor.hash->Finish();
+      tensor.hash.reset();
+    }
   }
-  if (next < tensor.resident.num_bytes()) return;
-  tensor.actual = tensor.hash->Finish();
-  tensor.hash.reset();
+  if (!tensor.announced.has_value() || !tensor.actual.has_value()) return absl::OkStatus();
+  const absl::Status status = CheckDigest(tensor, *tensor.actual);
+  if (!status.ok()) StartOver(tensor);
+  return status;
 }
 
 absl::Status WeightUpdate::CheckDigest(const Tensor& tensor, const Sha256Digest& actual) const {

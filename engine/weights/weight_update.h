@@ -70,6 +70,14 @@ struct ExpectedDigests {
   std::optional<Sha256Digest> target, draft;
 };
 
+// A part of a tensor; see WeightUpdate::WriteChunk.
+struct TensorChunk {
+  std::string_view tensor;
+  int64_t offset = 0;
+  std::string_view bytes;
+  std::optional<Sha256Digest> digest;
+};
+
 // One weight update from its manifest to weights that can be swapped in. The loaded weights are read, never written: whatever
 // fails or stops, they are as they were, and destroying the object forgets the update and frees all that it holds.
 //
@@ -112,6 +120,10 @@ class WeightUpdate {
   // complete and is not what the digest says: its bytes are forgotten, send them again; INTERNAL: the device failed.
   absl::Status WriteChunk(std::string_view tensor, int64_t offset, std::string_view bytes,
                           const std::optional<Sha256Digest>& digest = std::nullopt);
+  // The same for two chunks, the second only if the first is not refused; an error is the first one's. Chunks of different
+  // tensors are hashed side by side, in about half of the time (Sha256::UpdateBoth), so a wrong digest of the first does not keep
+  // the second out.
+  absl::Status WriteChunks(const TensorChunk& first, const TensorChunk& second);
 
   // The new weights with their version, once everything is there and right; after that nothing may be called any more. A tensor
   // of a delta, which may be any part of it, counts as complete when all of it came, or its digest, or when `expected` has its
@@ -166,7 +178,11 @@ class WeightUpdate {
   absl::Status Charge(int64_t bytes) const;
 
   absl::Status CheckRepeats(const Tensor& tensor, int64_t offset, std::string_view bytes) const;
-  void Receive(Tensor& tensor, int64_t offset, std::string_view bytes);
+  // Checks a chunk and puts it in its place. Returns the tensor; what of the chunk its hash needs next is `to_hash`.
+  absl::StatusOr<Tensor*> Take(const TensorChunk& chunk, std::string_view* to_hash);
+  void Receive(Tensor& tensor, int64_t offset, std::string_view bytes, std::string_view* to_hash);
+  // Once `to_hash` is hashed: hashes what had come before its turn, and checks the digest of a tensor that is whole.
+  absl::Status Conclude(Tensor& tensor);
   absl::Status CheckDigest(const Tensor& tensor, const Sha256Digest& actual) const;
   void StartOver(Tensor& tensor);
   void CopyBase(size_t slot) const;

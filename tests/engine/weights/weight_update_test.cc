@@ -654,6 +654,75 @@ TEST(WeightUpdateTest, FlippedBitsAreDataLoss) {
   EXPECT_TRUE(Arena(**next) == Arena(*models.other));
 }
 
+// Two chunks at once are two chunks one after the other, also when one of them is wrong.
+TEST(WeightUpdateTest, TwoChunksAreOneAfterTheOther) {
+  Pair models(/*tied=*/false, MatrixLayout::kPanels, "BF16", DType::kBFloat16);
+  int num_refused = 0, num_lost = 0, num_pairs = 0;
+  for (uint32_t seed = 0; seed < kNumSeeds; ++seed) {
+    std::mt19937 random(seed);
+    std::vector<Chunk> chunks = ShuffledChunks(models.tensors, seed);
+    const auto alone = models.StartFull(), together = models.StartFull();
+    for (size_t i = 0; i + 1 < chunks.size(); i += 2) {
+      Chunk pair[2] = {chunks[i], chunks[i + 1]};
+      Chunk& spoilt = pair[random() % 2];
+      switch (random() % 4) {
+        case 0:
+          if (!spoilt.bytes.empty()) spoilt.bytes.replace(0, 2, std::string("\x80\x7f", 2));  // infinity
+          break;
+        case 1:
+          spoilt.offset += 1;
+          break;
+        case 2:
+          spoilt.digest = Sha256Of("something else");
+          break;
+        default:
+          break;
+      }
+      const auto as_chunk = [](const Chunk& chunk) { return TensorChunk{chunk.tensor, chunk.offset, chunk.bytes, chunk.digest}; };
+      const absl::Status first = Write(*alone, pair[0]);
+      // A wrong digest comes to light once both have been put in their places.
+      const bool takes_second = first.ok() || absl::IsDataLoss(first);
+      const absl::Status second = takes_second ? Write(*alone, pair[1]) : absl::OkStatus();
+      const absl::Status both = together->WriteChunks(as_chunk(pair[0]), as_chunk(pair[1]));
+      if (pair[0].tensor == pair[1].tensor && absl::IsDataLoss(first)) break;  // in turn: the second does not come
+      EXPECT_EQ(both, first.ok() ? second : first);
+      ASSERT_EQ(Describe(*together), Describe(*alone)) << "seed " << seed << " chunk " << i;
+      num_refused += !both.ok();
+      num_lost += absl::IsDataLoss(both);
+      num_pairs += pair[0].tensor != pair[1].tensor;
+    }
+  }
+  EXPECT_GT(num_refused, static_cast<int>(kNumSeeds));
+  EXPECT_GT(num_lost, 0);
+  EXPECT_GT(num_pairs, static_cast<int>(kNumSeeds));
+  // A whole model, in pairs of unlike sizes, with the digests as the proof.
+  const auto update = models.StartFull();
+  std::vector<std::pair<const TestTensor*, size_t>> open;
+  size_t next_tensor = 0;
+  while (true) {
+    while (open.size() < 2 && next_tensor < models.tensors.size()) open.emplace_back(&models.tensors[next_tensor++], 0);
+    if (open.size() < 2) break;
+    TensorChunk pair[2];
+    for (size_t i = 0; i < 2; ++i) {
+      auto& [tensor, offset] = open[i];
+      const std::string_view piece = std::string_view(tensor->bytes).substr(offset, 94 + 88 * i);
+      pair[i] = {tensor->name, static_cast<int64_t>(offset), piece, {}};
+      offset += piece.size();
+      if (offset == tensor->bytes.size()) pair[i].digest = Sha256Of(tensor->bytes);
+    }
+    const absl::Status status = update->WriteChunks(pair[0], pair[1]);
+    ASSERT_TRUE(status.ok()) << status;
+    std::erase_if(open, [](const auto& entry) { return entry.second == entry.first->bytes.size(); });
+  }
+  for (const auto& [tensor, offset] : open) {
+    const std::string_view rest = std::string_view(tensor->bytes).substr(offset);
+    ASSERT_TRUE(update->WriteChunk(tensor->name, static_cast<int64_t>(offset), rest, Sha256Of(tensor->bytes)).ok());
+  }
+  const auto next = update->Finish({models.other->version.target_digest, models.other->version.draft_digest});
+  ASSERT_TRUE(next.ok()) << next.status();
+  EXPECT_TRUE(Arena(**next) == Arena(*models.other));
+}
+
 TEST(WeightUpdateTest, AFailedDeviceEndsIt) {
   Pair models(/*tied=*/false, MatrixLayout::kRows, "BF16", DType::kBFloat16);
   const auto update = models.StartFull();
