@@ -378,7 +378,7 @@ def top_k_table(context: Context, cells: Cells) -> tuple[dict[str, Any], str]:
             numbers[f"{name}/{workload}"] = {"acceptance": over_seeds(value).as_dict(), "gain": gain.as_dict()}
             row.append(tables.with_half(over_seeds(value)) if top_k == 0 else tables.with_half(gain, sign=True))
         rows.append(row)
-        logs = [heads.training_log(context, heads.Head("tv", seed, top_k)) for seed in range(context.settings.seeds)]
+        logs = [heads.training_log(heads.Head("tv", seed, top_k).path(context)) for seed in range(context.settings.seeds)]
         numbers["gradient_norms"][name] = [[line["gradient_norm"] for line in log if "gradient_norm" in line] for log in logs]
     return numbers, tables.table(["K", *workloads.WORKLOADS], rows)
 
@@ -435,7 +435,7 @@ def processor() -> str:
 
 def setup_table(context: Context, cells: Cells, throughput: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], str]:
     settings = context.settings
-    logs = [heads.training_log(context, head) for head in heads.full_vocabulary(context)]
+    logs = [heads.training_log(head.path(context)) for head in heads.full_vocabulary(context)]
     tokens = [log[-1]["tokens"] for log in logs]
     decoded = sum(counts["tokens"] for record in cells.records for counts in record["prompts"])
     times = {}
@@ -455,6 +455,18 @@ def setup_table(context: Context, cells: Cells, throughput: Sequence[dict[str, A
         ["minutes", ", ".join(f"{stage} {seconds / 60:.1f}" for stage, seconds in times.items())],
     ]
     return {"tokens": tokens, "decoded": decoded, "times": times}, tables.table(["", ""], rows)
+
+
+def recipe_table(context: Context) -> str:
+    """Teacher-forced overlap (%), mean over the draft positions, of the last quarter of short trainings: batches that were not seen before."""
+    rows = []
+    for lr in heads.RECIPE_RATES:
+        row = [f"{lr:g}"]
+        for loss in heads.RECIPE_LOSSES:
+            alphas = [np.mean(line["alpha"]) for line in heads.training_log(heads.recipe_path(context, loss, lr)) if "alpha" in line]
+            row.append(tables.number(100 * float(np.mean(alphas[-len(alphas) // 4 :])), 2))
+        rows.append(row)
+    return tables.table(["learning rate", *(f"{NAMES[loss]}, %" for loss in heads.RECIPE_LOSSES)], rows)
 
 
 # ---- all of it ----
@@ -483,6 +495,8 @@ def run(context: Context, publish: Path | None) -> None:
         numbers["top_k"], pages["top_k"] = top_k_table(context, cells)
     numbers["throughput"], pages["throughput"] = throughput_table(context)
     pictures = plots.draw_all(numbers, context.settings.losses, NAMES, out)
+    if heads.recipe_path(context, heads.RECIPE_LOSSES[-1], heads.RECIPE_RATES[-1]).exists():
+        pages["recipe"] = recipe_table(context)
     if records_path(context, rl_stage.STAGE).exists():
         numbers["rl"], rl_pages, rl_pictures = rl_stage.analyse(context, out)
         pages |= rl_pages

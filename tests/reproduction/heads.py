@@ -6,16 +6,22 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import harness
 import workloads
 from settings import Context
 
 START = "start"  # the head that all training begins from
+RECIPE_LOSSES = ("ce", "e2e_tv")
+RECIPE_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+RECIPE_STEPS = 120
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,25 +138,50 @@ def train(context: Context, head: Head) -> None:
     path = head.path(context)
     if path.exists():
         return
-    settings = context.settings
-    command: list[object] = [
-        context.programs.trainer, "--model", context.model, "--mtp", start_head(context).path(context), "--data", rollouts_path(context, head.seed),
-        "--out", path, "--loss", head.loss, "--num-steps-ahead", settings.num_steps_ahead, "--lr", settings.lr, "--warmup-ratio", 0.03, "--epochs", 1,
-        "--batch-tokens", settings.batch_tokens, "--seed", head.seed, "--threads", settings.threads, "--device", context.device,
-        "--log-every", 1, "--json",
-    ]
-    if head.top_k:
-        command += ["--truncate-top-k", head.top_k]
     start = time.monotonic()
-    run_program(command, path.with_suffix(".log"), path.with_suffix(".jsonl"))
+    run_trainer(context, head, path, context.settings.lr)
     context.say(f"{head.name}: trained in {time.monotonic() - start:.0f} s")
 
 
+def run_trainer(context: Context, head: Head, path: Path, lr: float, *more: object) -> None:
+    """bebop-train-mtp from the common start; its log, a line a step, goes to `path` with the ending .jsonl."""
+    settings = context.settings
+    truncation = ["--truncate-top-k", head.top_k] if head.top_k else []
+    run_program([
+        context.programs.trainer, "--model", context.model, "--mtp", start_head(context).path(context), "--data", rollouts_path(context, head.seed),
+        "--out", path, "--loss", head.loss, "--num-steps-ahead", settings.num_steps_ahead, "--lr", lr, "--warmup-ratio", 0.03, "--epochs", 1,
+        "--batch-tokens", settings.batch_tokens, "--seed", head.seed, "--threads", settings.threads, "--device", context.device, "--log-every", 1,
+        "--json", *truncation, *more], path.with_suffix(".log"), path.with_suffix(".jsonl"))
+
+
 def train_all(context: Context) -> None:
-    """Every head, as many at a time as there are servers. The first failure stops what has not begun."""
+    """Every head."""
     start_head(context)
+    side_by_side(context, [functools.partial(train, context, head) for head in (*full_vocabulary(context), *truncated(context))])
+
+
+def recipe_path(context: Context, loss: str, lr: float) -> Path:
+    return context.work / "recipe" / f"{loss}-{lr:g}.safetensors"
+
+
+def try_recipes(context: Context) -> None:
+    """Short trainings of CE and e2e TV at every learning rate of RECIPE_RATES, which `lr` was chosen from. Not one of the usual stages."""
+
+    def one(loss: str, lr: float) -> None:
+        path = recipe_path(context, loss, lr)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            run_trainer(context, Head(loss, 0), path, lr, "--max-steps", RECIPE_STEPS)
+            context.say(f"recipe: {path.stem}")
+
+    start_head(context)
+    side_by_side(context, [functools.partial(one, loss, lr) for loss in RECIPE_LOSSES for lr in RECIPE_RATES])
+
+
+def side_by_side(context: Context, jobs: list[Callable[[], None]]) -> None:
+    """As many at a time as there are servers. The first failure stops what has not begun."""
     with concurrent.futures.ThreadPoolExecutor(context.settings.servers) as pool:
-        futures = [pool.submit(train, context, head) for head in (*full_vocabulary(context), *truncated(context))]
+        futures = [pool.submit(job) for job in jobs]
         try:
             for future in concurrent.futures.as_completed(futures):
                 future.result()
@@ -158,6 +189,6 @@ def train_all(context: Context) -> None:
             pool.shutdown(cancel_futures=True)
 
 
-def training_log(context: Context, head: Head) -> list[dict[str, object]]:
-    """What the trainer printed, one object a logging step."""
-    return [json.loads(line) for line in head.path(context).with_suffix(".jsonl").read_text(encoding="utf-8").splitlines() if line]
+def training_log(path: Path) -> list[dict[str, Any]]:
+    """What the trainer printed while it made `path`, one object a step and a last one."""
+    return [json.loads(line) for line in path.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines() if line]

@@ -5,7 +5,8 @@
     reproduce.py [--scale quick|full|gpu] [--work DIR] [--only STAGE ...] [--publish]
 
 Stages, in order: rollouts, train, decode, score, throughput, rl, analyse. Each keeps what it has done in --work and goes on from there when it is
-called again. `--only analyse` makes tables and plots again in seconds from records that are there.
+called again. `--only analyse` makes tables and plots again in seconds from records that are there. `--only recipe` is a stage of its own, which
+only runs when asked for: short trainings at several learning rates.
 
 Needs a build with bebop-server and bebop-train-mtp and the packages of tests/requirements.txt; tests/reproduction/run.sh sees to both.
 """
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import client_site
+from settings import SCALES, Context, Programs
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -63,16 +65,28 @@ def main() -> int:
         print(f"skipped: {sys.executable} has no {', '.join(missing)} (pip install -r tests/requirements.txt)", file=sys.stderr)
         return 77
     work = (arguments.work or ROOT / "build/reproduction" / arguments.scale).resolve()
-    if arguments.fresh:
-        shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True, exist_ok=True)
-    client_site.add(work / "client")
+    if arguments.fresh and work.exists():
+        if any(work.iterdir()) and not (work / "run.json").exists():
+            print(f"error: --fresh: {work} holds no run of this program; empty it yourself", file=sys.stderr)
+            return 2
+        shutil.rmtree(work)
+    settings = SCALES[arguments.scale]
+    shipped = arguments.model / "mtp_ce.safetensors"
+    start = arguments.start or (shipped if shipped.exists() else arguments.model)
+    identity = {"model": str(arguments.model), "start": str(start), "device": arguments.device, **dataclasses.asdict(settings)}
+    try:
+        programs = Programs.of(arguments.bin.resolve())
+        work.mkdir(parents=True, exist_ok=True)
+        check_same_run(work, json.loads(json.dumps(identity)))
+        client_site.add(work / "client")
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     # These import bebop, which is there from here on.
     import analyse
     import heads
     import measures
     import rl_stage
-    from settings import SCALES, Context, Programs
 
     started = time.monotonic()
 
@@ -88,24 +102,20 @@ def main() -> int:
         "rl": rl_stage.measure,
         "analyse": lambda context: analyse.run(context, publish=ROOT / "docs" if arguments.publish else None),
     }
-    unknown = [name for name in arguments.only or () if name not in stages]
+    extra = {"recipe": heads.try_recipes}
+    unknown = [name for name in arguments.only or () if name not in stages | extra]
     if unknown:
-        print(f"error: --only: no stage {unknown[0]!r}; known: {', '.join(stages)}", file=sys.stderr)
+        print(f"error: --only: no stage {unknown[0]!r}; known: {', '.join(stages | extra)}", file=sys.stderr)
         return 2
-    settings = SCALES[arguments.scale]
+    context = Context(settings, work, arguments.model.resolve(), start.resolve(), arguments.device, programs, say)
     try:
-        programs = Programs.of(arguments.bin.resolve())
-        start = arguments.start or next(filter(Path.exists, (arguments.model / "mtp_ce.safetensors", arguments.model)), arguments.model)
-        identity = {"model": str(arguments.model), "start": str(start), "device": arguments.device, **dataclasses.asdict(settings)}
-        check_same_run(work, json.loads(json.dumps(identity)))
-        context = Context(settings, work, arguments.model.resolve(), start.resolve(), arguments.device, programs, say)
-        for name, stage in stages.items():
-            if not arguments.only or name in arguments.only:
+        for name, stage in (extra | stages).items():
+            if name in (arguments.only or stages):
                 begin = time.monotonic()
                 stage(context)
                 seconds = time.monotonic() - begin
                 say(f"{name}: {seconds:.0f} s")
-                if name != "analyse":
+                if name in stages and name != "analyse":
                     with open(work / "times.jsonl", "a", encoding="utf-8") as times:
                         times.write(json.dumps({"stage": name, "seconds": seconds}) + "\n")
     except (OSError, ValueError, RuntimeError) as error:
