@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A weight update over loopback against a plain gRPC client stream of the same bytes in the same chunks, and what its stages cost alone: SHA-256,
-// which learner and server each compute once, and writing chunks into the staged copy, which includes the server's SHA-256.
+// which learner and server each compute once (of two tensors at a time: BM_Sha256Both), and writing chunks into the staged copy, which includes the server's SHA-256.
 #include <grpcpp/grpcpp.h>
 
 #include <string>
