@@ -107,10 +107,13 @@ def main() -> int:
     if unknown:
         print(f"error: --only: no stage {unknown[0]!r}; known: {', '.join(stages | extra)}", file=sys.stderr)
         return 2
+    chosen = arguments.only or [name for name in stages if name != "rl" or arguments.model.resolve() == MODEL]
+    if "rl" not in chosen and not arguments.only:
+        say("rl: left out, the learner example knows the bundled model alone")
     context = Context(settings, work, arguments.model.resolve(), start.resolve(), arguments.device, programs, say)
     try:
         for name, stage in (extra | stages).items():
-            if name in (arguments.only or stages):
+            if name in chosen:
                 begin = time.monotonic()
                 stage(context)
                 seconds = time.monotonic() - begin

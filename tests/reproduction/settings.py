@@ -53,8 +53,8 @@ FULL = Settings(
 # A GPU holds one server, and one training at a time keeps it busy. The paper's recipe where it differs: five steps, its learning rate. Truncated
 # losses are for the CPU alone.
 GPU = dataclasses.replace(
-    FULL, rollouts=60000, num_steps_ahead=5, lr=3.5e-5, batch_tokens=16384, top_k=(), samples=8, max_new_tokens=1024, prompts=400,
-    temperature_prompts=100, score_sequences=400, throughput_prompts=200, servers=1, threads=0)
+    FULL, rollouts=60000, num_steps_ahead=5, lr=3.5e-5, batch_tokens=16384, top_k=(), max_new_tokens=512, prompts=200, temperatures=(0.3, 0.7, 1.3),
+    temperature_prompts=32, score_sequences=200, throughput_prompts=100, servers=1, threads=0)
 
 SCALES = {"quick": QUICK, "full": FULL, "gpu": GPU}
 
