@@ -70,11 +70,10 @@ def self_normalized(differences: Sequence[float]) -> float:
 def slope(x: np.ndarray, y: np.ndarray, groups: np.ndarray, weights: np.ndarray | None = None) -> float:
     """Least-squares slope of y over x with an intercept a group; `weights` of the points, else all equal."""
     weights = np.ones(len(x)) if weights is None else weights.astype(np.float64)
-    x, y = x.astype(np.float64).copy(), y.astype(np.float64).copy()
+    x = x.astype(np.float64).copy()
     for group in np.unique(groups):
         here = groups == group
         x[here] -= np.average(x[here], weights=weights[here])
-        y[here] -= np.average(y[here], weights=weights[here])
     return float((weights * x * y).sum() / (weights * x * x).sum())
 
 
