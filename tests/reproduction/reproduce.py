@@ -40,7 +40,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--publish", action="store_true", help="rewrite the tables of docs/reproduction.md and the plots beside it")
     parser.add_argument("--bin", type=Path, default=ROOT / "build/cpu-release/bin", help="the built programs")
     parser.add_argument("--model", type=Path, default=MODEL, help="checkpoint folder with mtp.* tensors")
-    parser.add_argument("--start", type=Path, help="head that training starts from: file of mtp.* tensors or checkpoint folder; default: mtp_ce.safetensors "
+    parser.add_argument("--start", type=Path, help="head that training starts from: file of mtp.* tensors or checkpoint folder; default: mtp-ce.safetensors "
                         "in the model's folder or, without that, the model's own")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     return parser.parse_args(arguments)
@@ -71,7 +71,7 @@ def main() -> int:
             return 2
         shutil.rmtree(work)
     settings = SCALES[arguments.scale]
-    shipped = arguments.model / "mtp_ce.safetensors"
+    shipped = arguments.model / "mtp-ce.safetensors"
     start = arguments.start or (shipped if shipped.exists() else arguments.model)
     identity = {"model": str(arguments.model), "start": str(start), "device": arguments.device, **dataclasses.asdict(settings)}
     try:
