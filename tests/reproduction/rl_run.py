@@ -4,7 +4,8 @@
 A policy is trained once; rl_replay.py then takes every draft head through the same checkpoints, so that heads are compared on equal targets and
 one run of training serves them all. Drafting changes no distribution, so a policy does not depend on the head that was loaded while it was trained.
 
-Two policies, because plain GRPO only lowers entropy here: `falling` is the example as it is, `rising` has an entropy bonus.
+Three policies: `falling` is the example as it is; `gentle` has a fifth of its learning rate, so that the policy stays near the one that the heads were
+trained for, as in RL of large models; `rising` has an entropy bonus, because plain GRPO only lowers entropy here.
 """
 
 from __future__ import annotations
@@ -65,17 +66,20 @@ QUICK = RlSettings(
     policies=(Policy("falling", 2, 2, ("--groups", "4", "--samples", "4", "--warmup", "1")),), seeds={"ce": 1, "tv": 1}, target_only=("ce",),
     online=(Online("tv", "tv", 1), Online("tv", "ce", 1)), online_tokens=3000, prompts=8, samples=1)
 
+GENTLE = ("--lr", "2e-4")
 # Entropy below its target is pushed up, and the reward holds against it: above it only the reward acts.
 RISING = ("--groups", "6", "--entropy-bonus", "0.5", "--entropy-target", "0.4")
 
 FULL = RlSettings(
-    policies=(Policy("falling", 240, 40), Policy("rising", 60, 15, RISING)),
+    policies=(Policy("falling", 240, 60), Policy("gentle", 160, 80, GENTLE), Policy("rising", 45, 15, RISING)),
     seeds={"ce": 3, "tv": 3, "e2e_tv": 3, "kl": 1, "reverse_kl": 1}, target_only=("ce", "tv"),
     online=(Online("ce", "ce", 3), Online("tv", "tv", 3), Online("tv", "ce", 3), Online("e2e_tv", "e2e_tv", 1), Online("e2e_tv", "ce", 1)),
-    online_tokens=36000, prompts=100, samples=2)
+    online_tokens=30000, prompts=100, samples=2)
 
 # The learner trains the bundled model alone: what a GPU gives is time for a longer run, and larger updates of the heads.
-GPU = dataclasses.replace(FULL, policies=(Policy("falling", 2000, 200), Policy("rising", 200, 40, RISING)), online_tokens=400_000, prompts=400)
+GPU = dataclasses.replace(
+    FULL, policies=(Policy("falling", 2000, 200), Policy("gentle", 2000, 400, GENTLE), Policy("rising", 200, 40, RISING)),
+    online_tokens=400_000, prompts=400)
 
 SCALES = {"quick": QUICK, "full": FULL, "gpu": GPU}
 
