@@ -35,12 +35,12 @@ class TrainingOps {
  public:
   virtual ~TrainingOps() = default;
 
-  // OK when the operators take this model with weights of `weight_dtype`; else UNIMPLEMENTED names the key, its value and what is needed.
+  // OK when the operators take this model with weights of `weight_dtype`; else UNIMPLEMENTED names the key, its value and what is
+  // needed.
   virtual absl::Status CheckModel(const ModelConfig& config, DType weight_dtype) const = 0;
 
-  // Makes room for copies of operands of up to `values` floats, padding included, which products read: rearranged on the CPU, rounded to
-  // bf16 on a device. Enough for every product to come.
-  // RESOURCE_EXHAUSTED: not the memory.
+  // Makes room for copies of operands of up to `values` floats, padding included, which products read: rearranged on the CPU,
+  // rounded to bf16 on a device. Enough for every product to come. RESOURCE_EXHAUSTED: not the memory.
   virtual absl::Status ReserveOperands(int64_t values) = 0;
   virtual int64_t OperandBytes(int64_t values) const = 0;  // that it takes
 
@@ -48,8 +48,8 @@ class TrainingOps {
   virtual int64_t PackedMatrixBytes(int64_t rows, int64_t cols) const = 0;
   virtual PackedMatrix Pack(const TensorView& w, void* destination) = 0;            // of W
   virtual PackedMatrix PackTransposed(const TensorView& w, void* destination) = 0;  // of Wᵀ [cols, rows]: dx = Linear(dy, Wᵀ)
-  // Whether Linear also takes a matrix that lies as its transpose (MatrixLayout::kColumns): then what was packed as W, and a weight of the
-  // target, serve as Wᵀ without a second copy.
+  // Whether Linear also takes a matrix that lies as its transpose (MatrixLayout::kColumns): then what was packed as W, and a
+  // weight of the target, serve as Wᵀ without a second copy.
   virtual bool reads_columns() const { return false; }
   virtual void Linear(const LinearArgs& args) = 0;
   virtual void LinearBackwardWeight(const LinearBackwardWeightArgs& args) = 0;

@@ -24,18 +24,21 @@ class CudaTrainingOps final : public TrainingOps {
 
   absl::Status CheckModel(const ModelConfig& config, DType weight_dtype) const override {
     if (weight_dtype != DType::kBFloat16) {
-      return absl::UnimplementedError(absl::StrCat("training: dtype: ", DTypeName(weight_dtype),
-                                                   ", but a device's products are bfloat16; --dtype bfloat16 or --device cpu takes it"));
+      return absl::UnimplementedError(
+          absl::StrCat("training: dtype: ", DTypeName(weight_dtype),
+                       ", but a device's products are bfloat16; --dtype bfloat16 or --device cpu takes it"));
     }
     const auto check = [](const char* key, int64_t value, int64_t multiple_of, int64_t most) {
       if (value % multiple_of == 0 && value <= most) return absl::OkStatus();
-      return absl::UnimplementedError(absl::StrCat("training: ", key, ": ", value, ", but on a device it must be a multiple of ", multiple_of,
-                                                   " and at most ", most, "; --device cpu takes it"));
+      return absl::UnimplementedError(absl::StrCat("training: ", key, ": ", value, ", but on a device it must be a multiple of ",
+                                                   multiple_of, " and at most ", most, "; --device cpu takes it"));
     };
-    // Whole 16-byte loads of bf16, the columns that the attention's tiles hold, and 64 KiB of shared memory for the gradient of a norm.
+    // Whole 16-byte loads of bf16, the columns that the attention's tiles hold, and 64 KiB of shared memory for the gradient of a
+    // norm.
     for (const absl::Status& status :
-         {check("vocab_size", config.vocab_size, 8, std::numeric_limits<int32_t>::max()), check("hidden_size", config.hidden_size, 8, 16384),
-          check("intermediate_size", config.intermediate_size, 8, 1 << 24), check("head_dim", config.head_dim, 16, 256),
+         {check("vocab_size", config.vocab_size, 8, std::numeric_limits<int32_t>::max()),
+          check("hidden_size", config.hidden_size, 8, 16384), check("intermediate_size", config.intermediate_size, 8, 1 << 24),
+          check("head_dim", config.head_dim, 16, 256),
           check("num_attention_heads / num_key_value_heads", config.num_attention_heads / config.num_key_value_heads, 1, 32)}) {
       if (!status.ok()) return status;
     }
@@ -77,7 +80,9 @@ class CudaTrainingOps final : public TrainingOps {
   void Clear(const TensorView& view) override { cuda::Clear(view, stream_); }
 
   DType logits_dtype() const override { return DType::kBFloat16; }
-  void Normalize(const TensorView& logits, LogitNormalizer* normalizers) override { cuda::Normalize(logits, normalizers, stream_); }
+  void Normalize(const TensorView& logits, LogitNormalizer* normalizers) override {
+    cuda::Normalize(logits, normalizers, stream_);
+  }
   void DraftLossForward(const DraftLossArgs& args) override { cuda::DraftLossForward(args, stream_); }
   void DraftLossBackward(const DraftLossGradientArgs& args) override { cuda::DraftLossBackward(args, stream_); }
   ChainLossResult BatchLoss(const ChainLossArgs& args) override {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // AdamW and the squared norm of the gradient.
 //
-// AdamW: four neighbouring elements a thread, 28 bytes an element, and in double some ten products and sums, two quotients, a root
-// and a quotient by it (about 80 operations). Memory bound where doubles are fast (the 4B model's MTP layer, 121 M parameters,
-// moves 3.4 GB; estimated: 0.8 ms).
+// AdamW: four neighbouring elements a thread, 28 bytes an element, and in double some ten products and sums, two quotients, a
+// root and a quotient by it (about 80 operations). Memory bound where doubles are fast (the 4B model's MTP layer, 121 M
+// parameters, moves 3.4 GB; estimated: 0.8 ms).
 //
 // SquaredNorm: blocks of 32,768 values, whose sums in double one block adds up. 4 bytes a value: memory bound.
 
@@ -19,7 +19,7 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kValues = 4;  // of a thread
+constexpr int kValues = 4;                   // of a thread
 constexpr int64_t kBlockValues = 32 * 1024;  // that a block of the norm sums
 
 // The header's formula, with the operations of the CPU's in their order.
@@ -116,7 +116,8 @@ void SquaredNorm(const float* values, int64_t count, double* result, Stream& str
     BEBOP_CUDA_TRY(stream, gpu::Launch(SquaredNormKernel, dim3(static_cast<unsigned>(num_blocks)), dim3(kThreads), 0,
                                        stream.handle(), values, count, sums));
   }
-  BEBOP_CUDA_TRY(stream, gpu::Launch(SquaredNormSumKernel, dim3(1), dim3(kThreads), 0, stream.handle(), sums, num_blocks, result));
+  BEBOP_CUDA_TRY(stream,
+                 gpu::Launch(SquaredNormSumKernel, dim3(1), dim3(kThreads), 0, stream.handle(), sums, num_blocks, result));
 }
 
 }  // namespace bebop::cuda

@@ -74,10 +74,11 @@ void ChainAttentionBackwardWith(InstructionSet set, const ChainAttentionBackward
 }  // namespace cpu
 
 namespace cuda {
-// Enqueue the same on the device, where `documents` is too; documents ascend and cover all R rows. head_dim <= 256, num_chain <= 8, rows
-// aligned to 16 bytes, at most 32 q heads a kv head. What enters a product with base entries (q, k, v, probabilities, dout, gradients of
-// scores) is rounded to bf16, its sums and everything of a row's own chain are float32. A row's bits depend on its document and where that
-// lies in the batch; a value that is not finite may spread to other rows of its tile. Indices of rows and delta are in the workspace.
+// Enqueue the same on the device, where `documents` is too; documents ascend and cover all R rows. head_dim <= 256, num_chain <=
+// 8, rows aligned to 16 bytes, at most 32 q heads a kv head. What enters a product with base entries (q, k, v, probabilities,
+// dout, gradients of scores) is rounded to bf16, its sums and everything of a row's own chain are float32. A row's bits depend on
+// its document and where that lies in the batch; a value that is not finite may spread to other rows of its tile. Indices of rows
+// and delta are in the workspace.
 void ChainAttention(const ChainAttentionArgs& args, Stream& stream);
 void ChainAttentionBackward(const ChainAttentionBackwardArgs& args, Stream& stream);
 }  // namespace cuda

@@ -7,13 +7,13 @@
 //            8·D·num_chain a (row, kv head), read and written.
 //   Queries  a block takes 64 rows of a q head and walks over the keys that they see: scores, dP = dO Vᵀ, dq += dS K.
 //   Keys     a block takes 64 keys of a kv head and walks over the rows that see them, of all q heads of the group: scores
-//            (transposed), then dV += Pᵀ dO; in a launch of its own also dP, then dK += dSᵀ Q. One launch for both would need twice the
-//            accumulators that registers hold, so scores are made once more instead.
+//            (transposed), then dV += Pᵀ dO; in a launch of its own also dP, then dK += dSᵀ Q. One launch for both would need
+//            twice the accumulators that registers hold, so scores are made once more instead.
 //
-// FLOPs of the last three: 16·head_dim per (row, q head, visible entry), four times the forward's. A turn of 32 rows or keys reads 64 KiB
-// (dV: 64 KiB of 48 FLOPs a byte's worth) in float32 from L2 at kDim 256, 48 FLOPs a byte of L2, which is the limiter (estimated: 5.5
-// TB/s, 260 TFLOP/s). One document of 32,768 rows of 16 heads of 256: 35 TFLOP (estimated: 140 ms); 16 documents of 2,048: 2.2 TFLOP
-// (9 ms), beside 16 TFLOP of the block's products.
+// FLOPs of the last three launches: 16·head_dim per (row, q head, visible entry), four times the forward's. A turn of 32 rows or
+// keys reads 64 KiB in float32 at kDim 256, mostly from L2: 48 FLOPs a byte of it, 32 for dV. So the limiter is L2 (estimated:
+// 5.5 TB/s, 264 and 176 TFLOP/s). One document of 32,768 rows of 16 heads of 256: 35 TFLOP (estimated: 150 ms); 16 documents of
+// 2,048: 2.2 TFLOP (9 ms), beside 16 TFLOP of the block's products.
 
 #include "kernels/attention/chain_attention_cuda.cuh"
 #include "kernels/common/check.h"
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, 2) ChainQueriesKernel(const Backward
 #pragma unroll
     for (int e = 0; e < 4; ++e) acc[n][e] = 0.0f;
   }
-  const int last = min(tile + kRowTile, forward.num_rows) - 1, first = forward.row_first[tile] / kStepTile * kStepTile;
+  const int last = min(tile + kRowTile, forward.num_rows) - 1, first = forward.row_first[tile];
   for (int key = first; key <= last; key += kStepTile) {
     __syncthreads();  // the tiles of the turn before have been read
     FillTile<kDim, kStepTile>(forward.base_k, kv_column, key, forward.num_rows, dim, keys);
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, 2) ChainKeysKernel(const BackwardPar
         log_sums[thread] = valid ? gpu::Row<float>(forward.log_sum, row)[head] * kLog2E : 0.0f;
         deltas[thread] = valid ? params.delta[static_cast<int64_t>(row) * forward.num_q_heads + head] : 0.0f;
       }
-      __syncthreads();  // this turn's tiles are there, and before the first one the keys
+      __syncthreads();               // this turn's tiles are there, and before the first one the keys
       float score[kStepColumns][4];  // [key, row]
       MultiplyRows<kDim>(keys, warp * 16, queries, lane, score);
       float product[kStepColumns][4];
@@ -306,7 +306,8 @@ void ChainAttentionBackward(const ChainAttentionBackwardArgs& args, Stream& stre
     constexpr auto kBytes = static_cast<size_t>(Shared<kDim>::kBytes);
     BEBOP_CUDA_TRY(stream, gpu::Launch(ChainQueriesKernel<kDim>, row_grid, dim3(kThreads), kBytes, stream.handle(), params));
     BEBOP_CUDA_TRY(stream, gpu::Launch((ChainKeysKernel<kDim, true>), key_grid, dim3(kThreads), kBytes, stream.handle(), params));
-    BEBOP_CUDA_TRY(stream, gpu::Launch((ChainKeysKernel<kDim, false>), key_grid, dim3(kThreads), kBytes, stream.handle(), params));
+    BEBOP_CUDA_TRY(stream,
+                   gpu::Launch((ChainKeysKernel<kDim, false>), key_grid, dim3(kThreads), kBytes, stream.handle(), params));
   });
 }
 

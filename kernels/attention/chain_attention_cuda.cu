@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Chain attention, forward: a block takes 64 rows of one q head, 16 a warp. Each row begins with its own chain, in float32; then all
-// walk over the base entries that they see in turns of 32 with an online softmax (FlashAttention-2: Dao, 2023, algorithm 1).
+// Chain attention, forward: a block takes 64 rows of one q head, 16 a warp. Each row begins with its own chain, in float32; then
+// all walk over the base entries that they see in turns of 32 with an online softmax (FlashAttention-2: Dao, 2023, algorithm 1).
 // Scores, weights and the accumulator [16][kDim] stay in registers.
 //
-// FLOPs: 4·head_dim per (row, q head, visible entry). Bytes: a turn reads 32 keys and values in float32 for 64 rows, mostly from L2:
-// 32 FLOPs a byte of L2. So the limiter is L2 (estimated: 5.5 TB/s, 176 TFLOP/s), and behind it the tensor cores. One document of
-// 32,768 rows of 16 heads of 256: 8.8 TFLOP (estimated: 50 ms); 16 documents of 2,048: 0.55 TFLOP (3 ms), beside 8 TFLOP of the
-// block's products.
+// FLOPs: 4·head_dim per (row, q head, visible entry). Bytes: a turn reads 32 keys and values in float32 for 64 rows, mostly from
+// L2: 32 FLOPs a byte of L2. So the limiter is L2 (estimated: 5.5 TB/s, 176 TFLOP/s), and behind it the tensor cores. One
+// document of 32,768 rows of 16 heads of 256: 8.8 TFLOP (estimated: 50 ms); 16 documents of 2,048: 0.55 TFLOP (3 ms), beside 8
+// TFLOP of the block's products.
 //
-// Simple where speed would cost clarity: tiles are loaded without a pipeline, two blocks a multiprocessor hide it from each other.
+// Simple where speed would cost clarity: tiles are loaded without a pipeline, two blocks a multiprocessor hide it from each
+// other.
 
 #include "kernels/attention/chain_attention.h"
 
@@ -25,7 +26,8 @@ using attention::kInfinity;
 using attention::kLog2E;
 
 // Block x: document x.
-__global__ void __launch_bounds__(kThreads) DocumentRowsKernel(const DocumentRows* documents, int32_t* row_first, int32_t* row_end) {
+__global__ void __launch_bounds__(kThreads)
+    DocumentRowsKernel(const DocumentRows* documents, int32_t* row_first, int32_t* row_end) {
   const DocumentRows document = documents[blockIdx.x];
   for (int64_t i = threadIdx.x; i < document.num_rows; i += kThreads) {
     row_first[document.first_row + i] = static_cast<int32_t>(document.first_row);
@@ -101,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 2) ChainForwardKernel(const Params p
     }
   }
 
-  const int last = min(tile + kRowTile, params.num_rows) - 1, first = params.row_first[tile] / kStepTile * kStepTile;
+  const int last = min(tile + kRowTile, params.num_rows) - 1, first = params.row_first[tile];
   for (int key = first; key <= last; key += kStepTile) {
     __syncthreads();  // the tiles of the turn before have been read
     FillTile<kDim, kStepTile>(params.base_k, kv_column, key, params.num_rows, dim, keys);
@@ -160,7 +162,8 @@ __global__ void __launch_bounds__(kThreads, 2) ChainForwardKernel(const Params p
       const float2 gates = *reinterpret_cast<const float2*>(gate + column);
       const float low = acc[n][2 * h] * inverse, high = acc[n][2 * h + 1] * inverse;
       *reinterpret_cast<float2*>(attended + column) = make_float2(low, high);
-      *reinterpret_cast<float2*>(out + column) = make_float2(low * attention::Sigmoid(gates.x), high * attention::Sigmoid(gates.y));
+      *reinterpret_cast<float2*>(out + column) =
+          make_float2(low * attention::Sigmoid(gates.x), high * attention::Sigmoid(gates.y));
     }
     if (lane.quad_column == 0) gpu::Row<float>(params.log_sum, rows[h])[head] = (row_max[h] + log2f(total)) * kLn2;
   }

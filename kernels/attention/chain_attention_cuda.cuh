@@ -10,12 +10,12 @@
 #include "kernels/common/gpu.h"
 #include "kernels/common/gpu_vector.h"
 
-// What the kernels of chain attention share. Tiles are of the batch's rows, whatever document they belong to: row r sees base entry
-// j where row_first[r] <= j <= r. As documents ascend and cover the batch, row_first ascends as well, so the entries that a tile of
-// rows sees are one range, and so are the rows that see a tile of entries.
+// What the kernels of chain attention share. Tiles are of the batch's rows, whatever document they belong to: row r sees base
+// entry j where row_first[r] <= j <= r. As documents ascend and cover the batch, row_first ascends as well, so the entries that a
+// tile of rows sees are one range, and so are the rows that see a tile of entries.
 //
-// Queries, keys, values and gradients are float32 in memory and bf16 in shared memory, for mma.m16n8k16 with float32 sums; a row's
-// own chain stays in float32. Shared tiles have kDim columns, those beyond head_dim are zeros.
+// Queries, keys, values and gradients are float32 in memory and bf16 in shared memory, for mma.m16n8k16 with float32 sums; a
+// row's own chain stays in float32. Shared tiles have kDim columns, those beyond head_dim are zeros.
 namespace bebop::cuda::chain_attention {
 
 inline constexpr int kWarp = 32;
@@ -99,8 +99,8 @@ __device__ inline void MultiplyRows(const BFloat16* a, int a_row, const BFloat16
   }
 }
 
-// acc [16, kDim] += weights [16, 8·kTiles] times the tile's rows. weights[n][h]: this lane's pair of columns 8·n + quad_column of row
-// quad_row + 8·h: accumulators of MultiplyRows, rounded.
+// acc [16, kDim] += weights [16, 8·kTiles] times the tile's rows. weights[n][h]: this lane's pair of columns 8·n + quad_column of
+// row quad_row + 8·h: accumulators of MultiplyRows, rounded.
 template <int kDim, int kTiles>
 __device__ inline void AddWeightedRows(const uint32_t (&weights)[kTiles][2], const BFloat16* tile, const Lane& lane,
                                        float (&acc)[kDim / 8][4]) {

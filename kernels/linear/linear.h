@@ -88,9 +88,9 @@ class LinearPlans {
   std::unique_ptr<Impl> impl_;
 };
 
-// Enqueues y = x Wᵀ; w in rows (MatrixLayout::kRows). bf16 weights: x bf16, y bf16 or float32. float32 weights: x and y float32, plain
-// float32 products. K a multiple of 8; x.row_stride too. bf16 weights may also lie in columns (kColumns; N a multiple of 8), which
-// always is a plan of cuBLASLt.
+// Enqueues y = x Wᵀ; w in rows (MatrixLayout::kRows). bf16 weights: x bf16, y bf16 or float32. float32 weights: x and y float32,
+// plain float32 products. K a multiple of 8; x.row_stride too. bf16 weights may also lie in columns (kColumns; N a multiple of
+// 8), which always is a plan of cuBLASLt.
 void Linear(const LinearArgs& args, LinearPlans& plans, Stream& stream);
 
 }  // namespace cuda

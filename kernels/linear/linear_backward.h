@@ -53,21 +53,23 @@ void LinearBackwardWeight(const LinearBackwardWeightArgs& args, LinearBackwardSc
 
 }  // namespace cpu
 
-// On the device, products round their float32 operands to bf16 (nearest even) and accumulate in float32; no operand is transposed in memory
-// (linear_plans.cc). The order of a sum is cuBLASLt's, for the shape at hand.
+// On the device, products round their float32 operands to bf16 (nearest even) and accumulate in float32; no operand is transposed
+// in memory (linear_plans.cc). The order of a sum is cuBLASLt's, for the shape at hand.
 namespace cuda {
 
-// Where operands in bf16 go, for one call at a time: device memory aligned to 256 bytes. REQUIRES: 2 bytes for each value of an operand.
+// Where operands in bf16 go, for one call at a time: device memory aligned to 256 bytes. REQUIRES: 2 bytes for each value of an
+// operand.
 struct LinearBackwardScratch {
   void* operands[2] = {nullptr, nullptr};
   int64_t bytes = 0;  // of each
 };
 
-// to <- from, float32 or bf16 either side (rounded to nearest even): [T, C], rows aligned to 16 bytes, C a multiple of 8, no overlap.
+// to <- from, float32 or bf16 either side (rounded to nearest even): [T, C], rows aligned to 16 bytes, C a multiple of 8, no
+// overlap.
 void Convert(const TensorView& from, const TensorView& to, Stream& stream);
 
-// destination <- W [rows, cols] of the float32 matrix `w` in bf16: 2·rows·cols bytes, aligned to 256. rows and cols multiples of 8. The same
-// bytes serve as W (in rows) and as Wᵀ (in columns).
+// destination <- W [rows, cols] of the float32 matrix `w` in bf16: 2·rows·cols bytes, aligned to 256. rows and cols multiples
+// of 8. The same bytes serve as W (in rows) and as Wᵀ (in columns).
 PackedMatrix PackBf16(const TensorView& w, void* destination, Stream& stream);
 PackedMatrix PackBf16Transposed(const TensorView& w, void* destination, Stream& stream);
 // Row by row: zeros.
@@ -76,7 +78,8 @@ void Clear(const TensorView& view, Stream& stream);
 // y = x Wᵀ with x float32 or bf16, which is rounded to bf16 where the weights are. Else as Linear.
 void LinearRounded(const LinearArgs& args, LinearPlans& plans, const LinearBackwardScratch& scratch, Stream& stream);
 // x and dy as there; N and K multiples of 8, any T; rows of dw aligned to 16 bytes.
-void LinearBackwardWeight(const LinearBackwardWeightArgs& args, LinearPlans& plans, const LinearBackwardScratch& scratch, Stream& stream);
+void LinearBackwardWeight(const LinearBackwardWeightArgs& args, LinearPlans& plans, const LinearBackwardScratch& scratch,
+                          Stream& stream);
 
 }  // namespace cuda
 }  // namespace bebop

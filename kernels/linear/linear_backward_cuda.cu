@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Conversion between float32 and bf16 for the operands of training's products: eight values a thread, 6 bytes a value, memory bound
-// (2,048 rows of 9,216 are 113 MB, estimated: 26 µs). Beside a product of N outputs that is 6 bytes against 2·N operations a value,
-// 20 % of the product's time at N = 2560 and 3 % at N = 18,432, at full rate of either.
+// Conversion between float32 and bf16 for the operands of training's products: eight values a thread, 6 bytes a value, memory
+// bound (2,048 rows of 9,216 are 113 MB, estimated: 26 µs). Beside a product of N outputs that is 6 bytes against 2·N operations
+// a value, 20 % of the product's time at N = 2560 and 3 % at N = 18,432, at full rate of either.
 
 #include "kernels/common/check.h"
 #include "kernels/common/cuda_stream.h"

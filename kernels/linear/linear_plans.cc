@@ -12,13 +12,13 @@
 #include "kernels/linear/linear_backward.h"
 #include "kernels/linear/linear_cuda.h"
 
-// How a product runs on the device: by our own kernels or by cuBLASLt. cuBLASLt thinks in columns, so that a matrix of ours in rows is the
-// transpose of what it sees. As it sees them:
+// How a product runs on the device: by our own kernels or by cuBLASLt. cuBLASLt thinks in columns, so that a matrix of ours in
+// rows is the transpose of what it sees. As it sees them:
 //   y = x Wᵀ, W in rows      y [N, T] = Wᵀ x   A = W [K, N], transposed; B = x [K, T]
 //   y = x Wᵀ, W in columns   y [N, T] = W x    A = W [N, K]; B = x [K, T]
 //   dW = dyᵀ x               dW [K, N] = x dyᵀ  A = x [K, T]; B = dy [N, T], transposed
-// Nothing is transposed in memory: the tensor cores' loads take bf16 operands either way. T may be anything in all three, as it is never the
-// length of a line.
+// Nothing is transposed in memory: the tensor cores' loads take bf16 operands either way. T may be anything in all three, as it
+// is never the length of a line.
 namespace bebop::cuda {
 namespace {
 

@@ -3,8 +3,8 @@
 // row at a time, eight values a lane. A warp keeps its part of the weight gradients in registers; the block adds them up, warp by
 // warp, and leaves them as one row of partial sums for a second launch.
 //
-// T·(nq + nkv)·D·12 bytes: memory bound, 2,048 rows of the 4B model (16 and 4 heads of 256) are 126 MB (estimated: 29 µs). Cos and
-// sin, in double, are computed once a row.
+// T·(nq + nkv)·D·12 bytes: memory bound, 2,048 rows of the 4B model (16 and 4 heads of 256) are 126 MB (estimated: 29 µs). Cos
+// and sin, in double, are computed once a row.
 //
 // All sums are float32 in an order that T and the number of heads decide.
 
@@ -26,8 +26,8 @@ using gpu::kVector;
 constexpr int kWarp = 32;
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kTurnRows = 8;  // whose angles are in shared memory at a time
-constexpr int64_t kMaxBlocks = 1024;  // bounds the partial sums
+constexpr int kTurnRows = 8;                    // whose angles are in shared memory at a time
+constexpr int64_t kMaxBlocks = 1024;            // bounds the partial sums
 static_assert(kMaxHeadDim == kWarp * kVector);  // one vector a lane
 
 // Block x: rows [x * block_rows, ...). partials: [blocks, 2 * head_dim], of q_norm then k_norm.
@@ -58,10 +58,12 @@ __global__ void __launch_bounds__(kThreads)
       float x[kVector] = {}, dy[kVector] = {}, weight[kVector] = {};
       if (active) {
         gpu::Load8((is_query ? gpu::Row<float>(args.q_gate, row) + int64_t{2} * head * dim
-                             : gpu::Row<float>(args.k, row) + int64_t{kv_head} * dim) + first,
+                             : gpu::Row<float>(args.k, row) + int64_t{kv_head} * dim) +
+                       first,
                    x);
         gpu::Load8((is_query ? gpu::Row<float>(args.dq, row) + int64_t{head} * dim
-                             : gpu::Row<float>(args.dk, row) + int64_t{kv_head} * dim) + first,
+                             : gpu::Row<float>(args.dk, row) + int64_t{kv_head} * dim) +
+                       first,
                    dy);
         gpu::Load8((is_query ? args.q_norm : args.k_norm) + first, weight);
         gpu::Store8(turned[warp] + first, dy);
@@ -101,7 +103,8 @@ __global__ void __launch_bounds__(kThreads)
       }
       if (active) {
         gpu::Store8((is_query ? gpu::Row<float>(args.dq_gate, row) + int64_t{2} * head * dim
-                              : gpu::Row<float>(args.dk_out, row) + int64_t{kv_head} * dim) + first,
+                              : gpu::Row<float>(args.dk_out, row) + int64_t{kv_head} * dim) +
+                        first,
                     dy);
       }
       __syncwarp();  // turned[warp] is free again
@@ -123,7 +126,8 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(gpu::kSumThreads)
     QkNormWeightKernel(const float* partials, int num_blocks, int dim, float* dq_norm, float* dk_norm) {
   __shared__ float sums[gpu::kSumThreads];
-  gpu::AddColumnSums(partials + static_cast<int>(blockIdx.y) * dim, num_blocks, dim, 2 * dim, blockIdx.y == 0 ? dq_norm : dk_norm, sums);
+  gpu::AddColumnSums(partials + static_cast<int>(blockIdx.y) * dim, num_blocks, dim, 2 * dim, blockIdx.y == 0 ? dq_norm : dk_norm,
+                     sums);
 }
 
 bool IsFloatRows(const TensorView& view, int64_t rows, int64_t cols) {
@@ -133,7 +137,8 @@ bool IsFloatRows(const TensorView& view, int64_t rows, int64_t cols) {
 }  // namespace
 
 void QkNormRopeBackward(const QkNormRopeBackwardArgs& args, Stream& stream) {
-  const int64_t rows = args.q_gate.rows, dim = args.head_dim, q_width = args.num_q_heads * dim, kv_width = args.num_kv_heads * dim;
+  const int64_t rows = args.q_gate.rows, dim = args.head_dim, q_width = args.num_q_heads * dim,
+                kv_width = args.num_kv_heads * dim;
   BEBOP_CHECK(dim > 0 && dim <= kMaxHeadDim && dim % kVector == 0);
   BEBOP_CHECK(args.rotary_dim >= 0 && args.rotary_dim <= dim && args.rotary_dim % 2 == 0);
   BEBOP_CHECK(IsFloatRows(args.q_gate, rows, 2 * q_width) && IsFloatRows(args.dq_gate, rows, 2 * q_width));
@@ -145,12 +150,12 @@ void QkNormRopeBackward(const QkNormRopeBackwardArgs& args, Stream& stream) {
   const int64_t num_blocks = (rows + block_rows - 1) / block_rows;
   BEBOP_CHECK(num_blocks * 2 * dim * int64_t{sizeof(float)} <= stream.workspace_bytes());
   auto* const partials = static_cast<float*>(stream.workspace());
-  BEBOP_CUDA_TRY(stream, gpu::Launch(QkNormRopeBackwardKernel, dim3(static_cast<unsigned>(num_blocks)), dim3(kThreads), 0,
-                                     stream.handle(), args, MakeFrequencies(args.rotary_dim, args.rope_theta),
-                                     static_cast<int>(block_rows), partials));
-  BEBOP_CUDA_TRY(stream, gpu::Launch(QkNormWeightKernel, dim3(gpu::SumBlocksOf(dim), 2), dim3(gpu::kSumThreads), 0,
-                                     stream.handle(), partials, static_cast<int>(num_blocks), static_cast<int>(dim),
-                                     args.dq_norm, args.dk_norm));
+  BEBOP_CUDA_TRY(
+      stream, gpu::Launch(QkNormRopeBackwardKernel, dim3(static_cast<unsigned>(num_blocks)), dim3(kThreads), 0, stream.handle(),
+                          args, MakeFrequencies(args.rotary_dim, args.rope_theta), static_cast<int>(block_rows), partials));
+  BEBOP_CUDA_TRY(stream,
+                 gpu::Launch(QkNormWeightKernel, dim3(gpu::SumBlocksOf(dim), 2), dim3(gpu::kSumThreads), 0, stream.handle(),
+                             partials, static_cast<int>(num_blocks), static_cast<int>(dim), args.dq_norm, args.dk_norm));
 }
 
 }  // namespace bebop::cuda

@@ -7,10 +7,10 @@
 #include "kernels/common/gpu.h"
 
 // Angles of the rotation, for QkNormRope and its backward on the device. The header asks for angle, cos and sin in double. The
-// frequencies come from the host (the same pow as on the CPU), in turns, so that the range reduction is a subtraction of integers,
-// which is exact. What is left, an eighth of a turn at most, takes two short polynomials in double: no call with a slow path for
-// large arguments. The angle is off by 3·2^-53 of itself (2^-31 rad at position 2^20), the polynomials by 2^-37, so cos and sin
-// are the correctly rounded floats but for ties.
+// frequencies come from the host (the same pow as on the CPU), in turns, so that the range reduction is a subtraction of
+// integers, which is exact. What is left, an eighth of a turn at most, takes two short polynomials in double: no call with a slow
+// path for large arguments. The angle is off by 3·2^-53 of itself (2^-31 rad at position 2^20), the polynomials by 2^-37, so cos
+// and sin are the correctly rounded floats but for ties.
 namespace bebop::cuda {
 
 inline constexpr int kMaxHeadDim = 256;

@@ -27,8 +27,7 @@ constexpr int64_t kBlockRows = 8;
 constexpr int64_t kMaxBlocks = 1024;  // bounds the partial sums
 
 // Block x: rows [x * block_rows, ...). Dynamic shared memory: [H] floats.
-__global__ void __launch_bounds__(kMaxThreads)
-    RmsNormBackwardKernel(RmsNormBackwardArgs args, int block_rows, float* partials) {
+__global__ void __launch_bounds__(kMaxThreads) RmsNormBackwardKernel(RmsNormBackwardArgs args, int block_rows, float* partials) {
   BEBOP_DYNAMIC_SHARED(float, dweight);
   __shared__ float squares[kMaxThreads / kWarp], dots[kMaxThreads / kWarp];
   const int thread = static_cast<int>(threadIdx.x), num_threads = static_cast<int>(blockDim.x);
@@ -121,9 +120,9 @@ void RmsNormBackward(const RmsNormBackwardArgs& args, Stream& stream) {
                                      dim3(static_cast<unsigned>(std::min<int64_t>(vectors, kMaxThreads))),
                                      static_cast<size_t>(width) * sizeof(float), stream.handle(), args,
                                      static_cast<int>(block_rows), partials));
-  BEBOP_CUDA_TRY(stream, gpu::Launch(RmsNormWeightKernel, dim3(gpu::SumBlocksOf(width)), dim3(gpu::kSumThreads), 0,
-                                     stream.handle(), partials, static_cast<int>(num_blocks), static_cast<int>(width),
-                                     args.dweight));
+  BEBOP_CUDA_TRY(stream,
+                 gpu::Launch(RmsNormWeightKernel, dim3(gpu::SumBlocksOf(width)), dim3(gpu::kSumThreads), 0, stream.handle(),
+                             partials, static_cast<int>(num_blocks), static_cast<int>(width), args.dweight));
 }
 
 }  // namespace bebop::cuda

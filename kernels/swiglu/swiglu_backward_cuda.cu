@@ -47,9 +47,9 @@ void SwiGluBackward(const SwiGluBackwardArgs& args, Stream& stream) {
   }
   if (args.gate.rows == 0 || args.gate.cols == 0) return;
   const int64_t blocks = (args.gate.cols / kVector + kThreads - 1) / kThreads;
-  BEBOP_CUDA_TRY(stream, gpu::Launch(SwiGluBackwardKernel,
-                                     dim3(static_cast<unsigned>(args.gate.rows), static_cast<unsigned>(blocks)), dim3(kThreads),
-                                     0, stream.handle(), args));
+  BEBOP_CUDA_TRY(stream,
+                 gpu::Launch(SwiGluBackwardKernel, dim3(static_cast<unsigned>(args.gate.rows), static_cast<unsigned>(blocks)),
+                             dim3(kThreads), 0, stream.handle(), args));
 }
 
 }  // namespace bebop::cuda

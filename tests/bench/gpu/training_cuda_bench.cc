@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Times optimizer steps of the MTP trainer on a device: dummy weights of a model's shape, random tokens. One JSON line:
-//   ms              median wall time of a step; tokens_per_s: rows of the batch over it
-//   bound_ms        the step's matrix products beside the target's own pass at the matrix rate: head and MTP layer, forward and backward
-//                   ((2 + 4K)·H·V and 6·K operations a weight of the layer for each token; chains that the documents cut short have fewer)
-//   fraction        bound_ms / ms
-//   all_bound_ms    the same with the target's pass, and all_fraction
+//   ms            median wall time of a step; tokens_per_s: rows of the batch over it
+//   bound_ms      the step's matrix products but for the target's own pass, at the matrix rate: (2 + 4K)·H·V operations of the
+//                 head a chain, and 6·K a weight of the MTP layer a token
+//   fraction      bound_ms / ms
+//   all_bound_ms  the same with the target's pass, and all_fraction
 //
-//   training_cuda_bench --config DIR [--tokens N] [--length N] [--steps K] [--samples N] [--chunk-rows N] [--matrix-rate FLOP/s] [--device N]
+//   training_cuda_bench --config DIR [--tokens N] [--length N] [--steps K] [--samples N] [--chunk-rows N]
+//                       [--matrix-rate FLOP/s] [--device N]
 //
-// --length: tokens of a document. --matrix-rate: what ops_cuda_bench --only ceilings has measured; without it the bounds are left out.
+// --length: tokens of a document. --matrix-rate: what ops_cuda_bench --only ceilings has measured; without it no bounds.
 
 #include <algorithm>
 #include <cstdlib>
@@ -63,7 +64,8 @@ int Run(const Options& options) {
   for (float& value : table) value = normal(random);
   for (const MtpTensor& tensor : layout.tensors) {
     if (tensor.is_vector) continue;  // zero-centred norms
-    for (int64_t i = 0; i < tensor.size(); ++i) parameters[static_cast<size_t>(tensor.offset + i)] = table[random() % table.size()];
+    for (int64_t i = 0; i < tensor.size(); ++i)
+      parameters[static_cast<size_t>(tensor.offset + i)] = table[random() % table.size()];
   }
   TrainerOptions trainer_options;
   trainer_options.num_steps_ahead = options.steps;
@@ -92,23 +94,26 @@ int Run(const Options& options) {
   const double chains = static_cast<double>(report.terms);
   double layer_weights = 0.0;
   for (const MtpTensor& tensor : layout.tensors) layer_weights += tensor.is_vector ? 0.0 : static_cast<double>(tensor.size());
-  const double flops = chains * (2 + 4 * steps) * hidden * static_cast<double>(config.vocab_size) + 6 * steps * tokens * layer_weights;
-  std::printf("{\"op\": \"train_step\", \"tokens\": %ld, \"length\": %ld, \"steps\": %d, \"ms\": %.2f, \"tokens_per_s\": %.0f, "
-              "\"TFLOP\": %.3f, \"all_TFLOP\": %.3f, \"TFLOP_per_s\": %.1f, \"loss\": %.4f",
-              static_cast<long>(report.tokens), static_cast<long>(options.length), options.steps, seconds * 1e3, tokens / seconds, flops * 1e-12,
-              report.gemm_flops * 1e-12, report.gemm_flops / seconds * 1e-12, report.loss);
+  const double flops =
+      chains * (2 + 4 * steps) * hidden * static_cast<double>(config.vocab_size) + 6 * steps * tokens * layer_weights;
+  std::printf(
+      "{\"op\": \"train_step\", \"tokens\": %ld, \"length\": %ld, \"steps\": %d, \"ms\": %.2f, \"tokens_per_s\": %.0f, "
+      "\"TFLOP\": %.3f, \"all_TFLOP\": %.3f, \"TFLOP_per_s\": %.1f, \"loss\": %.4f",
+      static_cast<long>(report.tokens), static_cast<long>(options.length), options.steps, seconds * 1e3, tokens / seconds,
+      flops * 1e-12, report.gemm_flops * 1e-12, report.gemm_flops / seconds * 1e-12, report.loss);
   if (options.matrix_rate > 0) {
     const double bound = flops / options.matrix_rate, all_bound = report.gemm_flops / options.matrix_rate;
-    std::printf(", \"bound_ms\": %.2f, \"fraction\": %.3f, \"all_bound_ms\": %.2f, \"all_fraction\": %.3f", bound * 1e3, bound / seconds,
-                all_bound * 1e3, all_bound / seconds);
+    std::printf(", \"bound_ms\": %.2f, \"fraction\": %.3f, \"all_bound_ms\": %.2f, \"all_fraction\": %.3f", bound * 1e3,
+                bound / seconds, all_bound * 1e3, all_bound / seconds);
   }
   std::printf("}\n");
   return 0;
 }
 
 int Usage() {
-  std::fprintf(stderr, "usage: training_cuda_bench --config DIR [--tokens N] [--length N] [--steps K] [--samples N] [--chunk-rows N] "
-                       "[--matrix-rate FLOP/s] [--device N]\n");
+  std::fprintf(stderr,
+               "usage: training_cuda_bench --config DIR [--tokens N] [--length N] [--steps K] [--samples N] [--chunk-rows N] "
+               "[--matrix-rate FLOP/s] [--device N]\n");
   return 2;
 }
 

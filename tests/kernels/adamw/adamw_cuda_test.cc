@@ -22,8 +22,8 @@ TEST_F(AdamWCudaTest, AgreesWithTheCpuToTheLastPlace) {
   ThreadPool pool(1);
   for (const int64_t count : {1, 4, 1023, 2050}) {
     Random random(static_cast<uint64_t>(count));
-    std::vector<float> parameters = random.Normals(count), first = random.Normals(count, 0.01f), second = random.Normals(count, 1e-3f),
-                       gradients = random.Normals(count);
+    std::vector<float> parameters = random.Normals(count), first = random.Normals(count, 0.01f),
+                       second = random.Normals(count, 1e-3f), gradients = random.Normals(count);
     for (float& value : second) value *= value;
     second[0] = 0.0f, first[0] = 0.0f, gradients[0] = 0.0f;  // epsilon alone below the line
     AdamWArgs args;
@@ -36,11 +36,13 @@ TEST_F(AdamWCudaTest, AgreesWithTheCpuToTheLastPlace) {
       args.parameters = device_parameters.data(), args.first = device_first.data(), args.second = device_second.data();
       args.gradients = device_gradients.data();
       cuda::AdamWUpdate(args, stream());
-      args.parameters = parameters.data(), args.first = first.data(), args.second = second.data(), args.gradients = gradients.data();
+      args.parameters = parameters.data(), args.first = first.data(), args.second = second.data(),
+      args.gradients = gradients.data();
       cpu::AdamWUpdate(args, pool);
     }
     const auto near = [&](const std::vector<float>& actual, const std::vector<float>& expected, const char* what) {
-      for (size_t i = 0; i < actual.size(); ++i) ASSERT_NEAR(actual[i], expected[i], 4 * kUnit * std::fabs(expected[i])) << what << i;
+      for (size_t i = 0; i < actual.size(); ++i)
+        ASSERT_NEAR(actual[i], expected[i], 4 * kUnit * std::fabs(expected[i])) << what << i;
     };
     near(device_parameters.Download(), parameters, "parameter ");
     near(device_first.Download(), first, "first moment ");

@@ -28,14 +28,15 @@ struct Shape {
   int64_t rows() const { return std::accumulate(lengths.begin(), lengths.end(), int64_t{0}); }
 };
 
-// Tiles are 64 rows and 32 keys: documents start inside of tiles, reach over several and share one; heads fill 64, 128 or 256 columns, or a
-// part of them.
+// Tiles are 64 rows and 32 keys: documents start inside of tiles, reach over several and share one; heads fill 64, 128 or 256
+// columns, or a part of them.
 const Shape kShapes[] = {
     {{1}, 1, 1, 16, 0}, {{70, 3, 90}, 4, 2, 16, 2}, {{5, 60, 2, 40}, 3, 1, 64, 0}, {{33, 40}, 2, 2, 80, 7}, {{67}, 2, 1, 256, 1}};
 
 // Inputs, bf16 values where the device rounds, so that only what it computes is rounded; and results.
 struct Data {
-  explicit Data(const Shape& shape) : rows(shape.rows()), q_width(shape.q_heads * shape.dim), kv_width(shape.kv_heads * shape.dim) {
+  explicit Data(const Shape& shape)
+      : rows(shape.rows()), q_width(shape.q_heads * shape.dim), kv_width(shape.kv_heads * shape.dim) {
     Random random(static_cast<uint64_t>(rows * 31 + shape.dim));
     q = RoundToBFloat16(random.Normals(rows * q_width, 1.5f));
     q_gate = random.Normals(rows * 2 * q_width, 2.0f);
@@ -81,13 +82,15 @@ Expected Reference(const Shape& shape, const Data& data) {
   for (const int64_t length : shape.lengths) {
     for (int64_t row = first; row < first + length; ++row) {
       for (int64_t head = 0; head < shape.q_heads; ++head) {
-        const auto q_at = static_cast<size_t>(row * data.q_width + head * dim), kv_column = static_cast<size_t>(head / group * dim);
+        const auto q_at = static_cast<size_t>(row * data.q_width + head * dim),
+                   kv_column = static_cast<size_t>(head / group * dim);
         struct Entry {
           size_t matrix, at;
           double score, prob;
         };
         std::vector<Entry> entries;
-        for (int64_t key = first; key <= row; ++key) entries.push_back({0, static_cast<size_t>(key * data.kv_width) + kv_column, 0, 0});
+        for (int64_t key = first; key <= row; ++key)
+          entries.push_back({0, static_cast<size_t>(key * data.kv_width) + kv_column, 0, 0});
         for (size_t c = 1; c < data.k.size(); ++c)
           entries.push_back({c, static_cast<size_t>(row * data.kv_width) + kv_column, 0, 0});
         double max = -1e300, sum = 0, score_error = 0;
@@ -114,7 +117,8 @@ Expected Reference(const Shape& shape, const Data& data) {
             attended[i] += term;
             attended_error[i] += std::fabs(term) * (kRounding + 2 * score_error + kFloat);
           }
-          const double gate = 1.0 / (1.0 + std::exp(-double{data.q_gate[static_cast<size_t>((row * shape.q_heads + head) * 2 * dim + dim + d)]}));
+          const double gate =
+              1.0 / (1.0 + std::exp(-double{data.q_gate[static_cast<size_t>((row * shape.q_heads + head) * 2 * dim + dim + d)]}));
           out.attended[at] = {attended[i], attended_error[i]};
           out.out[at] = {attended[i] * gate, attended_error[i] * gate + kFloat * std::fabs(attended[i])};
           inner[i] = data.dout[at] * gate;
@@ -133,10 +137,11 @@ Expected Reference(const Shape& shape, const Data& data) {
             product_error += std::fabs(term) * (rounding + kFloat);
           }
           const double dscore = entry.prob * (product - delta) * scale;
-          const double dscore_error = entry.prob * scale * (product_error + delta_error) +
-                                      std::fabs(dscore) * (rounding + 3 * score_error + kFloat);
+          const double dscore_error =
+              entry.prob * scale * (product_error + delta_error) + std::fabs(dscore) * (rounding + 3 * score_error + kFloat);
           for (int64_t d = 0; d < dim; ++d) {
-            const double query = data.q[q_at + d], key = data.k[entry.matrix][entry.at + d], gradient = inner[static_cast<size_t>(d)];
+            const double query = data.q[q_at + d], key = data.k[entry.matrix][entry.at + d],
+                         gradient = inner[static_cast<size_t>(d)];
             Bounded& dq = out.dq[q_at + d];
             dq.value += dscore * key;
             dq.error += std::fabs(key) * (dscore_error + kFloat * std::fabs(dscore));
@@ -231,8 +236,8 @@ class ChainAttentionCudaTest : public CudaTest {};
 
 TEST_F(ChainAttentionCudaTest, AgreesWithTheDefinition) {
   for (const Shape& shape : kShapes) {
-    SCOPED_TRACE(::testing::Message() << shape.rows() << " rows, heads " << shape.q_heads << "/" << shape.kv_heads << " of " << shape.dim
-                                      << ", chain " << shape.num_chain);
+    SCOPED_TRACE(::testing::Message() << shape.rows() << " rows, heads " << shape.q_heads << "/" << shape.kv_heads << " of "
+                                      << shape.dim << ", chain " << shape.num_chain);
     const Data data(shape);
     const Expected expected = Reference(shape, data);
     DeviceRun run(shape, data);
@@ -294,8 +299,8 @@ TEST_F(ChainAttentionCudaTest, AgreesWithTheCpu) {
   cpu::ChainAttention(forward, pool);
   ExpectNear(attended, expected.attended, "attended");
   ExpectNear(log_sum, expected.log_sum, "log_sum");
-  cpu::ChainAttentionBackward({forward, matrix(data.dout, data.q_width), matrix(out, data.q_width), matrix(data.q_gate, 2 * data.q_width),
-                               dk[0], dv[0], dk.data() + 1, dv.data() + 1},
+  cpu::ChainAttentionBackward({forward, matrix(data.dout, data.q_width), matrix(out, data.q_width),
+                               matrix(data.q_gate, 2 * data.q_width), dk[0], dv[0], dk.data() + 1, dv.data() + 1},
                               pool);
   ExpectNear(out, expected.dq, "dq");
   for (size_t c = 0; c < data.k.size(); ++c) {
@@ -304,8 +309,8 @@ TEST_F(ChainAttentionCudaTest, AgreesWithTheCpu) {
   }
 }
 
-// No atomics: the order of blocks and threads, which the emulated device draws anew, changes no bit. Nor does another document, while a
-// document keeps its place.
+// No atomics: the order of blocks and threads, which the emulated device draws anew, changes no bit. Nor does another document,
+// while a document keeps its place.
 TEST_F(ChainAttentionCudaTest, BitsAreRepeatableAndDocumentsAreApart) {
   const Shape shape = {{40, 30, 20}, 2, 1, 16, 1};
   const auto run = [&](const Data& data) {

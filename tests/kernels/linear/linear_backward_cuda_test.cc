@@ -63,9 +63,9 @@ TEST_F(LinearBackwardCudaTest, WeightGradientsOfIntegersAreExact) {
     std::vector<float> x = SmallIntegers(random, t * k), dy = SmallIntegers(random, t * n), start = SmallIntegers(random, n * k);
     for (const bool accumulate : {false, true}) {
       std::vector<float> expected = start;
-      cpu::LinearBackwardWeight({FloatMatrix(x.data(), t, k), FloatMatrix(dy.data(), t, n), accumulate,
-                                 FloatMatrix(expected.data(), n, k)},
-                                host_scratch, pool);
+      cpu::LinearBackwardWeight(
+          {FloatMatrix(x.data(), t, k), FloatMatrix(dy.data(), t, n), accumulate, FloatMatrix(expected.data(), n, k)},
+          host_scratch, pool);
       // Of both dtypes, in wider rows: columns of a fused matrix.
       for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
         SCOPED_TRACE(::testing::Message() << n << " x " << k << " x " << t << " " << DTypeName(dtype) << " " << accumulate);
@@ -83,7 +83,8 @@ TEST_F(LinearBackwardCudaTest, ProductsWithBothPackingsAreExact) {
   for (const auto& [n, k, t] : kShapes) {
     SCOPED_TRACE(::testing::Message() << n << " x " << k << " x " << t);
     Random random(static_cast<uint64_t>(n * k));
-    const std::vector<float> x = SmallIntegers(random, t * k), dy = SmallIntegers(random, t * n), w = SmallIntegers(random, n * k);
+    const std::vector<float> x = SmallIntegers(random, t * k), dy = SmallIntegers(random, t * n),
+                             w = SmallIntegers(random, n * k);
     const DeviceMatrix device_x(x, t, k, DType::kFloat32), device_dy(dy, t, n, DType::kFloat32, 24);
     const DeviceMatrix device_w(w, n, k, DType::kFloat32, 0);
     DeviceArray<BFloat16> packed(n * k), transposed(n * k);
@@ -98,8 +99,10 @@ TEST_F(LinearBackwardCudaTest, ProductsWithBothPackingsAreExact) {
       for (int64_t row = 0; row < t; ++row) {
         for (int64_t i = 0; i < n; ++i) {
           for (int64_t j = 0; j < k; ++j) {
-            expected_y[static_cast<size_t>(row * n + i)] += x[static_cast<size_t>(row * k + j)] * w[static_cast<size_t>(i * k + j)];
-            expected_dx[static_cast<size_t>(row * k + j)] += dy[static_cast<size_t>(row * n + i)] * w[static_cast<size_t>(i * k + j)];
+            expected_y[static_cast<size_t>(row * n + i)] +=
+                x[static_cast<size_t>(row * k + j)] * w[static_cast<size_t>(i * k + j)];
+            expected_dx[static_cast<size_t>(row * k + j)] +=
+                dy[static_cast<size_t>(row * n + i)] * w[static_cast<size_t>(i * k + j)];
           }
         }
       }

@@ -27,7 +27,8 @@ TEST_F(QkNormRopeBackwardCudaTest, AgreesWithTheCpu) {
   // Rotations of none, a part (pairs that share a vector of eight, and lie in other lanes) and all of a head.
   for (const auto& [rows, q_heads, kv_heads, dim, rotary] :
        {Shape{1, 1, 1, 8, 0}, {21, 4, 2, 16, 8}, {13, 3, 1, 24, 6}, {10, 2, 2, 256, 64}, {9, 2, 1, 256, 256}}) {
-    SCOPED_TRACE(::testing::Message() << rows << " rows, heads " << q_heads << " and " << kv_heads << " of " << dim << "/" << rotary);
+    SCOPED_TRACE(::testing::Message() << rows << " rows, heads " << q_heads << " and " << kv_heads << " of " << dim << "/"
+                                      << rotary);
     Random random(static_cast<uint64_t>(dim * 7 + rows));
     const int64_t q_width = q_heads * dim, kv_width = kv_heads * dim;
     std::vector<int32_t> positions;
@@ -44,10 +45,22 @@ TEST_F(QkNormRopeBackwardCudaTest, AgreesWithTheCpu) {
     DeviceMatrix dk_out(rows, kv_width, DType::kFloat32);
     DeviceArray<float> dq_norm({start.begin(), start.begin() + dim}), dk_norm({start.begin() + dim, start.end()});
     // dq_gate is q_gate, as in training: the gate halves stay.
-    QkNormRopeBackwardArgs args = {device_positions.data(), device_q_gate.View(), device_k.View(), device_q_norm.data(),
-                                   device_k_norm.data(),    1e-6f,                q_heads,         kv_heads,
-                                   dim,                     rotary,               1e4,             device_dq.View(),
-                                   device_dk.View(),        device_q_gate.View(), dk_out.View(),   dq_norm.data(),
+    QkNormRopeBackwardArgs args = {device_positions.data(),
+                                   device_q_gate.View(),
+                                   device_k.View(),
+                                   device_q_norm.data(),
+                                   device_k_norm.data(),
+                                   1e-6f,
+                                   q_heads,
+                                   kv_heads,
+                                   dim,
+                                   rotary,
+                                   1e4,
+                                   device_dq.View(),
+                                   device_dk.View(),
+                                   device_q_gate.View(),
+                                   dk_out.View(),
+                                   dq_norm.data(),
                                    dk_norm.data()};
     cuda::QkNormRopeBackward(args, stream());
 
@@ -62,8 +75,8 @@ TEST_F(QkNormRopeBackwardCudaTest, AgreesWithTheCpu) {
     args.dq_norm = expected_q_norm.data(), args.dk_norm = expected_k_norm.data();
     cpu::QkNormRopeBackward(args, pool);
 
-    // Of a head: the rotation's two products (each |dy| of the pair), the row sums (at most dim/2 long on either side), the scale, and
-    // ten more roundings; all relative to s·max|g| over the head, as |n| <= √dim and |mean(g·n)| <= max|g|.
+    // Of a head: the rotation's two products (each |dy| of the pair), the row sums (at most dim/2 long on either side), the
+    // scale, and ten more roundings; all relative to s·max|g| over the head, as |n| <= √dim and |mean(g·n)| <= max|g|.
     const auto near = [&](const std::vector<float>& actual, const std::vector<float>& expected, const std::vector<float>& x,
                           const std::vector<float>& dy, const std::vector<float>& norm, int64_t heads, int64_t stride) {
       for (int64_t r = 0; r < rows; ++r) {
@@ -94,11 +107,13 @@ TEST_F(QkNormRopeBackwardCudaTest, AgreesWithTheCpu) {
     const std::vector<float> actual_q_norm = dq_norm.Download(), actual_k_norm = dk_norm.Download();
     for (int64_t i = 0; i < dim; ++i) {
       // Terms are at most |dy|·√dim: normals, at most 3.5.
-      const double tolerance = (dim / 2 + 16 + static_cast<double>(rows)) * kUnit * 8 * std::sqrt(static_cast<double>(rows * q_heads));
+      const double tolerance =
+          (dim / 2 + 16 + static_cast<double>(rows)) * kUnit * 8 * std::sqrt(static_cast<double>(rows * q_heads));
       ASSERT_NEAR(actual_q_norm[static_cast<size_t>(i)], expected_q_norm[static_cast<size_t>(i)], tolerance) << i;
       ASSERT_NEAR(actual_k_norm[static_cast<size_t>(i)], expected_k_norm[static_cast<size_t>(i)], tolerance) << i;
     }
-    EXPECT_TRUE(device_q_gate.GapsUntouched() && dk_out.GapsUntouched() && dq_norm.GuardsUntouched() && dk_norm.GuardsUntouched());
+    EXPECT_TRUE(device_q_gate.GapsUntouched() && dk_out.GapsUntouched() && dq_norm.GuardsUntouched() &&
+                dk_norm.GuardsUntouched());
 
     // dk_out may be dk, or k.
     const std::vector<float> apart = dk_out.Values();

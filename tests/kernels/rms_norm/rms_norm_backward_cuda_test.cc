@@ -20,7 +20,8 @@ using testing::SameBits;
 struct Magnitudes {
   std::vector<double> dx, dweight;
 };
-Magnitudes MagnitudesOf(const std::vector<float>& x, const std::vector<float>& dy, const std::vector<float>& weight, int64_t rows) {
+Magnitudes MagnitudesOf(const std::vector<float>& x, const std::vector<float>& dy, const std::vector<float>& weight,
+                        int64_t rows) {
   const auto width = static_cast<int64_t>(weight.size());
   Magnitudes out = {std::vector<double>(x.size()), std::vector<double>(weight.size(), 0.0)};
   for (int64_t r = 0; r < rows; ++r) {
@@ -53,12 +54,13 @@ TEST_F(RmsNormBackwardCudaTest, AgreesWithTheCpu) {
     Random random(static_cast<uint64_t>(width));
     std::vector<float> x = random.Normals(rows * width), dy = random.Normals(rows * width), start = random.Normals(rows * width);
     // Rows differ in size by powers of ten, so that eps matters in some.
-    for (int64_t i = 0; i < rows * width; ++i) x[static_cast<size_t>(i)] *= std::pow(10.0f, static_cast<float>(i / width % 5 - 3));
+    for (int64_t i = 0; i < rows * width; ++i)
+      x[static_cast<size_t>(i)] *= std::pow(10.0f, static_cast<float>(i / width % 5 - 3));
     const std::vector<float> weight = random.Normals(width, 0.3f), sums = random.Normals(width);
     const Magnitudes magnitudes = MagnitudesOf(x, dy, weight, rows);
     const DeviceArray<float> device_weight(weight);
-    // Sums of a row are at most half of width long on either side (less on the device, which sums in a tree), then the square root,
-    // its inverse and ten products and sums.
+    // Sums of a row are at most half of width long on either side (less on the device, which sums in a tree), then the square
+    // root, its inverse and ten products and sums.
     const double row_units = static_cast<double>(width) / 2 + 14;
     for (const bool accumulate : {false, true}) {
       for (const bool alias : {false, true}) {
@@ -92,7 +94,8 @@ TEST_F(RmsNormBackwardCudaTest, AgreesWithTheCpu) {
     DeviceArray<float> dweight(sums), again(sums);
     DeviceMatrix dx(rows, width, DType::kFloat32);
     cuda::RmsNormBackward({device_x.View(), device_weight.data(), 1e-6f, device_dy.View(), {}, true, dweight.data()}, stream());
-    cuda::RmsNormBackward({device_x.View(), device_weight.data(), 1e-6f, device_dy.View(), dx.View(), false, again.data()}, stream());
+    cuda::RmsNormBackward({device_x.View(), device_weight.data(), 1e-6f, device_dy.View(), dx.View(), false, again.data()},
+                          stream());
     EXPECT_TRUE(SameBits(dweight.Download(), again.Download()));
   }
 }

@@ -29,16 +29,17 @@ TEST_F(SwiGluBackwardCudaTest, AgreesWithTheCpuAndMayOverwriteItsInputs) {
     const auto host = [&](std::vector<float>& values) { return FloatMatrix(values.data(), rows, width); };
     cpu::SwiGluBackward({host(gate), host(up), host(dout), host(expected[0]), host(expected[1]), host(expected[2])}, pool);
 
-    DeviceMatrix inputs[3] = {{gate, rows, width, DType::kFloat32}, {up, rows, width, DType::kFloat32, 24},
-                              {dout, rows, width, DType::kFloat32, 16}};
-    DeviceMatrix outputs[3] = {{rows, width, DType::kFloat32}, {rows, width, DType::kFloat32, 24}, {rows, width, DType::kFloat32}};
-    cuda::SwiGluBackward({inputs[0].View(), inputs[1].View(), inputs[2].View(), outputs[0].View(), outputs[1].View(),
-                          outputs[2].View()},
-                         stream());
+    DeviceMatrix inputs[3] = {
+        {gate, rows, width, DType::kFloat32}, {up, rows, width, DType::kFloat32, 24}, {dout, rows, width, DType::kFloat32, 16}};
+    DeviceMatrix outputs[3] = {
+        {rows, width, DType::kFloat32}, {rows, width, DType::kFloat32, 24}, {rows, width, DType::kFloat32}};
+    cuda::SwiGluBackward(
+        {inputs[0].View(), inputs[1].View(), inputs[2].View(), outputs[0].View(), outputs[1].View(), outputs[2].View()},
+        stream());
     std::vector<float> values[3];
     for (int j = 0; j < 3; ++j) values[j] = outputs[j].Values();
-    // Exponential (2 units either side), sum and quotient make the sigmoid's error, which 1 - sigmoid has as an absolute one; then at
-    // most six products and sums.
+    // Exponential (2 units either side), sum and quotient make the sigmoid's error, which 1 - sigmoid has as an absolute one;
+    // then at most six products and sums.
     for (size_t i = 0; i < gate.size(); ++i) {
       const double slope = 1.0 / (1.0 + std::exp(-double{gate[i]})) * (1.0 + std::fabs(double{gate[i]}));
       ASSERT_NEAR(values[0][i], expected[0][i], 16 * kUnit * std::fabs(dout[i] * up[i]) * slope + 1e-37) << i;

@@ -404,7 +404,8 @@ cudaError_t CopyMemory(const CopyRows& rows, cudaMemcpyKind kind, cudaStream_t s
 }
 
 // `height` rows of `width` bytes, `pitch` apart.
-cudaError_t FillMemory(void* target, size_t pitch, int value, size_t width, size_t height, cudaStream_t stream_handle, bool wait) {
+cudaError_t FillMemory(void* target, size_t pitch, int value, size_t width, size_t height, cudaStream_t stream_handle,
+                       bool wait) {
   std::unique_lock lock(device.mutex);
   if (const cudaError_t health = Health(); health != cudaSuccess) return Return(health);
   CUstream_st* const stream = Resolve(stream_handle);
@@ -564,7 +565,9 @@ cudaError_t cudaMemcpy2DAsync(void* target, size_t target_pitch, const void* sou
                               size_t height, cudaMemcpyKind kind, cudaStream_t stream) {
   return CopyMemory({target, target_pitch, source, source_pitch, width, height}, kind, stream, false);
 }
-cudaError_t cudaMemset(void* target, int value, size_t bytes) { return FillMemory(target, bytes, value, bytes, 1, nullptr, true); }
+cudaError_t cudaMemset(void* target, int value, size_t bytes) {
+  return FillMemory(target, bytes, value, bytes, 1, nullptr, true);
+}
 cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t stream) {
   return FillMemory(target, bytes, value, bytes, 1, stream, false);
 }
