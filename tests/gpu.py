@@ -6,6 +6,7 @@ Phases
   engine     the model and the engine against the CPU backend: float32 and bfloat16, greedy tokens, joint pairs, state over many windows
              (device tests elsewhere under tests/)
   server     bebop-server and bebop on the bundled model: --device cuda against --device cpu, and `bebop verify`
+  training   bebop-train-mtp on the bundled model: --device cuda against --device cpu, and its bits twice
   memcheck, racecheck, synccheck, initcheck   one tool of compute-sanitizer each over the kernel tests; `sanitizer` stands for all four
 
 Exit status: 0 everything that was asked for passed; 1 something failed, or nothing ran; 2 bad arguments.
@@ -18,6 +19,7 @@ import math
 import os
 import pathlib
 import platform
+import random
 import re
 import select
 import shutil
@@ -30,7 +32,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 TREE = HERE.parent  # the source tree, or the unpacked bundle
 PHASE_SECONDS = float(os.environ.get("BEBOP_GPU_PHASE_SECONDS", 460))  # of the 480 that a phase may take
 TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]
-PHASES = ["kernels", "engine", "server", *TOOLS]
+PHASES = ["kernels", "engine", "server", "training", *TOOLS]
 READY_SECONDS = 240  # from the start of a server to its ready line
 READY = re.compile(r"^bebop-server ready: rollout=(\S+) admin=(\S+)")
 MODEL = TREE / "tests" / "models" / "bebop-tiny"
@@ -42,6 +44,9 @@ import cublas_path  # noqa: E402
 # against transformers (docs/numerics.md). In bfloat16 activations round at 2^-8 on the device, and the mean over tokens is judged, as in `bebop verify`.
 FLOAT32_TOLERANCE = 2e-4
 BFLOAT16_MEAN_TOLERANCE = 0.03
+# Relative, of a step's loss: cuda_training_test allows 2 % of a second step. At a rate of 1e-4, as Adam's first steps go by signs: at 1e-3 six of
+# them were up to 3.1 % apart for a while (emulated).
+TRAINING_LOSS_TOLERANCE = 0.03
 
 
 class Failure(Exception):
@@ -381,6 +386,49 @@ def server(run):
                 run.record("server", f"{dtype}/stop", "fail", 0, f"exit statuses after SIGTERM: {statuses}")
 
 
+def training(run):
+    """The same steps on the device, there again, and on the CPU."""
+    if "bin/bebop-train-mtp" not in run.manifest["programs"]:
+        run.record("training", "programs", "not-run", 0, "bebop-train-mtp is not in this build")
+        return
+    emulated = run.device == "emulated"
+    documents, length, batch_tokens, steps, ahead = (6, 14, 32, 2, 2) if emulated else (64, 200, 2048, 6, 5)
+    draw = random.Random(5)
+    data = run.out / "training.jsonl"
+    data.write_text("".join(json.dumps({"token_ids": [draw.randrange(200) for _ in range(length + i)], "loss_start": 2}) + "\n"
+                            for i in range(documents)))
+
+    def train(device, name):
+        out = run.out / f"training-{name}.safetensors"
+        shutil.rmtree(f"{out}.checkpoints", ignore_errors=True)
+        command = [str(run.root / "bin" / "bebop-train-mtp"), "--model", str(MODEL), "--data", str(data), "--out", str(out), "--device", device,
+                   "--num-steps-ahead", str(ahead), "--batch-tokens", str(batch_tokens), "--max-steps", str(steps), "--lr", "1e-4", "--log-every", "1",
+                   "--json"]
+        status, output = execute(command, run.left(), run.environment)
+        run.log.write(f"$ {' '.join(command)}\n{output}\nexit status {status}\n")
+        if status != 0:
+            raise Failure(f"bebop-train-mtp --device {device}: exit status {status}: {output.strip()[-300:]}")
+        lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        return [line for line in lines if "loss" in line], out.read_bytes()
+
+    started = time.monotonic()
+    try:
+        on_device, on_cpu = train(run.device, "device"), train("cpu", "cpu")
+        again = train(run.device, "again")
+        losses = [(line["loss"], other["loss"]) for line, other in zip(on_device[0], on_cpu[0])]
+        if len(losses) != steps or len(on_cpu[0]) != steps:
+            raise Failure(f"expected {steps} steps, got {len(on_device[0])} on the device and {len(on_cpu[0])} on the CPU")
+        worst = max(abs(mine / other - 1) for mine, other in losses)
+        if not worst <= TRAINING_LOSS_TOLERANCE:
+            raise Failure(f"losses differ by {worst:.2%}: {losses}")
+        if on_device[1] != again[1]:
+            raise Failure("the same command wrote other weights")
+        run.record("training", "e2e_tv", "pass", time.monotonic() - started,
+                   f"{steps} steps of {ahead}, loss {losses[0][0]:.4f} to {losses[-1][0]:.4f}, within {worst:.2%} of the CPU's; bits repeat")
+    except Exception as error:  # noqa: BLE001 - an output of another shape is a failed check, too
+        run.record("training", "e2e_tv", "fail", time.monotonic() - started, f"{type(error).__name__}: {error}")
+
+
 def device_name():
     try:
         return subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"], capture_output=True,
@@ -431,7 +479,7 @@ def main():
             if phase in TOOLS:
                 sanitizer(run, phase)
             else:
-                {"kernels": kernels, "engine": engine, "server": server}[phase](run)
+                {"kernels": kernels, "engine": engine, "server": server, "training": training}[phase](run)
         except Exception as error:  # noqa: BLE001 - the report of what has run must not be lost
             run.record(phase, "phase", "fail", time.monotonic() - begin, f"{type(error).__name__}: {error}")
         own = run.results[before:]

@@ -95,7 +95,7 @@ run_stage() {
       say "emulated: tests"
       ctest --preset cuda-emulated --output-on-failure -j "$jobs"
       say "emulated: the device scripts"
-      tests/gpu.sh --device emulated --build build/cuda-emulated --only server
+      tests/gpu.sh --device emulated --build build/cuda-emulated --only server --only training
       # The script's logic; an emulated device has no times worth reading.
       local bench=(--only iterations-4b --only operators --only training-4b --only summary)
       if "$python" -c 'import torch' 2>/dev/null; then bench+=(--only baseline-c); fi
