@@ -12,13 +12,13 @@ namespace {
 using draft_losses::FinishRow;
 using draft_losses::GradientForm;
 using draft_losses::GradientPlan;
+using draft_losses::kLargestLogit;
+using draft_losses::kLowest;
 using draft_losses::PlanGradient;
 using draft_losses::RowSums;
 
 constexpr int64_t kNormalizeBlock = 2048;  // ids read twice, the second time from the first cache
 constexpr int64_t kFloatSums = 256;        // ids that 16 float lanes add up before they go to double: 16 a lane
-constexpr float kPadding = -1e30f;
-constexpr float kLargestLogit = 1e29f;  // so that kPadding lies under every maximum
 
 // 2^r on [-1/2, 1/2], from r^0 to r^5: 1 and a polynomial of least largest relative error (Lawson's iteration).
 constexpr float kExp2Polynomial[6] = {1.0f, 0.693147004f, 0.240222424f, 0.0555073358f, 0.00967151299f, 0.00132647273f};

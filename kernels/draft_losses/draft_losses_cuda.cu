@@ -25,14 +25,14 @@ namespace {
 
 using draft_losses::GradientForm;
 using draft_losses::GradientPlan;
+using draft_losses::kLargestLogit;
+using draft_losses::kLowest;
 using draft_losses::RowSums;
 using gpu::kVector;
 
 constexpr int kWarp = 32;
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
-constexpr float kLowest = -1e30f;       // lies under every usable maximum
-constexpr float kLargestLogit = 1e29f;  // as on the CPU
 
 // Σ over the block, in every thread and in one order. `scratch`: a double for each warp.
 __device__ double BlockSum(double value, double* scratch) {

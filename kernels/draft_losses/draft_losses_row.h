@@ -11,6 +11,10 @@
 // tests.
 namespace bebop::draft_losses {
 
+// A row whose largest logit is not within ± this is refused. Below it, kLowest lies under every maximum, so that it may stand for
+// "none yet" and for columns beyond the vocabulary's end.
+inline constexpr float kLargestLogit = 1e29f, kLowest = -1e30f;
+
 // Sums over the vocabulary of pass 2. `log_ratio` is log(q/p).
 struct RowSums {
   double overlap = 0.0;           // Σ min(p, q)
