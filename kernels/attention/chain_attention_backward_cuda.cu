@@ -23,6 +23,7 @@ namespace chain_attention {
 namespace {
 
 using attention::kLog2E;
+using gpu::IsFloatRows;
 using gpu::kVector;
 
 constexpr int kMaxGroup = 32;  // q heads of a kv head
@@ -263,10 +264,6 @@ __global__ void __launch_bounds__(kThreads, 2) ChainKeysKernel(const BackwardPar
     }
   }
   AddRows<kDim>(kValues ? params.dbase_v : params.dbase_k, tile + warp * 16, forward.num_rows, kv_column, dim, lane, acc);
-}
-
-bool IsFloatRows(const TensorView& view, int64_t rows, int64_t cols) {
-  return view.dtype == DType::kFloat32 && view.rows == rows && view.cols == cols && gpu::RowsAligned(view);
 }
 
 }  // namespace

@@ -24,6 +24,7 @@ namespace {
 
 using attention::kInfinity;
 using attention::kLog2E;
+using gpu::IsFloatRows;
 
 // Block x: document x.
 __global__ void __launch_bounds__(kThreads)
@@ -167,10 +168,6 @@ __global__ void __launch_bounds__(kThreads, 2) ChainForwardKernel(const Params p
     }
     if (lane.quad_column == 0) gpu::Row<float>(params.log_sum, rows[h])[head] = (row_max[h] + log2f(total)) * kLn2;
   }
-}
-
-bool IsFloatRows(const TensorView& view, int64_t rows, int64_t cols) {
-  return view.dtype == DType::kFloat32 && view.rows == rows && view.cols == cols && gpu::RowsAligned(view);
 }
 
 }  // namespace

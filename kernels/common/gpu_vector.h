@@ -87,4 +87,9 @@ inline bool RowsAligned(const void* data, DType dtype, int64_t cols, int64_t row
 }
 inline bool RowsAligned(const TensorView& view) { return RowsAligned(view.data, view.dtype, view.cols, view.row_stride); }
 
+// Whether a view is the [rows, cols] matrix of float32 that an operator expects, and RowsAligned.
+inline bool IsFloatRows(const TensorView& view, int64_t rows, int64_t cols) {
+  return view.dtype == DType::kFloat32 && view.rows == rows && view.cols == cols && RowsAligned(view);
+}
+
 }  // namespace bebop::gpu

@@ -21,6 +21,7 @@
 namespace bebop::cuda {
 namespace {
 
+using gpu::IsFloatRows;
 using gpu::kVector;
 
 constexpr int kWarp = 32;
@@ -128,10 +129,6 @@ __global__ void __launch_bounds__(gpu::kSumThreads)
   __shared__ float sums[gpu::kSumThreads];
   gpu::AddColumnSums(partials + static_cast<int>(blockIdx.y) * dim, num_blocks, dim, 2 * dim, blockIdx.y == 0 ? dq_norm : dk_norm,
                      sums);
-}
-
-bool IsFloatRows(const TensorView& view, int64_t rows, int64_t cols) {
-  return view.dtype == DType::kFloat32 && view.rows == rows && view.cols == cols && gpu::RowsAligned(view);
 }
 
 }  // namespace

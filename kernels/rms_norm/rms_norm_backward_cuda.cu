@@ -19,6 +19,7 @@
 namespace bebop::cuda {
 namespace {
 
+using gpu::IsFloatRows;
 using gpu::kVector;
 
 constexpr int kWarp = 32;
@@ -97,10 +98,6 @@ __global__ void __launch_bounds__(gpu::kSumThreads)
     RmsNormWeightKernel(const float* partials, int num_blocks, int width, float* dweight) {
   __shared__ float sums[gpu::kSumThreads];
   gpu::AddColumnSums(partials, num_blocks, width, width, dweight, sums);
-}
-
-bool IsFloatRows(const TensorView& view, int64_t rows, int64_t cols) {
-  return view.dtype == DType::kFloat32 && view.rows == rows && view.cols == cols && gpu::RowsAligned(view);
 }
 
 }  // namespace
