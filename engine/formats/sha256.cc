@@ -4,6 +4,7 @@
 #include <openssl/evp.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <utility>
@@ -24,9 +25,11 @@ const EVP_MD* Algorithm() {
   return algorithm;
 }
 
-// Calls of libcrypto that fail for want of memory or of the algorithm only; neither is input.
-void Check(bool ok) {
-  if (!ok) std::abort();
+// Ends the process: libcrypto fails for want of memory or of the algorithm only, and the rest is our own fault; nothing is input.
+void Check(bool ok, const char* what) {
+  if (ok) return;
+  std::fprintf(stderr, "fatal: SHA-256: %s\n", what);
+  std::abort();
 }
 
 // Whole blocks that go into a hash.
@@ -37,7 +40,7 @@ struct Input {
 
 #if defined(__x86_64__)
 
-bool HasInstructions() {
+bool FindInstructions() {
   static const bool has = [] {
     constexpr unsigned int kSsse3 = 1u << 9, kSse41 = 1u << 19, kSha = 1u << 29;  // of ECX, ECX and EBX
     unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -112,11 +115,11 @@ __attribute__((target("sha,sse4.1,ssse3"))) void HashBlocks(const std::array<Inp
 
 #else
 
-bool HasInstructions() { return false; }
+bool FindInstructions() { return false; }
 
 template <int kLanes>
 void HashBlocks(const std::array<Input, kLanes>&, size_t) {
-  std::abort();  // never called
+  Check(false, "this processor has no SHA instructions");  // never called
 }
 
 #endif
@@ -128,15 +131,21 @@ const uint8_t* Bytes(std::string_view bytes) { return reinterpret_cast<const uin
 void Sha256::Free::operator()(evp_md_ctx_st* context) const { EVP_MD_CTX_free(context); }
 
 Sha256::Context Sha256::MakeContext() {
+  Check(Algorithm() != nullptr, "libcrypto does not have the algorithm");
   Context context(EVP_MD_CTX_new());
-  Check(Algorithm() != nullptr && context != nullptr && EVP_DigestInit_ex2(context.get(), Algorithm(), nullptr) == 1);
+  Check(context != nullptr && EVP_DigestInit_ex2(context.get(), Algorithm(), nullptr) == 1, "libcrypto cannot begin a digest");
   return context;
 }
 
-Sha256 Sha256::WithoutInstructions() { return Sha256(MakeContext()); }
+bool Sha256::HasInstructions() { return FindInstructions(); }
 
-Sha256::Sha256()
-    : context_(HasInstructions() ? nullptr : MakeContext()),
+Sha256 Sha256::WithoutInstructions() { return Sha256(/*by_libcrypto=*/true); }
+
+Sha256::Sha256() : Sha256(!HasInstructions()) {}
+
+Sha256::Sha256(bool by_libcrypto)
+    : by_libcrypto_(by_libcrypto),
+      context_(by_libcrypto ? MakeContext() : nullptr),
       // FIPS 180-4, 5.3.3.
       state_{0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19} {}
 
@@ -158,7 +167,11 @@ void Sha256::KeepTail(std::string_view bytes) {
 
 void Sha256::Update(std::string_view bytes) {
   if (bytes.empty()) return;
-  if (context_ != nullptr) return Check(EVP_DigestUpdate(context_.get(), bytes.data(), bytes.size()) == 1);
+  if (by_libcrypto_) {
+    Check(context_ != nullptr, "used after it was moved from");
+    Check(EVP_DigestUpdate(context_.get(), bytes.data(), bytes.size()) == 1, "libcrypto cannot go on with a digest");
+    return;
+  }
   bytes = FillBlock(bytes);
   const size_t whole = bytes.size() / kBlockBytes * kBlockBytes;
   HashBlocks<1>({Input{state_.data(), Bytes(bytes)}}, whole / kBlockBytes);
@@ -167,7 +180,7 @@ void Sha256::Update(std::string_view bytes) {
 }
 
 void Sha256::UpdateBoth(Sha256* first, std::string_view first_bytes, Sha256* second, std::string_view second_bytes) {
-  if (first->context_ == nullptr && second->context_ == nullptr) {
+  if (!first->by_libcrypto_ && !second->by_libcrypto_) {
     first_bytes = first->FillBlock(first_bytes);
     second_bytes = second->FillBlock(second_bytes);
     const size_t both = std::min(first_bytes.size(), second_bytes.size()) / kBlockBytes * kBlockBytes;
@@ -184,9 +197,11 @@ void Sha256::UpdateBoth(Sha256* first, std::string_view first_bytes, Sha256* sec
 
 Sha256Digest Sha256::Finish() {
   Sha256Digest digest;
-  if (context_ != nullptr) {
+  if (by_libcrypto_) {
     unsigned int size = 0;
-    Check(EVP_DigestFinal_ex(context_.get(), digest.data(), &size) == 1 && size == digest.size());
+    Check(context_ != nullptr, "used after it was moved from");
+    Check(EVP_DigestFinal_ex(context_.get(), digest.data(), &size) == 1 && size == digest.size(),
+          "libcrypto cannot end a digest");
     return digest;
   }
   // FIPS 180-4, 5.1.1: a one, zeros, and the number of bits.

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <random>
 #include <string>
 #include <utility>
@@ -35,6 +36,8 @@ std::string RandomBytes(std::mt19937* random, size_t size) {
 
 // NIST's examples for FIPS 180-4.
 TEST(Sha256Test, Examples) {
+  // On a processor without the instructions the other tests compare libcrypto with itself: the log tells.
+  std::printf("under test: %s\n", Sha256::HasInstructions() ? "ours, with SHA instructions" : "libcrypto alone");
   const std::pair<std::string, const char*> examples[] = {
       {"", "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"},
       {"abc", "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"},
@@ -75,6 +78,31 @@ TEST(Sha256Test, PiecesOfAnySizeAloneAndTogether) {
     }
     for (int i = 0; i < 2; ++i) ASSERT_EQ(Hex(hashes[i].Finish()), Hex(Oracle(whole[i]))) << trial << " " << i;
   }
+}
+
+// The number of bits ends in 64 of them: here it needs more than 32.
+TEST(Sha256Test, MoreThanHalfAGigabyte) {
+  std::mt19937 random(4);
+  const std::string piece = RandomBytes(&random, size_t{1} << 20);
+  Sha256 hashes[3] = {Sha256(), Sha256(), Sha256::WithoutInstructions()};
+  for (int i = 0; i < 513; ++i) {
+    Sha256::UpdateBoth(&hashes[0], piece, &hashes[1], piece);
+    hashes[2].Update(piece);
+  }
+  const Sha256Digest expected = hashes[2].Finish();
+  EXPECT_EQ(hashes[0].Finish(), expected);
+  EXPECT_EQ(hashes[1].Finish(), expected);
+}
+
+// It does not become a hash of the other kind, with instructions that the processor may lack.
+TEST(Sha256Test, WhatWasMovedFromByLibcryptoSaysSo) {
+  const auto move_and = [](bool finish) {
+    Sha256 hash = Sha256::WithoutInstructions();
+    const Sha256 moved = std::move(hash);
+    finish ? static_cast<void>(hash.Finish()) : hash.Update("abc");  // NOLINT(bugprone-use-after-move): the point
+  };
+  EXPECT_DEATH(move_and(false), "SHA-256: used after it was moved from");
+  EXPECT_DEATH(move_and(true), "SHA-256: used after it was moved from");
 }
 
 TEST(Sha256Test, TogetherWithoutInstructions) {
