@@ -13,6 +13,7 @@ Everything is counted by the server while it decodes; nothing here computes a pr
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -22,10 +23,11 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import bebop
 
+STOP_SECONDS = 60  # that a server gets to end in
 READY = re.compile(r"bebop-server ready: rollout=(\S+) admin=(\S+)")
 
 
@@ -68,12 +70,15 @@ class Server:
             command += ["--weights-root", str(self._root)]
         self._errors = open(log, "ab") if log else subprocess.DEVNULL
         self._process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=self._errors, text=True)
-        ready = next((match for match in map(READY.match, self._process.stdout) if match), None)
-        if ready is None:
-            raise RuntimeError(f"{' '.join(command)} ended with status {self._process.wait()} before it was ready" + (f"; see {log}" if log else ""))
-        self.rollout, self.admin = ready.groups()
-        self.client = bebop.Client(self.rollout, self.admin)
         self.process_id = self._process.pid
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._end)
+            ready = next((match for match in map(READY.match, self._process.stdout) if match), None)
+            if ready is None:
+                raise RuntimeError(f"{' '.join(command)} ended with status {self._process.wait()} before it was ready" + (f"; see {log}" if log else ""))
+            self.rollout, self.admin = ready.groups()
+            self.client = bebop.Client(self.rollout, self.admin)
+            on_failure.pop_all()
         self.loaded: str | None = None  # what load_draft was last given
 
     def __enter__(self) -> Server:
@@ -83,15 +88,28 @@ class Server:
         self.stop()
 
     def stop(self) -> None:
-        """Ends the process; a server that fails while it ends is a RuntimeError."""
-        self.client.close()
+        """Ends the process; RuntimeError: the server failed while it ended, or had to be killed because it did not."""
+        try:
+            self.client.close()
+        finally:
+            status = self._end()
+        if status == -signal.SIGKILL:
+            raise RuntimeError(f"bebop-server did not end within {STOP_SECONDS} s of SIGTERM, or was killed by others; it is gone")
+        if status != 0:
+            raise RuntimeError(f"bebop-server ended with status {status}")
+
+    def _end(self) -> int:
+        """The process's exit status; there is none left when this returns."""
         self._process.send_signal(signal.SIGTERM)
-        status = self._process.wait(timeout=60)
+        try:
+            status = self._process.wait(timeout=STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            status = self._process.wait()
         self._process.stdout.close()
         if self._errors is not subprocess.DEVNULL:
             self._errors.close()
-        if status != 0:
-            raise RuntimeError(f"bebop-server ended with status {status}")
+        return status
 
     def load_draft(self, path: Path) -> bebop.weights.UpdateResult | None:
         """Hot-loads the mtp.* tensors of a safetensors file or checkpoint folder; None if they are loaded already. The target stays."""
@@ -154,6 +172,27 @@ def counts_of(group: bebop.GroupResult) -> dict[str, Any]:
     return counts
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines. A last line without its end, cut off by a kill or being written, is none. ValueError names a line that
+    is not JSON."""
+    content = path.read_bytes()
+    records = []
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            raise ValueError(f"{path}:{number}: not a line of JSON") from None
+    return records
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """A file of lines, to append to; made if it is not there. A last line that a kill cut off is dropped."""
+    file = open(path, "ab+")
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)
+    return file
+
+
 class Store:
     """Records of one stage: JSON lines that only grow. A last line that a kill cut off is dropped when the file is opened, so what a job must do
     whole or not at all goes into one record.
@@ -164,18 +203,8 @@ class Store:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self.records: list[dict[str, Any]] = []
-        whole = 0
-        if path.exists():
-            content = path.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            for number, line in enumerate(content[:whole].splitlines(), 1):
-                try:
-                    self.records.append(json.loads(line))
-                except ValueError:
-                    raise ValueError(f"{path}:{number}: not a line of JSON") from None
-        self._file = open(path, "ab")
-        self._file.truncate(whole)
+        self.records = read_records(path) if path.exists() else []
+        self._file = open_to_append(path)
         self._lock = threading.Lock()
 
     def append(self, record: dict[str, Any]) -> None:

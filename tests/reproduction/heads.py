@@ -10,7 +10,7 @@ import functools
 import json
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,9 @@ def make_rollouts(context: Context) -> None:
     settings = context.settings
     for seed in range(settings.seeds):
         path = rollouts_path(context, seed)
-        if path.exists() and path.read_bytes().count(b"\n") == settings.rollouts:
+        # All lines may be there and not yet be in the order of the prompts: `bebop rollouts` knows, and goes on with what an interrupted run left.
+        done = path.with_suffix(".done")
+        if done.exists():
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         prompts = path.with_suffix(".prompts")
@@ -116,13 +118,14 @@ def make_rollouts(context: Context) -> None:
             prompts.write_text("".join(json.dumps({"prompt_token_ids": server.encode(text)}) + "\n" for text in texts), encoding="utf-8")
             run_program([context.programs.client, "--server", server.rollout, "rollouts", "--prompts", prompts, "--out", path, "--mode", "off",
                          "--max-new-tokens", settings.max_new_tokens, "--concurrency", 64, "--seed", seed + 1], path.with_suffix(".log"))
+        done.touch()
         context.say(f"rollouts {seed}: {settings.rollouts} sequences in {time.monotonic() - start:.0f} s")
 
 
 def run_program(command: list[object], log: Path, out: Path | None = None) -> None:
-    """Runs a program, its output in `out` (or the log) and its messages in `log`. RuntimeError with the end of the log when it fails."""
+    """Runs a program, its output appended to `out` (or in the log) and its messages in `log`. RuntimeError with the end of the log when it fails."""
     words = [str(word) for word in command]
-    with open(log, "wb") as messages, open(out, "wb") if out else contextlib.nullcontext(messages) as stdout:
+    with open(log, "wb") as messages, harness.open_to_append(out) if out else contextlib.nullcontext(messages) as stdout:
         status = subprocess.run(words, stdout=stdout, stderr=messages, check=False).returncode
     if status != 0:
         raise RuntimeError(f"{' '.join(words)} ended with status {status}:\n{log.read_text(errors='replace')[-2000:]}")
@@ -133,25 +136,38 @@ def open_server(context: Context) -> harness.Server:
                           log=context.work / "server.log")
 
 
+@contextlib.contextmanager
+def open_servers(context: Context) -> Iterator[list[harness.Server]]:
+    """As many as the settings say. All are stopped at the end, also when one of them does not start or fails while it stops."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(open_server(context)) for _ in range(context.settings.servers)]
+
+
 def train(context: Context, head: Head) -> None:
     """Trains one head, unless it is there. The trainer's JSON lines stay beside it."""
     path = head.path(context)
     if path.exists():
         return
     start = time.monotonic()
-    run_trainer(context, head, path, context.settings.lr)
+    train_head(context, head, path, context.settings.lr)
     context.say(f"{head.name}: trained in {time.monotonic() - start:.0f} s")
 
 
-def run_trainer(context: Context, head: Head, path: Path, lr: float, *more: object) -> None:
-    """bebop-train-mtp from the common start; its log, a line a step, goes to `path` with the ending .jsonl."""
-    settings = context.settings
+def train_head(context: Context, head: Head, path: Path, lr: float, *more: object) -> None:
+    """From the common start on the rollouts of the head's seed."""
     truncation = ["--truncate-top-k", head.top_k] if head.top_k else []
+    run_trainer(context, context.model, start_head(context).path(context), rollouts_path(context, head.seed), path, head.loss, head.seed, lr,
+                *truncation, *more)
+
+
+def run_trainer(context: Context, model: Path, start: Path, data: Path, path: Path, loss: str, seed: int, lr: float, *more: object) -> None:
+    """bebop-train-mtp from the head `start` on `data` to the file `path`, or on from where it was stopped. Its log, a line a step, is appended to
+    `path` with the ending .jsonl."""
+    settings = context.settings
     run_program([
-        context.programs.trainer, "--model", context.model, "--mtp", start_head(context).path(context), "--data", rollouts_path(context, head.seed),
-        "--out", path, "--loss", head.loss, "--num-steps-ahead", settings.num_steps_ahead, "--lr", lr, "--warmup-ratio", 0.03, "--epochs", 1,
-        "--batch-tokens", settings.batch_tokens, "--seed", head.seed, "--threads", settings.threads, "--device", context.device, "--log-every", 1,
-        "--json", *truncation, *more], path.with_suffix(".log"), path.with_suffix(".jsonl"))
+        context.programs.trainer, "--model", model, "--mtp", start, "--data", data, "--out", path, "--loss", loss, "--num-steps-ahead",
+        settings.num_steps_ahead, "--lr", lr, "--warmup-ratio", 0.03, "--epochs", 1, "--batch-tokens", settings.batch_tokens, "--seed", seed, "--threads",
+        settings.threads, "--device", context.device, "--log-every", 1, "--json", "--resume", *more], path.with_suffix(".log"), path.with_suffix(".jsonl"))
 
 
 def train_all(context: Context) -> None:
@@ -171,7 +187,7 @@ def try_recipes(context: Context) -> None:
         path = recipe_path(context, loss, lr)
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            run_trainer(context, Head(loss, 0), path, lr, "--max-steps", RECIPE_STEPS)
+            train_head(context, Head(loss, 0), path, lr, "--max-steps", RECIPE_STEPS)
             context.say(f"recipe: {path.stem}")
 
     start_head(context)
@@ -190,5 +206,12 @@ def side_by_side(context: Context, jobs: list[Callable[[], None]]) -> None:
 
 
 def training_log(path: Path) -> list[dict[str, Any]]:
-    """What the trainer printed while it made `path`, one object a step and a last one."""
-    return [json.loads(line) for line in path.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines() if line]
+    """What the trainer printed while it made `path`, one object a step and a last one. Steps that it made again, because it was stopped after its
+    last checkpoint, are there once: as the run that went on made them."""
+    log: list[dict[str, Any]] = []
+    for line in harness.read_records(path.with_suffix(".jsonl")):
+        if "alpha" in line:  # a step, not the end
+            while log and log[-1]["step"] >= line["step"]:
+                log.pop()
+        log.append(line)
+    return log

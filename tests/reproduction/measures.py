@@ -119,7 +119,6 @@ def run_plan(context: Context, plan: list[tuple[Head, list[Any]]], work: Callabl
     plan = [(head, cells) for head, cells in plan if cells]
     if not plan:
         return
-    servers: list[Server] = []
 
     def job_of(head: Head, cells: list[Any]) -> Callable[[Server], None]:
         def job(server: Server) -> None:
@@ -128,14 +127,9 @@ def run_plan(context: Context, plan: list[tuple[Head, list[Any]]], work: Callabl
 
         return job
 
-    try:
-        for _ in range(settings.servers):
-            servers.append(heads.open_server(context))
+    with heads.open_servers(context) as servers:
         encoded = Encoded(servers[0], max(settings.prompts, settings.temperature_prompts))
         run_jobs(servers, [job_of(head, cells) for head, cells in plan])
-    finally:
-        for server in servers:
-            server.stop()
 
 
 # ---- score ----

@@ -111,13 +111,8 @@ def update(context: Context, policy: Policy, arm: Arm) -> None:
         path = head_path(context, policy, arm, entry["version"])
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            common = context.settings
-            heads.run_program(
-                [context.programs.trainer, "--model", rl_run.folder_of(context, policy) / entry["checkpoint"], "--mtp", before,
-                 "--data", interval_path(context, policy, entry["version"], arm.seed), "--out", path, "--loss", arm.update,
-                 "--num-steps-ahead", common.num_steps_ahead, "--lr", common.lr, "--warmup-ratio", 0.03, "--epochs", 1,
-                 "--batch-tokens", common.batch_tokens, "--seed", arm.seed, "--threads", common.threads, "--device", context.device, "--resume", "--json"],
-                path.with_suffix(".log"), path.with_suffix(".jsonl"))
+            heads.run_trainer(context, rl_run.folder_of(context, policy) / entry["checkpoint"], before,
+                              interval_path(context, policy, entry["version"], arm.seed), path, arm.update, arm.seed, context.settings.lr)
             made += 1
         before = path
     if made:
@@ -175,9 +170,5 @@ def decode_all(context: Context, settings: RlSettings, store: harness.Store) -> 
                                                       for prompt, group in groups]})
         context.say(f"policy {policy.name}, version {entry['version']}: {len(missing)} decodings in {time.monotonic() - start:.0f} s")
 
-    servers = [heads.open_server(context) for _ in range(context.settings.servers)]
-    try:
+    with heads.open_servers(context) as servers:
         harness.run_jobs(servers, [lambda server, version=version: decode_version(server, *version) for version in versions])
-    finally:
-        for server in servers:
-            server.stop()

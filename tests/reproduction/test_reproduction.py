@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reproduction without a server: estimates against known answers, records that survive a kill, prompts that stay apart."""
 
+import dataclasses
 import json
 import math
+import stat
 import sys
 import time
 from pathlib import Path
@@ -150,6 +152,132 @@ def test_jobs_stop_at_the_first_failure(harness):
     with pytest.raises(RuntimeError, match="job 2"):
         harness.run_jobs(["one", "other"], [job(number) for number in range(50)])
     assert 2 in ran and len(ran) < 10
+
+
+def program(path, text):
+    path.write_text(f"#!{sys.executable}\n{text}")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+@pytest.fixture
+def context(harness, tmp_path):
+    """Of two servers; programs that a test writes itself."""
+    from settings import QUICK, Context, Programs
+
+    programs = Programs(*(tmp_path / name for name in ("server", "trainer", "client")))
+    return Context(dataclasses.replace(QUICK, seeds=1, rollouts=3), tmp_path, tmp_path, tmp_path, "cpu", programs, print)
+
+
+# As bebop-train-mtp: at "stop after" it ends with its last checkpoint at "checkpoint"; a folder of checkpoints wants --resume.
+TRAINER = """
+import json, pathlib, sys
+flags = {flag: value for flag, value in zip(sys.argv[1:], sys.argv[2:]) if flag.startswith("--")}
+plan = json.loads(pathlib.Path(flags["--data"]).read_text())
+checkpoint = pathlib.Path(flags["--out"] + ".checkpoint")
+if checkpoint.exists() and "--resume" not in sys.argv:
+    sys.exit("error: --checkpoints: is of a run that was stopped")
+first = int(checkpoint.read_text()) if checkpoint.exists() else 0
+for step in range(first + 1, 7):
+    print(json.dumps({"step": step, "alpha": [plan["run"]], "tokens": 10 * step}), flush=True)
+    if step == plan["stop after"]:
+        if plan["checkpoint"]:
+            checkpoint.write_text(str(plan["checkpoint"]))
+        print('{"step": 9, "al', end="")
+        sys.exit(130)
+print(json.dumps({"step": 6, "evaluation": None, "tokens": 60}))
+pathlib.Path(flags["--out"]).touch()
+checkpoint.unlink(missing_ok=True)
+"""
+
+
+def test_a_training_that_was_stopped_goes_on(context):
+    import heads
+
+    program(context.programs.trainer, TRAINER)
+    head = heads.Head("tv", 0)
+    for path in (head.path(context), heads.rollouts_path(context, 0)):
+        path.parent.mkdir(exist_ok=True)
+    heads.Head(heads.START, 0).path(context).touch()
+    # Stopped before there is a checkpoint, after step 5 with one at step 3, after step 4 at once, and not at all.
+    for run, (stop, checkpoint) in enumerate([(2, 0), (5, 3), (4, 4), (0, 0)]):
+        heads.rollouts_path(context, 0).write_text(json.dumps({"run": run, "stop after": stop, "checkpoint": checkpoint}))
+        if stop:
+            with pytest.raises(RuntimeError, match="trainer .*ended with status 130"):
+                heads.train(context, head)
+        else:
+            heads.train(context, head)
+    log = heads.training_log(head.path(context))
+    assert [(line["step"], *line.get("alpha", "-")) for line in log] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 3), (6, 3), (6, "-")]
+    heads.train(context, head)  # nothing is left to do
+    assert heads.training_log(head.path(context)) == log
+    # Trained anew, the log is of the new head alone.
+    head.path(context).unlink()
+    heads.train(context, head)
+    assert [line["step"] for line in heads.training_log(head.path(context))] == [1, 2, 3, 4, 5, 6, 6]
+
+
+SERVER = """
+import os, pathlib, signal, sys, time
+here = pathlib.Path(__file__).parent
+number = len(list(here.glob("pid-*")))
+(here / f"pid-{number}-{os.getpid()}").touch()
+plan = (here / "plan").read_text().split()[number]
+if plan == "absent":
+    sys.exit(3)
+signal.signal(signal.SIGTERM, signal.SIG_IGN if plan == "deaf" else lambda *_: os._exit(4 if plan == "fails" else 0))
+print("bebop-server ready: rollout=127.0.0.1:1 admin=127.0.0.1:1", flush=True)
+while True:
+    time.sleep(1)
+"""
+
+
+@pytest.mark.parametrize(("plan", "message"), [("fine absent", "ended with status 3 before it was ready"), ("fails fine", "ended with status 4"),
+                                               ("fine fails", "ended with status 4"), ("deaf deaf", "did not end within"), ("fine fine", None)])
+def test_no_server_is_left_running(harness, context, monkeypatch, plan, message):
+    import heads
+
+    monkeypatch.setattr(harness, "STOP_SECONDS", 1)
+    program(context.programs.server, SERVER)
+    (context.work / "plan").write_text(plan)
+    if message:
+        with pytest.raises(RuntimeError, match=message), heads.open_servers(context):
+            pass
+    else:
+        with pytest.raises(KeyError, match="of the body"), heads.open_servers(context) as servers:
+            assert len(servers) == 2
+            raise KeyError("of the body")
+    started = [path.name.rsplit("-", 1)[1] for path in context.work.glob("pid-*")]
+    assert len(started) == 2 and not [pid for pid in started if Path(f"/proc/{pid}").exists()]
+
+
+CLIENT = """
+import json, pathlib, sys
+here = pathlib.Path(__file__).parent
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+runs = here / "runs"
+runs.write_text(str(int(runs.read_text()) + 1 if runs.exists() else 1))
+# All lines, and a kill before they are in order; then in order.
+if not out.exists():
+    out.write_text("3\\n1\\n2\\n")
+    sys.exit(137)
+out.write_text("1\\n2\\n3\\n")
+"""
+
+
+def test_rollouts_that_were_not_put_in_order_are_not_done(harness, context, monkeypatch):
+    import heads
+
+    program(context.programs.server, SERVER)
+    program(context.programs.client, CLIENT)
+    (context.work / "plan").write_text("fine fine")
+    monkeypatch.setattr(harness.Server, "encode", lambda self, text: [len(text)])
+    with pytest.raises(RuntimeError, match="ended with status 137"):
+        heads.make_rollouts(context)
+    heads.make_rollouts(context)
+    assert heads.rollouts_path(context, 0).read_text() == "1\n2\n3\n"
+    heads.make_rollouts(context)
+    assert (context.work / "runs").read_text() == "2"
 
 
 def test_counts_by_bin(harness):
