@@ -24,17 +24,18 @@ import rl_stage
 import tables
 import workloads
 from estimates import Estimate, over_seeds
-from harness import Store
+from harness import read_records
 from measures import MODES, records_path
+from plots import NAMES
 from settings import Context
 
-NAMES = {"start": "start", "ce": "CE", "kl": "KL", "reverse_kl": "reverse KL", "tv": "TV", "e2e_tv": "e2e TV", "lk": "LK"}
-# Table 2 of the paper: acceptance (%) of CE, and differences to it; rejection, 3 drafts, Qwen3.5-35A3B.
+# Table 2 of the paper: acceptance (%) of CE, and differences to it; rejection, 3 drafts, Qwen3.5-35A3B. Its workloads are not ours.
 PAPER_WORKLOADS = ("Math", "Code", "SWE", "Agent", "MT-Bench")
 PAPER = {
     "ce": (75.0, 71.3, 75.1, 90.3, 65.3), "kl": (0.0, 0.0, 0.2, 0.2, 0.0), "reverse_kl": (1.3, 1.0, -0.2, 1.0, 0.5), "tv": (2.4, 2.5, 3.3, 5.2, 1.4),
     "e2e_tv": (3.0, 3.3, 8.0, 6.7, 2.3),
 }
+# Fig. 8 of the paper, in tokens of accept length a nat: "TO", whatever the loss, and "RS + CE" -1.68, "RS + TV" -0.06. Models and tasks of its own.
 PAPER_SLOPES = {("ce", "target_only"): -1.68, ("tv", "target_only"): -1.68, ("ce", "rejection"): -1.68, ("tv", "rejection"): -0.06}
 FLAGGED = 4.0  # |z| of decoding's acceptance against the summed overlap
 # A z needs variance to be measured by: prompts, and refused drafts.
@@ -70,9 +71,7 @@ def read(context: Context, stage: str) -> list[dict[str, Any]]:
     path = records_path(context, stage)
     if not path.exists():
         raise FileNotFoundError(f"{path}: stage {stage} has not run")
-    store = Store(path)
-    store.close()
-    return store.records
+    return read_records(path)
 
 
 def accepted(counts: dict[str, Any]) -> float:
@@ -116,15 +115,12 @@ def acceptance_table(cells: Cells, mode: str) -> tuple[dict[str, Any], str]:
             numbers[f"{loss}/{workload}"] = entry
         if mode == "rejection":
             paper = PAPER.get(loss)
-            row += ["–"] * 4 if paper is None else [tables.number(paper[PAPER_WORKLOADS.index(name)], sign=loss != "ce") for name in PAPER_COLUMNS]
+            row += ["–"] * len(PAPER_WORKLOADS) if paper is None else [tables.number(value, sign=loss != "ce") for value in paper]
         rows.append(row)
     start = ["start (before training)"] + [tables.number(acceptance(cells, "start", mode, workload)[0]) for workload in workloads.WORKLOADS]
-    rows.append(start + ["–"] * (4 if mode == "rejection" else 0))
-    header = ["loss", *workloads.WORKLOADS] + ([f"paper: {name}" for name in PAPER_COLUMNS] if mode == "rejection" else [])
+    rows.append(start + ["–"] * (len(PAPER_WORKLOADS) if mode == "rejection" else 0))
+    header = ["loss", *workloads.WORKLOADS] + ([f"paper: {name}" for name in PAPER_WORKLOADS] if mode == "rejection" else [])
     return numbers, tables.table(header, rows)
-
-
-PAPER_COLUMNS = ("Math", "Code", "Agent", "MT-Bench")
 
 
 def spread_under_target_only(cells: Cells) -> tuple[dict[str, Any], str]:
@@ -472,11 +468,8 @@ def recipe_table(context: Context) -> str:
 # ---- all of it ----
 
 
-def run(context: Context, publish: Path | None) -> None:
-    """Numbers (report/numbers.json), tables (report/*.md) and plots (report/*.png) of what has been measured; with `publish`, a docs folder,
-    also into its page."""
-    out = context.work / "report"
-    out.mkdir(exist_ok=True)
+def report(context: Context, out: Path) -> tuple[dict[str, Any], dict[str, str], list[Path]]:
+    """(numbers, tables in Markdown by name, plots) of what has been measured; plots are written to `out`."""
     cells, scores = Cells(context), read(context, "score")
     numbers: dict[str, Any] = {}
     pages: dict[str, str] = {}
@@ -494,7 +487,7 @@ def run(context: Context, publish: Path | None) -> None:
     if context.settings.top_k:
         numbers["top_k"], pages["top_k"] = top_k_table(context, cells)
     numbers["throughput"], pages["throughput"] = throughput_table(context)
-    pictures = plots.draw_all(numbers, context.settings.losses, NAMES, out)
+    pictures = plots.draw_all(numbers, context.settings.losses, out)
     if heads.recipe_path(context, heads.RECIPE_LOSSES[-1], heads.RECIPE_RATES[-1]).exists():
         pages["recipe"] = recipe_table(context)
     if records_path(context, rl_stage.STAGE).exists():
@@ -503,16 +496,26 @@ def run(context: Context, publish: Path | None) -> None:
         pictures += rl_pictures
     else:
         context.say("rl: not measured, its tables stay as they are")
+    return numbers, pages, pictures
+
+
+def run(context: Context, publish: Path | None) -> None:
+    """Numbers (report/numbers.json), tables (report/*.md) and plots (report/*.png) of what has been measured; with `publish`, a docs folder,
+    also into its page. RuntimeError: the two counts of acceptance disagree; the report is there to look at, and nothing is published."""
+    out = context.work / "report"
+    out.mkdir(exist_ok=True)
+    numbers, pages, pictures = report(context, out)
     for name, content in pages.items():
         (out / f"{name}.md").write_text(content + "\n", encoding="utf-8")
     (out / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    context.say(f"report: {len(pages)} tables, {len(pictures)} plots in {out}")
+    flagged = numbers["consistency"]["flagged"]
+    if flagged:
+        raise RuntimeError(f"decoding's acceptance and the summed overlap disagree, |z| > {FLAGGED:g}, in {len(flagged)} places; first: {flagged[0]}")
     if publish:
         tables.fill(publish / "reproduction.md", pages)
         for picture in pictures:
             target = publish / "reproduction" / picture.name
             target.parent.mkdir(exist_ok=True)
             target.write_bytes(picture.read_bytes())
-    context.say(f"report: {len(pages)} tables, {len(pictures)} plots in {out}")
-    flagged = numbers["consistency"]["flagged"]
-    if flagged:
-        raise RuntimeError(f"decoding's acceptance and the summed overlap disagree, |z| > {FLAGGED:g}, in {len(flagged)} places; first: {flagged[0]}")
+        context.say(f"published in {publish}")

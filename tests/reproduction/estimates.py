@@ -21,6 +21,13 @@ class Estimate:
     low: float
     high: float
 
+    @staticmethod
+    def of_draws(draws: np.ndarray) -> Estimate:
+        """Of a value's resampled values, of which the first is the value itself (see Resampling). Those that are not finite do not count."""
+        finite = draws[1:][np.isfinite(draws[1:])]
+        low, high = map(float, np.percentile(finite, [2.5, 97.5])) if len(finite) else (math.nan, math.nan)
+        return Estimate(float(draws[0]), low, high)
+
     def scaled(self, factor: float) -> Estimate:
         return Estimate(self.mean * factor, self.low * factor, self.high * factor)
 
@@ -42,22 +49,42 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
+class Resampling:
+    """Row 0 is the sample itself, rows 1.. are draws with replacement: of prompts within their strata, of seeds as a whole."""
+
+    def __init__(self, strata: Sequence[str], draws: int = DRAWS, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self._rng_seed, self._draws = seed, draws
+        self.prompts = np.ones((draws + 1, len(strata)))
+        strata = np.asarray(strata)
+        for stratum in sorted(set(strata)):
+            here = np.flatnonzero(strata == stratum)
+            self.prompts[1:, here] = rng.multinomial(len(here), np.full(len(here), 1 / len(here)), size=draws)
+
+    def seeds(self, count: int) -> np.ndarray:
+        """Weights [draws + 1, count]; heads of the same number of seeds get the same."""
+        weights = np.ones((self._draws + 1, count))
+        weights[1:] = np.random.default_rng((self._rng_seed, count)).multinomial(count, np.full(count, 1 / count), size=self._draws)
+        return weights
+
+    def sums(self, seeds: Sequence[np.ndarray]) -> np.ndarray:
+        """Resampled sums [draws + 1, columns] of one [prompts, columns] array a seed."""
+        weights = self.seeds(len(seeds))
+        return sum(weights[:, index, None] * (self.prompts @ counts) for index, counts in enumerate(seeds))
+
+
 def bootstrap_difference(numerators: np.ndarray, denominators: np.ndarray, base_numerators: np.ndarray, base_denominators: np.ndarray) -> Estimate:
     """Difference of two ratios of sums, prompts drawn again jointly for both sides and all seeds.
 
     Arrays are [seeds, prompts]; each side's value is the mean over seeds of sum(numerators) / sum(denominators). The interval is that of prompts
     alone; seeds stay as they are.
     """
-    count = numerators.shape[1]
-    weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), DRAWS).T  # [prompts, DRAWS]
+    weights = Resampling([""] * numerators.shape[1]).prompts.T  # one stratum
 
-    def value(top: np.ndarray, bottom: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        return (top @ draws / (bottom @ draws)).mean(0)
+    def value(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+        return (top @ weights / (bottom @ weights)).mean(0)
 
-    everything = np.ones((count, 1))
-    mean = (value(numerators, denominators, everything) - value(base_numerators, base_denominators, everything))[0]
-    draws = value(numerators, denominators, weights) - value(base_numerators, base_denominators, weights)
-    return Estimate(float(mean), *(float(bound) for bound in np.percentile(draws, [2.5, 97.5])))
+    return Estimate.of_draws(value(numerators, denominators) - value(base_numerators, base_denominators))
 
 
 def self_normalized(differences: Sequence[float]) -> float:

@@ -14,11 +14,12 @@ import workloads
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+NAMES = {"start": "start", "ce": "CE", "kl": "KL", "reverse_kl": "reverse KL", "tv": "TV", "e2e_tv": "e2e TV", "lk": "LK"}  # on pages
 COLORS = {"start": "black", "ce": "tab:gray", "kl": "tab:brown", "reverse_kl": "tab:green", "tv": "tab:blue", "e2e_tv": "tab:red", "lk": "tab:purple"}
 MARKERS = dict(zip(workloads.WORKLOADS, "osD^v*"))
 
 
-def draw_all(numbers: Mapping[str, Any], losses: Sequence[str], names: Mapping[str, str], out: Path) -> list[Path]:
+def draw_all(numbers: Mapping[str, Any], losses: Sequence[str], out: Path) -> list[Path]:
     """Every plot; returns the files."""
     pictures: list[tuple[str, Callable[..., Any]]] = [
         ("acceptance", draw_acceptance), ("positions", draw_positions), ("entropy", draw_entropy), ("temperature", draw_temperature),
@@ -28,7 +29,7 @@ def draw_all(numbers: Mapping[str, Any], losses: Sequence[str], names: Mapping[s
     for name, draw in pictures:
         if name not in numbers:
             continue
-        figure = draw(numbers, losses, names)
+        figure = draw(numbers, losses)
         figure.tight_layout()
         files.append(out / f"{name}.png")
         figure.savefig(files[-1], dpi=72)
@@ -41,7 +42,7 @@ def _bounds(estimate: Mapping[str, float]) -> list[float]:
     return [float(np.nan_to_num(estimate["mean"] - estimate["low"])), float(np.nan_to_num(estimate["high"] - estimate["mean"]))]
 
 
-def draw_acceptance(numbers: Mapping[str, Any], losses: Sequence[str], names: Mapping[str, str]) -> Any:
+def draw_acceptance(numbers: Mapping[str, Any], losses: Sequence[str]) -> Any:
     """Gain over CE, under rejection and under target-only."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 3.8), sharey=True)
     others = [loss for loss in losses if loss != "ce"]
@@ -49,7 +50,7 @@ def draw_acceptance(numbers: Mapping[str, Any], losses: Sequence[str], names: Ma
         for number, loss in enumerate(others):
             gains = [numbers[key][f"{loss}/{workload}"]["gain_over_seeds"] for workload in workloads.WORKLOADS]
             x = np.arange(len(gains)) + (number - len(others) / 2 + 0.5) * 0.8 / len(others)
-            axis.bar(x, [gain["mean"] for gain in gains], 0.8 / len(others), color=COLORS[loss], label=names[loss],
+            axis.bar(x, [gain["mean"] for gain in gains], 0.8 / len(others), color=COLORS[loss], label=NAMES[loss],
                      yerr=np.array([_bounds(gain) for gain in gains]).T, error_kw={"linewidth": 0.8})
         axis.set_xticks(range(len(workloads.WORKLOADS)), workloads.WORKLOADS)
         axis.axhline(0, color="black", linewidth=0.6)
@@ -58,7 +59,7 @@ def draw_acceptance(numbers: Mapping[str, Any], losses: Sequence[str], names: Ma
     return figure
 
 
-def draw_positions(numbers: Mapping[str, Any], losses: Sequence[str], names: Mapping[str, str]) -> Any:
+def draw_positions(numbers: Mapping[str, Any], losses: Sequence[str]) -> Any:
     """alpha_i by draft position, a panel a task."""
     figure, axes = plt.subplots(1, len(workloads.IN_DOMAIN), figsize=(12, 3.6))
     by_task = numbers["positions"]["by_task"]
@@ -67,13 +68,13 @@ def draw_positions(numbers: Mapping[str, Any], losses: Sequence[str], names: Map
         for loss in losses:
             values = [by_task[f"{loss}/{task}/{i}"] for i in steps]
             axis.errorbar(steps, [value["mean"] for value in values], yerr=np.array([_bounds(value) for value in values]).T, color=COLORS[loss],
-                          marker="o", markersize=3, capsize=2, linewidth=1, label=names[loss])
+                          marker="o", markersize=3, capsize=2, linewidth=1, label=NAMES[loss])
         axis.set(title=f"{task}: acceptance given it was reached, %", xlabel="draft position", xticks=steps)
     axes[0].legend(fontsize=8)
     return figure
 
 
-def draw_entropy(numbers: Mapping[str, Any], losses: Sequence[str], names: Mapping[str, str]) -> Any:
+def draw_entropy(numbers: Mapping[str, Any], losses: Sequence[str]) -> Any:
     """Above: accept length over mean entropy, every point one temperature and task, lines of the fitted slope. Below: acceptance of single drafts
     over the entropy at their token."""
     figure, axes = plt.subplots(2, 2, figsize=(12, 8), sharey="row")
@@ -87,10 +88,10 @@ def draw_entropy(numbers: Mapping[str, Any], losses: Sequence[str], names: Mappi
             axis = axes[0, column]
             axis.plot(x.ravel(), y.ravel(), "o", markersize=3, color=COLORS[loss], alpha=0.5)
             ends = np.array([x.min(), x.max()])
-            axis.plot(ends, y.mean() + entry["slope"]["mean"] * (ends - x.mean()), color=COLORS[loss], label=f"{names[loss]} {entry['slope']['mean']:+.2f}")
+            axis.plot(ends, y.mean() + entry["slope"]["mean"] * (ends - x.mean()), color=COLORS[loss], label=f"{NAMES[loss]} {entry['slope']['mean']:+.2f}")
             single = numbers["token_entropy"][f"{loss}/{mode}"]
             axes[1, column].plot(single["entropy"], single["acceptance"], ".-", color=COLORS[loss], linewidth=0.8,
-                                 label=f"{names[loss]} {single['slope']['mean']:+.1f}")
+                                 label=f"{NAMES[loss]} {single['slope']['mean']:+.1f}")
         axes[0, column].set(title=f"accept length by temperature: {title}", xlabel="mean entropy, nats a token (tasks' levels taken out)")
         axes[1, column].set(title=f"acceptance of a draft, %, at temperature 1: {title}", xlabel="entropy of the target at that token, nats")
         for axis in axes[:, column]:
@@ -98,14 +99,14 @@ def draw_entropy(numbers: Mapping[str, Any], losses: Sequence[str], names: Mappi
     return figure
 
 
-def draw_temperature(numbers: Mapping[str, Any], losses: Sequence[str], names: Mapping[str, str]) -> Any:
+def draw_temperature(numbers: Mapping[str, Any], losses: Sequence[str]) -> Any:
     """Acceptance by temperature, and by place in the output."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4))
     for loss in losses:
         for mode, style in (("rejection", "-"), ("target_only", ":")):
             values = numbers["temperature"][f"{loss}/{mode}"]
             axes[0].plot(numbers["temperature"]["temperatures"], [value["mean"] for value in values], style, color=COLORS[loss], marker=".",
-                         label=names[loss] if style == "-" else None)
+                         label=NAMES[loss] if style == "-" else None)
     axes[0].set(title="acceptance, %, by temperature (solid rejection, dotted target-only)", xlabel="temperature")
     axes[0].legend(fontsize=8)
     for loss in [loss for loss in ("ce", "e2e_tv") if loss in losses]:
@@ -115,13 +116,13 @@ def draw_temperature(numbers: Mapping[str, Any], losses: Sequence[str], names: M
             hits = np.sum([np.nan_to_num(entry["acceptance"]) * entry["reached"] for entry in entries], axis=0)
             enough = reached >= 50
             places = (np.arange(len(reached)) + 0.5) * 8
-            axes[1].plot(places[enough], (hits / np.maximum(reached, 1))[enough], style, color=COLORS[loss], marker=".", label=f"{names[loss]}, {mode}")
+            axes[1].plot(places[enough], (hits / np.maximum(reached, 1))[enough], style, color=COLORS[loss], marker=".", label=f"{NAMES[loss]}, {mode}")
     axes[1].set(title="acceptance of reached drafts, %, by place in the output", xlabel="token of the output")
     axes[1].legend(fontsize=8)
     return figure
 
 
-def draw_boundary(numbers: Mapping[str, Any], losses: Sequence[str], names: Mapping[str, str]) -> Any:
+def draw_boundary(numbers: Mapping[str, Any], losses: Sequence[str]) -> Any:
     """d_TV against 1 - p(argmax q): means of workloads, and single drafts."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 5))
     for point in numbers["boundary"]["points"]:
@@ -130,7 +131,7 @@ def draw_boundary(numbers: Mapping[str, Any], losses: Sequence[str], names: Mapp
     axes[0].plot([0, limit], [0, limit], color="black", linewidth=0.8)
     axes[0].text(0.62 * limit, 0.3 * limit, "rejection accepts more")
     axes[0].text(0.05 * limit, 0.8 * limit, "target-only accepts more")
-    handles = [plt.Line2D([], [], color=COLORS[loss], marker="s", linestyle="", label=names[loss]) for loss in losses]
+    handles = [plt.Line2D([], [], color=COLORS[loss], marker="s", linestyle="", label=NAMES[loss]) for loss in losses]
     handles += [plt.Line2D([], [], color="black", marker=marker, linestyle="", label=name) for name, marker in MARKERS.items()]
     axes[0].legend(handles=handles, fontsize=7, ncol=2, loc="lower right")
     axes[0].set(title="means by workload, loss and temperature", xlabel="1 − p(argmax q)", ylabel="d_TV(p, q)")
@@ -142,7 +143,7 @@ def draw_boundary(numbers: Mapping[str, Any], losses: Sequence[str], names: Mapp
     return figure
 
 
-def draw_top_k(numbers: Mapping[str, Any], losses: Sequence[str], names: Mapping[str, str]) -> Any:
+def draw_top_k(numbers: Mapping[str, Any], losses: Sequence[str]) -> Any:
     """Gain of truncated over full TV after training, and the gradients on the way."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 3.8))
     norms = numbers["top_k"]["gradient_norms"]
@@ -163,7 +164,7 @@ def draw_top_k(numbers: Mapping[str, Any], losses: Sequence[str], names: Mapping
     return figure
 
 
-def draw_throughput(numbers: Mapping[str, Any], losses: Sequence[str], names: Mapping[str, str]) -> Any:
+def draw_throughput(numbers: Mapping[str, Any], losses: Sequence[str]) -> Any:
     """Throughput against accept length, both relative to CE's head in the same round."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4), sharex=True)
     points = [point for point in numbers["throughput"]["points"] if point["mode"] == "rejection"]

@@ -12,50 +12,23 @@ at temperature 1, and over temperatures, which also sharpen or flatten whatever 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from plots import COLORS, plt
-from tables import number, table
+from estimates import DRAWS, Estimate, Resampling
+from plots import COLORS, NAMES, plt
+from tables import table, with_bounds
 
-DRAWS = 2000
 COLUMNS = ("accepted", "drafts", "steps", "tokens", "entropy")
 ACCEPTED, DRAFTS, STEPS, TOKENS, ENTROPY = range(5)
-NAMES = {"ce": "CE", "kl": "KL", "reverse_kl": "reverse KL", "tv": "TV", "e2e_tv": "e2e TV", "lk": "LK"}
 MODES = {"rejection": "RS", "target_only": "TO"}
 
 
 def summed(prompt: dict[str, Any]) -> list[float]:
     """A prompt's counts in the order of COLUMNS."""
     return [sum(prompt["accepted"]), prompt["drafts"], prompt["steps"], prompt["tokens"], prompt["entropy"]]
-
-
-class Resampling:
-    """Row 0 is the sample itself, rows 1.. are draws with replacement: of prompts within their strata, of seeds as a whole."""
-
-    def __init__(self, strata: Sequence[str], draws: int = DRAWS, seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
-        self._rng_seed, self._draws = seed, draws
-        self.prompts = np.ones((draws + 1, len(strata)))
-        strata = np.asarray(strata)
-        for stratum in sorted(set(strata)):
-            here = np.flatnonzero(strata == stratum)
-            self.prompts[1:, here] = rng.multinomial(len(here), np.full(len(here), 1 / len(here)), size=draws)
-
-    def seeds(self, count: int) -> np.ndarray:
-        """Weights [draws + 1, count]; heads of the same number of seeds get the same."""
-        weights = np.ones((self._draws + 1, count))
-        weights[1:] = np.random.default_rng((self._rng_seed, count)).multinomial(count, np.full(count, 1 / count), size=self._draws)
-        return weights
-
-    def sums(self, seeds: Sequence[np.ndarray]) -> np.ndarray:
-        """Resampled sums [draws + 1, columns] of one [prompts, columns] array a seed."""
-        weights = self.seeds(len(seeds))
-        return sum(weights[:, index, None] * (self.prompts @ counts) for index, counts in enumerate(seeds))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +42,12 @@ class Value:
         return float(self.draws[0])
 
     @property
+    def estimate(self) -> Estimate:
+        return Estimate.of_draws(self.draws)
+
+    @property
     def interval(self) -> tuple[float, float]:
-        draws = self.draws[1:][np.isfinite(self.draws[1:])]
-        return tuple(map(float, np.percentile(draws, [2.5, 97.5]))) if len(draws) else (math.nan, math.nan)
+        return self.estimate.low, self.estimate.high
 
     def __sub__(self, other: Value) -> Value:
         return Value(self.draws - other.draws)
@@ -80,12 +56,10 @@ class Value:
         return Value(self.draws * other.draws)
 
     def show(self, scale: float = 1.0, digits: int = 2, sign: bool = False) -> str:
-        mean, low, high = (number(scale * value, digits, sign) for value in (self.mean, *self.interval))
-        return f"{mean} [{low}, {high}]"
+        return with_bounds(self.estimate.scaled(scale), digits, sign)
 
     def as_dict(self) -> dict[str, float]:
-        low, high = self.interval
-        return {"mean": self.mean, "low": low, "high": high}
+        return self.estimate.as_dict()
 
 
 def mean_of(values: Sequence[Value]) -> Value:
@@ -381,9 +355,9 @@ def draw_entropy(replays: Sequence[Replay], slopes: Slopes) -> Any:
     """Fig. 1 with both sources of entropy change: versions of the runs as dots, temperatures before the run as crosses."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for mode, axes in zip(MODES, panels):
-        for loss in NAMES:
+        for loss in ("ce", "tv", "e2e_tv"):
             group = (mode, loss, None)
-            if loss not in ("ce", "tv", "e2e_tv") or not all(group in replay.groups for replay in replays):
+            if not all(group in replay.groups for replay in replays):
                 continue
             for replay, marker in zip(replays, "osD^"):
                 axes.plot([replay.entropy(version).mean for version in replay.versions], [100 * replay.acceptance(group, version).mean
@@ -456,7 +430,3 @@ def numbers_of(replay: Replay, slopes: Slopes) -> dict[str, Any]:
                 entry[f"over_{source}"] = {"slope": slope.as_dict()} | {name: [getattr(part, name).as_dict() for part in parts]
                                                                          for name in ("change", "entropy", "mismatch")}
     return numbers
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

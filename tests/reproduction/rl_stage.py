@@ -64,5 +64,5 @@ def analyse(context: Context, out: Path) -> tuple[dict[str, Any], dict[str, str]
     missing = [name for name, manifest in manifests.items() if manifest is None]
     if missing:
         raise ValueError(f"policy {missing[0]} has not been trained to its end; run the stage {STAGE}")
-    records, decoded = (rl_analyse.read(measures.records_path(context, stage)) for stage in (STAGE, "decode"))
+    records, decoded = (harness.read_records(measures.records_path(context, stage)) for stage in (STAGE, "decode"))
     return rl_analyse.report(records, decoded, manifests, workloads.IN_DOMAIN, out)

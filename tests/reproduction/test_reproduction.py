@@ -280,6 +280,23 @@ def test_rollouts_that_were_not_put_in_order_are_not_done(harness, context, monk
     assert (context.work / "runs").read_text() == "2"
 
 
+def test_what_is_flagged_is_not_published(context, tmp_path, monkeypatch):
+    import analyse
+
+    page, picture = tmp_path / "reproduction.md", tmp_path / "one.png"
+    text = "<!-- table: one -->\nold\n<!-- end -->\n"
+    page.write_text(text)
+    picture.write_bytes(b"png")
+    flagged = [{"loss": "tv", "z": 5.0}]
+    monkeypatch.setattr(analyse, "report", lambda context, out: ({"consistency": {"flagged": flagged}}, {"one": "new"}, [picture]))
+    with pytest.raises(RuntimeError, match="disagree.*in 1 places"):
+        analyse.run(context, publish=tmp_path)
+    assert page.read_text() == text and not (tmp_path / "reproduction").exists() and (tmp_path / "report/one.md").read_text() == "new\n"
+    flagged.clear()
+    analyse.run(context, publish=tmp_path)
+    assert page.read_text() == text.replace("old", "new") and (tmp_path / "reproduction/one.png").read_bytes() == b"png"
+
+
 def test_counts_by_bin(harness):
     import measures
 

@@ -18,6 +18,7 @@ import client_site  # noqa: E402
 if client_site.missing_packages():
     pytest.skip(f"needs {', '.join(client_site.missing_packages())}", allow_module_level=True)
 
+import estimates  # noqa: E402
 import rl_analyse  # noqa: E402
 
 WORKLOADS = ("math", "code")
@@ -52,7 +53,7 @@ def decoded(temperature, acceptance, entropy, mode="rejection", loss="ce", seed=
 
 def test_resampling_draws_prompts_within_their_workload_and_whole_seeds():
     strata = ["math"] * 5 + ["code"] * 3
-    resampling = rl_analyse.Resampling(strata, draws=500)
+    resampling = estimates.Resampling(strata, draws=500)
     assert (resampling.prompts[0] == 1).all() and (resampling.prompts[:, :5].sum(axis=1) == 5).all() and (resampling.prompts[:, 5:].sum(axis=1) == 3).all()
     assert 0.5 < resampling.prompts[1:].var() < 1.5  # draws with replacement: about 1 - 1/n
     assert (resampling.seeds(3)[0] == 1).all() and (resampling.seeds(3).sum(axis=1) == 3).all() and (resampling.seeds(1) == 1).all()
