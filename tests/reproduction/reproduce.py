@@ -47,7 +47,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_same_run(work: Path, identity: dict[str, object]) -> None:
-    """Refuses a work folder of other settings: records of two settings must not mix."""
+    """Refuses a work folder of other settings: records of two settings must not mix. The identity has paths and numbers, not contents: after a change
+    of the model, the starting head or the programs at the same path take another --work, or --fresh."""
     path = work / "run.json"
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))

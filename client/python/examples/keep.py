@@ -6,7 +6,8 @@
     DIR/rollouts-000000-000050.jsonl         {"token_ids": [...], "loss_start": N} a line, as bebop-train-mtp reads it
     DIR/manifest.json                        what there is, in order
 
-Folders and files are written under another name and then renamed, and the manifest comes last: whatever it names is whole, also after a kill.
+Folders and files are written under another name and then renamed, and the manifest comes last: whatever it names is whole, also after a kill of the
+program. Nothing is forced to the disk, so a machine that loses power may keep the manifest and lose what it names.
 """
 
 from __future__ import annotations
