@@ -11,8 +11,13 @@
 
 namespace bebop {
 
-// Makes the replies that take long, in the order of Add, so that the engine's thread need not while everybody waits for its lock: a sample that is cut
-// short brings all of itself along in a handle, and a pause or a commit may cut thousands short at once. Thread safe.
+// Makes the replies that take long, in the order of Add, so that the engine's thread need not while everybody waits for its lock: a
+// sample that is cut short brings all of itself along in a handle, and a pause or a commit may cut thousands short at once. Thread
+// safe.
+//
+// The queue has no limit of its own: what waits are samples of calls that the engine had accepted, and what their streams say after
+// them. Nor has Flush, and so a drain lasts longer than its deadline by the time that the handles take, which grows with the tokens
+// of all samples that the deadline cut short: giving up would lose these tokens.
 class ReplyThread {
  public:
   ReplyThread();
@@ -21,7 +26,7 @@ class ReplyThread {
   ReplyThread& operator=(const ReplyThread&) = delete;
 
   void Add(std::function<void()> task);
-  void Flush();  // returns when everything that was added before is done
+  void Flush();  // returns when everything that was added before is done, and destroyed
 
  private:
   void Work();

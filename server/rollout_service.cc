@@ -47,7 +47,6 @@ bool HasData(const SampleResult& sample) { return sample.finish != FinishReason:
 struct ReplyPart {
   GenerateRequest request;
   ResumeOrigin origin;
-  std::optional<v1::GenerateRequest> params{};  // AppliedParams, once a sample has told
 };
 
 ReplyPart MakeReplyPart(const ServiceContext& context, const GenerateRequest& request, bool with_prompt) {
@@ -57,10 +56,11 @@ ReplyPart MakeReplyPart(const ServiceContext& context, const GenerateRequest& re
   return part;
 }
 
-v1::SampleResult ToReply(const SampleResult& sample, ReplyPart* part) {
-  if (!part->params.has_value()) part->params = AppliedParams(sample, part->request);
-  v1::SampleResult result = ToProto(sample, *part->params);
-  if (IsCutShort(sample.finish)) result.set_resume_handle(EncodeResumeHandle(part->origin, *part->params, result, sample.pending_drafts));
+// `params`: AppliedParams of the group, which its first sample tells.
+v1::SampleResult ToReply(const SampleResult& sample, const ReplyPart& part, std::optional<v1::GenerateRequest>* params) {
+  if (!params->has_value()) *params = AppliedParams(sample, part.request);
+  v1::SampleResult result = ToProto(sample, **params);
+  if (IsCutShort(sample.finish)) result.set_resume_handle(EncodeResumeHandle(part.origin, **params, result, sample.pending_drafts));
   return result;
 }
 
@@ -92,10 +92,12 @@ absl::StatusOr<std::vector<ScoreRequest>> ParseScore(const ServiceContext& conte
 
 class UnaryGenerate;
 
-// Collects a group's samples. All On* methods run under the engine's lock, one at a time; a group that was cut short is replied to elsewhere.
+// Collects a group's samples. All On* methods run under the engine's lock, one at a time; a group that was cut short is replied to
+// elsewhere.
 class GroupObserver final : public GenerateObserver, public std::enable_shared_from_this<GroupObserver> {
  public:
-  GroupObserver(UnaryGenerate* call, ReplyThread* reply_thread, ReplyPart part) : call_(call), reply_thread_(*reply_thread), part_(std::move(part)) {
+  GroupObserver(UnaryGenerate* call, ReplyThread* reply_thread, ReplyPart part)
+      : call_(call), reply_thread_(*reply_thread), part_(std::move(part)) {
     result_.set_request_id(part_.request.request_id);
     result_.mutable_prompt_token_ids()->Add(part_.request.prompt.begin(), part_.request.prompt.end());
   }
@@ -107,7 +109,7 @@ class GroupObserver final : public GenerateObserver, public std::enable_shared_f
     if (IsCutShort(sample->finish)) {
       cut_short_.push_back(sample);
     } else if (HasData(*sample)) {
-      *result_.add_samples() = ToReply(*sample, &part_);
+      *result_.add_samples() = ToReply(*sample, part_, &params_);
     }
   }
   void OnDone(const absl::Status& status) override;
@@ -117,8 +119,10 @@ class GroupObserver final : public GenerateObserver, public std::enable_shared_f
   void Reply(UnaryGenerate* call, const absl::Status& status);
 
   std::atomic<UnaryGenerate*> call_;
-  ReplyThread& reply_thread_;
-  ReplyPart part_;
+  ReplyThread& reply_thread_;  // of the server; while the call has not ended
+  const ReplyPart part_;
+  // The engine's thread until OnDone, then whoever replies.
+  std::optional<v1::GenerateRequest> params_;
   v1::GenerateResult result_;
   std::vector<std::shared_ptr<const SampleResult>> cut_short_;
 };
@@ -181,7 +185,7 @@ void GroupObserver::OnDone(const absl::Status& status) {
 }
 
 void GroupObserver::Reply(UnaryGenerate* call, const absl::Status& status) {
-  for (const auto& sample : cut_short_) *result_.add_samples() = ToReply(*sample, &part_);
+  for (const auto& sample : cut_short_) *result_.add_samples() = ToReply(*sample, part_, &params_);
   auto* samples = result_.mutable_samples();
   std::sort(samples->pointer_begin(), samples->pointer_end(),
             [](const v1::SampleResult* a, const v1::SampleResult* b) { return a->sample_index() < b->sample_index(); });
@@ -217,7 +221,7 @@ class StreamObserver final : public GenerateObserver, public std::enable_shared_
     was_cut_short_ = was_cut_short_ || IsCutShort(sample->finish);
     Do([this, sample] {
       v1::GenerateEvent event;
-      *event.mutable_sample_result() = ToReply(*sample, &part_);
+      *event.mutable_sample_result() = ToReply(*sample, part_, &params_);
       Push(event);
     });
   }
@@ -234,11 +238,13 @@ class StreamObserver final : public GenerateObserver, public std::enable_shared_
   bool Cancel();
 
  private:
-  // Does `push` now, or, once a sample was cut short, elsewhere and in order.
+  // Does `push` now, or, once a sample was cut short, elsewhere and in order. The engine may come here after the call has ended,
+  // and then the server and its thread may be gone; they are there as long as the call has not, and it cannot end under the lock.
   template <typename Action>
   void Do(Action push) {
     if (!was_cut_short_) return push();
-    reply_thread_.Add([self = shared_from_this(), push = std::move(push)] { push(); });
+    MutexLock lock(&mutex_);
+    if (call_ != nullptr) reply_thread_.Add([self = shared_from_this(), push = std::move(push)] { push(); });
   }
   void Push(const v1::GenerateEvent& event);
   void PushEnd(const absl::Status& call_status);
@@ -252,8 +258,10 @@ class StreamObserver final : public GenerateObserver, public std::enable_shared_
   std::optional<grpc::Status> end_ ABSL_GUARDED_BY(mutex_);
   std::atomic<int64_t> unsent_bytes_ = 0;
   EngineInterface* const engine_;
-  ReplyThread& reply_thread_;
-  ReplyPart part_;  // whoever pushes
+  ReplyThread& reply_thread_;  // of the server; see Do
+  const ReplyPart part_;
+  // Whoever makes the samples into events: the engine's thread until one was cut short, then the reply thread.
+  std::optional<v1::GenerateRequest> params_;
   // Under the engine's lock.
   int num_delivered_ = 0;
   bool was_cut_short_ = false;
@@ -269,7 +277,8 @@ class StreamGenerate final : public ServerWriteReactor<ByteBuffer> {
       return;
     }
     request_id_ = request->request_id;
-    observer_ = std::make_shared<StreamObserver>(this, &engine_, &context.reply_thread, MakeReplyPart(context, *request, with_prompt));
+    observer_ =
+        std::make_shared<StreamObserver>(this, &engine_, &context.reply_thread, MakeReplyPart(context, *request, with_prompt));
     const int64_t min_step = request->weights.min_step;
     const absl::Status status = engine_.Submit(*std::move(request), observer_);
     if (!status.ok()) {

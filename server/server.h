@@ -50,7 +50,8 @@ class Server {
   const std::string& served_model_name() const;
 
   // Health goes NOT_SERVING and new work is refused at once; then waits for running work, at most `timeout`, after which it ends as
-  // DRAINED with its tokens so far; then closes both listeners. A second call waits for the first.
+  // DRAINED with its tokens so far, and their replies are made (reply_thread.h says how long that takes); then closes both
+  // listeners. A second call waits for the first.
   void Drain(absl::Duration timeout);
 
  private:
