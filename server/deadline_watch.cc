@@ -3,10 +3,12 @@
 
 #include <algorithm>
 #include <chrono>
+#include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "engine/base/mutex.h"
+#include "server/status_details.h"
 
 namespace bebop {
 namespace {
@@ -19,14 +21,20 @@ constexpr int kShareOfTime = 10;
 
 absl::Status WhyItWaits(const EngineInterface& engine, int64_t min_step) {
   const EngineControl control = engine.control();
-  const auto why = [](const auto&... parts) { return absl::DeadlineExceededError(absl::StrCat("not done before the call's deadline: ", parts...)); };
+  const auto why = [](const std::string& waits_for, const auto&... parts) {
+    return DetailedError(absl::StatusCode::kDeadlineExceeded, "DEADLINE",
+                         absl::StrCat("not done before the call's deadline: ", parts...), {{"waits_for", waits_for}});
+  };
   if (control.sleeping.weights || control.sleeping.kv_cache) {
     const bool both = control.sleeping.weights && control.sleeping.kv_cache;
-    return why("the server sleeps (", both ? "weights, kv_cache" : control.sleeping.weights ? "weights" : "kv_cache", ") until WakeUp");
+    return why("WakeUp", "the server sleeps (", both ? "weights, kv_cache" : control.sleeping.weights ? "weights" : "kv_cache",
+               ") until WakeUp");
   }
-  if (control.paused) return why("generation is paused until ResumeGeneration");
+  if (control.paused) return why("ResumeGeneration", "generation is paused until ResumeGeneration");
   const int64_t target_step = engine.GetLoads().target_step;
-  if (target_step < min_step) return why("weights.min_step ", min_step, " is waited for; the target is at step ", target_step);
+  if (target_step < min_step) {
+    return why("weights.min_step", "weights.min_step ", min_step, " is waited for; the target is at step ", target_step);
+  }
   return absl::OkStatus();
 }
 
@@ -36,8 +44,8 @@ struct DeadlineWatch::State {
   std::function<void()> detach ABSL_GUARDED_BY(mutex);
 };
 
-void DeadlineWatch::Start(const grpc::CallbackServerContext& call, const EngineInterface& engine, int64_t min_step, std::function<void()> detach,
-                          std::function<void(const absl::Status&)> end) {
+void DeadlineWatch::Start(const grpc::CallbackServerContext& call, const EngineInterface& engine, int64_t min_step,
+                          std::function<void()> detach, std::function<void(const absl::Status&)> end) {
   const auto deadline = call.deadline();
   if (deadline == std::chrono::system_clock::time_point::max()) return;
   const auto left = deadline - std::chrono::system_clock::now();
@@ -64,7 +72,7 @@ void DeadlineWatch::Start(const grpc::CallbackServerContext& call, const EngineI
   });
 }
 
-void DeadlineWatch::Stop() {
+DeadlineWatch::~DeadlineWatch() {
   if (state_ == nullptr) return;
   {
     MutexLock lock(&state_->mutex);

@@ -324,10 +324,20 @@ class OutputFile {
 
 // ---- asking ----
 
+// Before a request that a pause or new weights cut short is sent again.
+constexpr absl::Duration kBetweenRepeats = absl::Milliseconds(100);
+
+// Whether the server stands still until somebody resumes it, wakes it or brings new weights.
+bool IsOfTheServer(const absl::Status& status) {
+  const ErrorDetails details = GetErrorDetails(status);
+  return details.metadata.contains("waits_for") || details.reason == "STEP_NOT_REACHED";
+}
+
 // Whether the server refused this one request, so that others may fare better.
 bool IsOfTheRequest(const absl::Status& status) {
-  return absl::IsInvalidArgument(status) || absl::IsFailedPrecondition(status) || absl::IsResourceExhausted(status) ||
-         absl::IsOutOfRange(status) || absl::IsDeadlineExceeded(status);
+  const bool refused = absl::IsInvalidArgument(status) || absl::IsFailedPrecondition(status) || absl::IsResourceExhausted(status) ||
+                       absl::IsOutOfRange(status) || absl::IsDeadlineExceeded(status);
+  return refused && !IsOfTheServer(status);
 }
 
 bool AnyEnded(const v1::GenerateResult& result, std::initializer_list<v1::Finish::Reason> reasons) {
@@ -406,6 +416,7 @@ class Generation {
       }
       // Cut short by a pause or by new weights: what a run without them would hold comes from asking again.
       if (!AnyEnded(*result, {v1::Finish::ABORTED, v1::Finish::SUPERSEDED})) return result;
+      if (!Pause(kBetweenRepeats)) return absl::CancelledError("the run has ended, and the samples are not whole");
     }
   }
 

@@ -321,6 +321,58 @@ class Rollouts(unittest.TestCase):
         self.assertEqual((process.returncode, err), (0, ""))
         self.assertEqual([tokens(line) for line in self.read(out)], self.expected)
 
+    def test_a_server_that_stands_still_ends_the_run(self):
+        """It is not the prompts' fault: they are not refused one after the other, each at its deadline."""
+        server = Server("--threads", "1")
+        out = self.out("standing.jsonl")
+        self.assertEqual(bebop("pause", "--mode", "keep", admin=server.admin)[0], 0)
+        status, summary, err = self.run_to_end(out, "--timeout", "1", server=server)
+        self.assertEqual((status, summary["written"], summary["refused"]), (4, 0, 0), err)
+        self.assertRegex(err, rf"^error: DEADLINE_EXCEEDED DEADLINE: .*paused.*; {out} has 0 of {NUM_PROMPTS} prompts, and the same command goes "
+                              r"on from there\n$")
+        self.assertLessEqual(self.submitted(server), 4)
+        self.assertEqual(bebop("resume", admin=server.admin)[0], 0)
+        self.finish(out, server=server)
+        # Nor that it has not got the weights yet.
+        prompts = self.out("later.jsonl")
+        with open(prompts, "w") as file:
+            file.write(json.dumps({"prompt_token_ids": [4], "weights": {"min_step": "9"}}) + "\n" + json.dumps({"prompt_token_ids": [5]}) + "\n")
+        status, summary, err = self.run_to_end(self.out("later-out.jsonl"), server=server, prompts=prompts)
+        self.assertEqual((status, summary["refused"]), (1, 0), err)
+        self.assertRegex(err, r"^error: FAILED_PRECONDITION STEP_NOT_REACHED: .*goes on from there\n$")
+        server.stop()
+
+    def test_a_run_that_has_ended_asks_for_nothing_again(self):
+        """The disk is full, and a pause cuts short what is in flight: nobody waits for samples that have no place."""
+        server = Server("--threads", "1")
+        prompts, out = self.out("long.jsonl"), self.out("long-out.jsonl")
+        with open(prompts, "w") as file:  # the first is over soon, and its line is long
+            file.write(json.dumps({"prompt_token_ids": [7] * 1500, "stopping": {"max_new_tokens": 1}}) + "\n")
+            file.writelines(json.dumps({"prompt_token_ids": [8, i]}) + "\n" for i in range(3))
+
+        def limited():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+        command = self.command(out, prompts=prompts, flags=("--seed", "1", "--max-new-tokens", "2000", "--ignore-eos", "--concurrency", "4"))
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=limited,
+                                   env=clean_environment() | {"BEBOP_SERVER": server.rollout})
+
+        def loads():
+            return {k: int(v) for k, v in json.loads(bebop("loads", "--json", server=server.rollout)[1]).items() if k in ("submitted", "finished")}
+
+        deadline = time.time() + 60
+        while loads() != {"submitted": 4, "finished": 1} and time.time() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)  # until the line has met its limit
+        self.assertEqual(loads(), {"submitted": 4, "finished": 1}, "the long ones are over already, or the short one is not")
+        self.assertEqual(bebop("pause", "--mode", "abort", admin=server.admin)[0], 0)
+        _, err = process.communicate(timeout=30)
+        self.assertEqual(process.returncode, 1, err)
+        self.assertIn("long-out.jsonl: File too large", err)
+        self.assertEqual(loads()["submitted"], 4)
+        server.stop()
+
     def test_disk_full_midway(self):
         out = self.out("full.jsonl")
         limit = os.path.getsize(self.whole) // 2

@@ -183,10 +183,12 @@ TEST_F(ServerTest, ACallThatStandsStillHearsWhy) {
   absl::Status status = client->Generate(later).status();
   EXPECT_EQ(status.message(), "not done before the call's deadline: weights.min_step 9 is waited for; the target is at step 7");
   EXPECT_EQ(GetErrorDetails(status).reason, "DEADLINE");
+  EXPECT_EQ(GetErrorDetails(status).metadata["waits_for"], "weights.min_step");
   ASSERT_TRUE(engine_.Pause(PauseMode::kKeep, false, absl::ZeroDuration()).ok());
   status = client->Generate(MakeRequest("paused")).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded);
   EXPECT_EQ(status.message(), "not done before the call's deadline: generation is paused until ResumeGeneration");
+  EXPECT_EQ(GetErrorDetails(status).metadata["waits_for"], "ResumeGeneration");
   status = client->GenerateStream(MakeRequest("stream"), [](const v1::GenerateEvent&) { return true; });
   EXPECT_EQ(status.message(), "not done before the call's deadline: generation is paused until ResumeGeneration");
   EXPECT_EQ(engine_.num_detached(), 3);
@@ -195,6 +197,7 @@ TEST_F(ServerTest, ACallThatStandsStillHearsWhy) {
   score.add_sequences()->add_token_ids(1);
   status = client->Score(score).status();
   EXPECT_EQ(status.message(), "not done before the call's deadline: the server sleeps (weights, kv_cache) until WakeUp");
+  EXPECT_EQ(GetErrorDetails(status).metadata["waits_for"], "WakeUp");
   EXPECT_EQ(engine_.num_cancelled_scores(), 1);
 }
 
@@ -237,6 +240,24 @@ TEST_F(ServerTest, EventsAfterCancelAreIgnored) {
   observer->OnSample(std::make_shared<const SampleResult>(MakeSample(0, {1})));
   observer->OnDone(absl::OkStatus());
   EXPECT_TRUE(observer->HasRoom());
+}
+
+// A server that ends without a drain may leave observers to the engine, which has not taken the next step; its reply thread is gone.
+TEST_F(ServerTest, AStreamThatWasCutShortMayOutliveTheServer) {
+  const auto client = Connect();
+  std::thread reader([&] {
+    (void)client->GenerateStream(MakeRequest("r", 2), [](const v1::GenerateEvent&) { return true; });
+  });
+  std::vector<std::shared_ptr<GenerateObserver>> observers = engine_.WaitForObservers("r");
+  ASSERT_EQ(observers.size(), 1u);
+  const std::shared_ptr<GenerateObserver> observer = std::move(observers[0]);
+  observers.clear();
+  engine_.Sample("r", MakeSample(0, {1}, FinishReason::kAborted));
+  server_.reset();
+  reader.join();
+  observer->OnSample(std::make_shared<const SampleResult>(MakeSample(1, {2}, FinishReason::kAborted)));
+  observer->OnDone(absl::OkStatus());
+  EXPECT_EQ(observer.use_count(), 1);  // nobody keeps it for what would come
 }
 
 // Samples that are cut short are made into replies elsewhere; the stream keeps its order.
