@@ -8,10 +8,12 @@
 
 #include <atomic>
 #include <chrono>
+#include <cstring>
 #include <string>
 #include <string_view>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -46,7 +48,8 @@ struct HttpEndpoints::Impl {
     mg_exit_library();
   }
 
-  // The library's listening thread looks up from its sockets every 2 s, a constant of the library, or when somebody connects: so somebody does.
+  // The library's listening thread looks up from its sockets every 2 s, a constant of the library, or when somebody connects: so
+  // somebody does.
   void Stop() {
     std::atomic<bool> stopped = false;
     std::thread waker([this, &stopped] {
@@ -60,19 +63,30 @@ struct HttpEndpoints::Impl {
     waker.join();
   }
 
-  // Connects to the listener and hangs up.
-  void Connect() const {
+  // What `host` stands for, which may take a while. A name may have addresses that the library does not listen at.
+  void Resolve(const std::string& host) {
     addrinfo hints = {};
     hints.ai_socktype = SOCK_STREAM;
     hints.ai_flags = AI_NUMERICSERV;
     addrinfo* found = nullptr;
     if (getaddrinfo(host.c_str(), absl::StrCat(port).c_str(), &hints, &found) != 0) return;
-    const int connection = socket(found->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    if (connection >= 0) {
-      connect(connection, found->ai_addr, found->ai_addrlen);  // whether or not it works out: a listener that is gone needs no waking
-      close(connection);
+    for (const addrinfo* one = found; one != nullptr; one = one->ai_next) {
+      Address address = {.size = one->ai_addrlen};
+      std::memcpy(&address.bytes, one->ai_addr, one->ai_addrlen);
+      addresses.push_back(address);
     }
     freeaddrinfo(found);
+  }
+
+  // Connects to the listener and hangs up.
+  void Connect() const {
+    for (const Address& address : addresses) {
+      const int connection = socket(address.bytes.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+      if (connection < 0) continue;
+      // Whether or not it works out: a listener that is gone needs no waking.
+      connect(connection, reinterpret_cast<const sockaddr*>(&address.bytes), address.size);
+      close(connection);
+    }
   }
 
   // Answers every request, so that the library itself never looks for a file.
@@ -90,8 +104,13 @@ struct HttpEndpoints::Impl {
   }
   static int DropMessage(const mg_connection*, const char*) { return 1; }
 
+  struct Address {
+    sockaddr_storage bytes = {};
+    socklen_t size = 0;
+  };
+
   const Handler handler;
-  std::string host;
+  std::vector<Address> addresses;  // the listener's
   mg_context* context = nullptr;
   int32_t port = 0;
 };
@@ -101,7 +120,6 @@ HttpEndpoints::~HttpEndpoints() = default;
 
 absl::StatusOr<std::unique_ptr<HttpEndpoints>> HttpEndpoints::Start(const std::string& host, int32_t port, Handler handler) {
   auto impl = std::make_unique<Impl>(std::move(handler));
-  impl->host = host;
   const std::string address = absl::StrContains(host, ':') ? absl::StrCat("[", host, "]:", port) : absl::StrCat(host, ":", port);
   // A peer that sends nothing holds a thread for the timeout: there are enough for a few of them beside the probes, and others wait in line.
   const char* options[] = {"listening_ports",  address.c_str(), "num_threads",      "16",   "request_timeout_ms", "2000",
@@ -115,6 +133,7 @@ absl::StatusOr<std::unique_ptr<HttpEndpoints>> HttpEndpoints::Start(const std::s
     return absl::InvalidArgumentError(absl::StrCat("--host/--http-port: cannot listen on ", address));
   }
   impl->port = bound.port;
+  impl->Resolve(host);  // now, since a name that resolves slowly would make ending slow
   return std::unique_ptr<HttpEndpoints>(new HttpEndpoints(std::move(impl)));
 }
 
