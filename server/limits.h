@@ -64,7 +64,10 @@ inline constexpr int64_t kWeightChunkBytes = 4 << 20;
 inline constexpr int32_t kWeightDeadlineMs = 3'600'000;
 inline constexpr int32_t kWeightUpdateSeconds = 3600;  // from an update's start to its Finish, however often its learner calls
 inline constexpr int kPushStreams = 4;                 // PushWeights streams at a time
-inline constexpr size_t kPushQueueChunks = 8;  // of one PushWeights stream that wait to be written, before it is read further
+// Of one PushWeights stream that wait to be written, before it is read further. With these a stream holds one more that comes in, and
+// up to three copies of the two that the writer works on, which keep their memory as long as the stream: 12 messages, and kPushStreams
+// of them 192 MiB of chunks of kWeightChunkBytes beside the staging budget. A larger message ends its stream.
+inline constexpr size_t kPushQueueChunks = 8;
 
 }  // namespace limits
 
