@@ -90,12 +90,16 @@ TEST(ReplyThreadTest, FlushWaitsForTheTaskThatRunsAndForItsEnd) {
   ReplyThread thread;
   thread.Add(gate.Task());
   ASSERT_TRUE(gate.WaitUntilEntered());
-  auto held = std::make_shared<int>(1);
-  const std::weak_ptr<int> watched = held;
+  std::atomic<bool> gone = false;
+  std::shared_ptr<int> held(new int(1), [&gone](const int* value) {
+    std::this_thread::sleep_for(kShort);
+    delete value;
+    gone = true;
+  });
   thread.Add([held = std::move(held)] {});
   auto flushed = std::async(std::launch::async, [&] {
     thread.Flush();
-    return watched.expired();
+    return gone.load();
   });
   EXPECT_EQ(flushed.wait_for(kShort), std::future_status::timeout);
   gate.Open();
