@@ -10,7 +10,9 @@
 namespace bebop {
 namespace {
 
-constexpr float kCut = -1e30f;  // of probability 0, and finite, as a logit must be
+// Of probability 0, and finite, as a logit must be. It also marks the cut places: a target logit that is -1e30 of itself has
+// probability 0 anyway, so that cutting the draft there, too, changes only what the draft may spend on it.
+constexpr float kCut = -1e30f;
 
 }  // namespace
 

@@ -30,44 +30,44 @@ MtpBlock::MtpBlock(const ModelConfig& config, int64_t max_rows, int32_t max_step
       max_rows_(max_rows),
       max_steps_(max_steps),
       ops_(*ops),
-      saved_(static_cast<size_t>(max_steps)) {}
+      arrays_(config, max_rows, max_steps, *ops, /*base=*/nullptr) {}
 
-int64_t MtpBlock::Carve(char* base) {
-  int64_t used = 0;
-  const auto take = [&](int64_t bytes) {
-    char* const place = base == nullptr ? nullptr : base + used;
-    used += RoundUp(bytes, kAlignment);
+MtpBlock::Arrays::Arrays(const ModelConfig& config, int64_t max_rows, int32_t max_steps, const TrainingOps& ops, char* base)
+    : saved(static_cast<size_t>(max_steps)) {
+  const MtpLayout layout(config);
+  const auto take = [&](int64_t size) {
+    char* const place = base == nullptr ? nullptr : base + bytes;
+    bytes += RoundUp(size, kAlignment);
     return place;
   };
   constexpr auto kFloatBytes = static_cast<int64_t>(sizeof(float));
   const auto matrix = [&](int64_t cols) {
-    return FloatMatrix(reinterpret_cast<float*>(take(max_rows_ * cols * kFloatBytes)), max_rows_, cols);
+    return FloatMatrix(reinterpret_cast<float*>(take(max_rows * cols * kFloatBytes)), max_rows, cols);
   };
-  const int64_t hidden = layout_.hidden, query = layout_.query_width, kv = layout_.kv_width;
-  for (Saved& saved : saved_) {
-    for (TensorView* view : {&saved.fused, &saved.attended_stream, &saved.mlp_stream, &saved.hidden}) *view = matrix(hidden);
-    saved.projected = matrix(layout_.qkv_width());
-    for (TensorView* view : {&saved.query, &saved.attended, &saved.gated}) *view = matrix(query);
-    for (TensorView* view : {&saved.key, &saved.dkey, &saved.dvalue}) *view = matrix(kv);
-    saved.log_sum = matrix(config_.num_attention_heads);
-    saved.gate_up = matrix(2 * layout_.ffn);
+  const int64_t hidden = layout.hidden, query = layout.query_width, kv = layout.kv_width;
+  for (Saved& step : saved) {
+    for (TensorView* view : {&step.fused, &step.attended_stream, &step.mlp_stream, &step.hidden}) *view = matrix(hidden);
+    step.projected = matrix(layout.qkv_width());
+    for (TensorView* view : {&step.query, &step.attended, &step.gated}) *view = matrix(query);
+    for (TensorView* view : {&step.key, &step.dkey, &step.dvalue}) *view = matrix(kv);
+    step.log_sum = matrix(config.num_attention_heads);
+    step.gate_up = matrix(2 * layout.ffn);
   }
-  pair_ = matrix(2 * hidden);
-  embedded_ = matrix(hidden);
-  stream_ = matrix(hidden);
-  wide_ = matrix(std::max(layout_.ffn, query));
+  pair = matrix(2 * hidden);
+  embedded = matrix(hidden);
+  stream = matrix(hidden);
+  wide = matrix(std::max(layout.ffn, query));
   const auto pack = [&](Packed& packed, int64_t rows, int64_t cols) {
-    packed.forward_data = take(ops_.PackedMatrixBytes(rows, cols));
-    if (!ops_.reads_columns()) packed.transposed_data = take(ops_.PackedMatrixBytes(cols, rows));
+    packed.forward_data = take(ops.PackedMatrixBytes(rows, cols));
+    if (!ops.reads_columns()) packed.transposed_data = take(ops.PackedMatrixBytes(cols, rows));
   };
-  pack(fc_, hidden, 2 * hidden);
-  pack(qkv_, layout_.qkv_width(), hidden);
-  pack(out_, hidden, query);
-  pack(gate_up_, 2 * layout_.ffn, hidden);
-  pack(down_, hidden, layout_.ffn);
-  row_sequence_ = reinterpret_cast<int32_t*>(take(max_rows_ * static_cast<int64_t>(sizeof(int32_t))));
-  sequence_ = reinterpret_cast<SequenceRows*>(take(sizeof(SequenceRows)));
-  return used;
+  pack(fc, hidden, 2 * hidden);
+  pack(qkv, layout.qkv_width(), hidden);
+  pack(out, hidden, query);
+  pack(gate_up, 2 * layout.ffn, hidden);
+  pack(down, hidden, layout.ffn);
+  row_sequence = reinterpret_cast<int32_t*>(take(max_rows * static_cast<int64_t>(sizeof(int32_t))));
+  sequence = reinterpret_cast<SequenceRows*>(take(sizeof(SequenceRows)));
 }
 
 int64_t MtpBlock::OperandValues(const ModelConfig& config, int64_t max_rows) {
@@ -76,7 +76,7 @@ int64_t MtpBlock::OperandValues(const ModelConfig& config, int64_t max_rows) {
 }
 
 int64_t MtpBlock::Bytes(const ModelConfig& config, int64_t max_rows, int32_t max_steps, const TrainingOps& ops) {
-  return MtpBlock(config, max_rows, max_steps, const_cast<TrainingOps*>(&ops)).Carve(nullptr);  // which only asks for sizes
+  return Arrays(config, max_rows, max_steps, ops, /*base=*/nullptr).bytes;
 }
 
 absl::StatusOr<std::unique_ptr<MtpBlock>> MtpBlock::Create(const ModelConfig& config, int64_t max_rows, int32_t max_steps,
@@ -87,10 +87,10 @@ absl::StatusOr<std::unique_ptr<MtpBlock>> MtpBlock::Create(const ModelConfig& co
   }
   std::unique_ptr<MtpBlock> block(new MtpBlock(config, max_rows, max_steps, ops));
   BEBOP_RETURN_IF_ERROR(ops->ReserveOperands(OperandValues(config, max_rows)));
-  BEBOP_ASSIGN_OR_RETURN(block->storage_, memory->Allocate(block->Carve(nullptr), "training activations"));
-  block->Carve(static_cast<char*>(block->storage_.get()));
+  BEBOP_ASSIGN_OR_RETURN(block->storage_, memory->Allocate(block->arrays_.bytes, "training activations"));
+  block->arrays_ = Arrays(config, max_rows, max_steps, *ops, static_cast<char*>(block->storage_.get()));
   const SequenceRows sequence;
-  memory->CopyIn(block->sequence_, &sequence, sizeof(sequence));
+  memory->CopyIn(block->arrays_.sequence, &sequence, sizeof(sequence));
   return block;
 }
 
@@ -101,15 +101,15 @@ void MtpBlock::SetParameters(const float* flat) {
     packed.forward = ops_.Pack(matrix, packed.forward_data);
     packed.transposed = ops_.reads_columns() ? InColumns(packed.forward) : ops_.PackTransposed(matrix, packed.transposed_data);
   };
-  pack(layout_.Fc(weights), fc_);
-  pack(layout_.Qkv(weights), qkv_);
-  pack(layout_.Out(weights), out_);
-  pack(layout_.GateUp(weights), gate_up_);
-  pack(layout_.Down(weights), down_);
+  pack(layout_.Fc(weights), arrays_.fc);
+  pack(layout_.Qkv(weights), arrays_.qkv);
+  pack(layout_.Out(weights), arrays_.out);
+  pack(layout_.GateUp(weights), arrays_.gate_up);
+  pack(layout_.Down(weights), arrays_.down);
 }
 
 MtpBlock::Saved MtpBlock::RowsOf(int32_t step, int64_t rows) const {
-  Saved out = saved_[static_cast<size_t>(step - 1)];
+  Saved out = arrays_.saved[static_cast<size_t>(step - 1)];
   for (TensorView* view : {&out.fused, &out.attended_stream, &out.mlp_stream, &out.hidden, &out.projected, &out.query, &out.key,
                            &out.attended, &out.gated, &out.log_sum, &out.gate_up, &out.dkey, &out.dvalue}) {
     *view = view->Rows(0, rows);
@@ -147,25 +147,26 @@ void MtpBlock::MakeInput(const MtpBatch& batch, int32_t step, const TensorView& 
        pair.Columns(layout_.hidden, layout_.hidden));
 }
 
-TensorView MtpBlock::hidden(int32_t step) const { return saved_[static_cast<size_t>(step - 1)].hidden; }
+TensorView MtpBlock::hidden(int32_t step) const { return arrays_.saved[static_cast<size_t>(step - 1)].hidden; }
 
 void MtpBlock::ForwardStep(const MtpBatch& batch, int32_t step) {
   const int64_t rows = batch.num_rows;
   BEBOP_CHECK(parameters_ != nullptr && step >= 1 && step <= max_steps_ && rows <= max_rows_);
   const Saved saved = RowsOf(step, rows);
   const Projected projected = Split(saved.projected, layout_);
-  const TensorView pair = pair_.Rows(0, rows), normed = embedded_.Rows(0, rows), update = stream_.Rows(0, rows);
+  const TensorView pair = arrays_.pair.Rows(0, rows), normed = arrays_.embedded.Rows(0, rows);
+  const TensorView update = arrays_.stream.Rows(0, rows);
 
   MakeInput(batch, step, normed, pair);
-  MatMul(pair, fc_.forward, saved.fused);
+  MatMul(pair, arrays_.fc.forward, saved.fused);
 
   Norm(saved.fused, layout_.input_norm, normed);
-  MatMul(normed, qkv_.forward, saved.projected);
+  MatMul(normed, arrays_.qkv.forward, saved.projected);
   // Keys and values go to dense matrices, so which sequence the rows belong to does not matter.
   ops_.QkNormRope({.batch = {.num_sequences = 1,
                              .num_rows = static_cast<int32_t>(rows),
-                             .sequences = sequence_,
-                             .row_sequence = row_sequence_,
+                             .sequences = arrays_.sequence,
+                             .row_sequence = arrays_.row_sequence,
                              .row_position = batch.row_position + (step - 1) * rows},
                    .q_gate = projected.q_gate,
                    .k = projected.k,
@@ -206,18 +207,18 @@ void MtpBlock::ForwardStep(const MtpBatch& batch, int32_t step) {
                        .out = saved.gated});
   // The sum of stream and update happens inside the norm that reads it, in place: in a copy here, as the backward wants both
   // streams.
-  MatMul(saved.gated, out_.forward, update);
+  MatMul(saved.gated, arrays_.out.forward, update);
   ops_.Copy(saved.fused, saved.attended_stream);
   ops_.RmsNorm({.x = saved.attended_stream,
                 .residual = update,
                 .weight = parameters_ + layout_.post_attention_norm,
                 .eps = config_.rms_norm_eps,
                 .out = normed});
-  MatMul(normed, gate_up_.forward, saved.gate_up);
-  const TensorView activated = wide_.Rows(0, rows).Columns(0, layout_.ffn);
+  MatMul(normed, arrays_.gate_up.forward, saved.gate_up);
+  const TensorView activated = arrays_.wide.Rows(0, rows).Columns(0, layout_.ffn);
   ops_.SwiGlu(
       {.gate = saved.gate_up.Columns(0, layout_.ffn), .up = saved.gate_up.Columns(layout_.ffn, layout_.ffn), .out = activated});
-  MatMul(activated, down_.forward, update);
+  MatMul(activated, arrays_.down.forward, update);
   ops_.Copy(saved.attended_stream, saved.mlp_stream);
   ops_.RmsNorm({.x = saved.mlp_stream,
                 .residual = update,
@@ -241,8 +242,9 @@ void MtpBlock::Backward(const MtpBatch& batch, int32_t num_steps, const TensorVi
     dchain_v[step - 2] = saved.dvalue;
   }
   const Saved first = RowsOf(1, rows);
-  const TensorView pair = pair_.Rows(0, rows), normed = embedded_.Rows(0, rows), dstream = stream_.Rows(0, rows);
-  const TensorView dnormed = FloatMatrix(static_cast<float*>(pair_.data), rows, hidden);  // while the pair is not needed
+  const TensorView pair = arrays_.pair.Rows(0, rows), normed = arrays_.embedded.Rows(0, rows);
+  const TensorView dstream = arrays_.stream.Rows(0, rows);
+  const TensorView dnormed = FloatMatrix(static_cast<float*>(arrays_.pair.data), rows, hidden);  // while the pair is not needed
 
   // From the last step to the first: what a step adds to the entries of earlier ones, and to the hidden state before it, is
   // complete when its turn comes.
@@ -251,19 +253,19 @@ void MtpBlock::Backward(const MtpBatch& batch, int32_t num_steps, const TensorVi
     const Projected projected = Split(saved.projected, layout_);
     NormBackward(saved.mlp_stream, layout_.norm, dhidden[step - 1], dstream, /*accumulate=*/false, gradients);
 
-    const TensorView activated = wide_.Rows(0, rows).Columns(0, ffn);
+    const TensorView activated = arrays_.wide.Rows(0, rows).Columns(0, ffn);
     const TensorView gate = saved.gate_up.Columns(0, ffn), up = saved.gate_up.Columns(ffn, ffn);
-    MatMul(dstream, down_.transposed, activated);
+    MatMul(dstream, arrays_.down.transposed, activated);
     ops_.SwiGluBackward({.gate = gate, .up = up, .dout = activated, .dgate = gate, .dup = up, .out = activated});
     WeightGradient(activated, dstream, layout_.Down(gradients));
     Norm(saved.attended_stream, layout_.post_attention_norm, normed);
     WeightGradient(normed, saved.gate_up, layout_.GateUp(gradients));
-    MatMul(saved.gate_up, gate_up_.transposed, dnormed);
+    MatMul(saved.gate_up, arrays_.gate_up.transposed, dnormed);
     NormBackward(saved.attended_stream, layout_.post_attention_norm, dnormed, dstream, /*accumulate=*/true, gradients);
 
-    const TensorView dgated = wide_.Rows(0, rows).Columns(0, layout_.query_width);
+    const TensorView dgated = arrays_.wide.Rows(0, rows).Columns(0, layout_.query_width);
     WeightGradient(saved.gated, dstream, layout_.Out(gradients));
-    MatMul(dstream, out_.transposed, dgated);
+    MatMul(dstream, arrays_.out.transposed, dgated);
     ops_.ChainAttentionBackward({.forward = {.documents = batch.documents,
                                              .num_documents = batch.num_documents,
                                              .q = saved.query,
@@ -306,12 +308,12 @@ void MtpBlock::Backward(const MtpBatch& batch, int32_t num_steps, const TensorVi
     ops_.Copy(saved.dvalue, projected.v);
     Norm(saved.fused, layout_.input_norm, normed);
     WeightGradient(normed, saved.projected, layout_.Qkv(gradients));
-    MatMul(saved.projected, qkv_.transposed, dnormed);
+    MatMul(saved.projected, arrays_.qkv.transposed, dnormed);
     NormBackward(saved.fused, layout_.input_norm, dnormed, dstream, /*accumulate=*/true, gradients);
 
     MakeInput(batch, step, normed, pair);
     WeightGradient(pair, dstream, layout_.Fc(gradients));
-    MatMul(dstream, fc_.transposed, pair);
+    MatMul(dstream, arrays_.fc.transposed, pair);
     NormBackward(normed, layout_.pre_fc_norm_embedding, pair.Columns(0, hidden), {}, /*accumulate=*/false, gradients);
     NormBackward(step == 1 ? batch.target_hidden : RowsOf(step - 1, rows).hidden, layout_.pre_fc_norm_hidden,
                  pair.Columns(hidden, hidden), step == 1 ? TensorView{} : dhidden[step - 2], /*accumulate=*/true, gradients);

@@ -86,10 +86,19 @@ class MtpBlock {
     char* forward_data = nullptr;
     char* transposed_data = nullptr;
   };
+  // Everything that lies in one allocation, from `base` on. Without memory (base null) only `bytes` means something.
+  struct Arrays {
+    Arrays(const ModelConfig& config, int64_t max_rows, int32_t max_steps, const TrainingOps& ops, char* base);
+
+    int64_t bytes = 0;
+    std::vector<Saved> saved;  // [max_steps]
+    TensorView pair, embedded, stream, wide;  // scratch: [2H], [H], [H], [max(F, nq·D)]
+    Packed fc, qkv, out, gate_up, down;
+    int32_t* row_sequence = nullptr;  // zeros: all rows belong to *sequence
+    SequenceRows* sequence = nullptr;
+  };
 
   MtpBlock(const ModelConfig& config, int64_t max_rows, int32_t max_steps, TrainingOps* ops);
-  // Places everything from `base` on; returns the bytes it takes.
-  int64_t Carve(char* base);
   Saved RowsOf(int32_t step, int64_t rows) const;
   // pair <- the two normed halves of the input of step `step`; embedded <- the embeddings.
   void MakeInput(const MtpBatch& batch, int32_t step, const TensorView& embedded, const TensorView& pair);
@@ -105,11 +114,7 @@ class MtpBlock {
   const int32_t max_steps_;
   TrainingOps& ops_;
   std::shared_ptr<void> storage_;
-  std::vector<Saved> saved_;
-  Packed fc_, qkv_, out_, gate_up_, down_;
-  TensorView pair_, embedded_, stream_, wide_;  // scratch: [2H], [H], [H], [max(F, nq·D)]
-  int32_t* row_sequence_ = nullptr;  // zeros: all rows belong to *sequence_
-  SequenceRows* sequence_ = nullptr;
+  Arrays arrays_;
   const float* parameters_ = nullptr;
 };
 

@@ -131,12 +131,12 @@ def check(program, directory, case, seed):
         weights = np.zeros(largest.shape)
         bound = np.zeros(draft.shape)
         for k in range(num_steps):
-            p, q = np.exp(log_p[k + 1 :]), np.exp(log_q[k, : rows - k - 1])
+            target_probs, draft_probs = np.exp(log_p[k + 1 :]), np.exp(log_q[k, : rows - k - 1])
             ratio = np.abs(log_q[k, : rows - k - 1] - log_p[k + 1 :])
             near = ratio < NEAR_TIE
-            bound[k, : rows - k - 1] = ((p + q) * FLOAT_TOLERANCE + ZERO_UNDER) * (1 + ratio)
+            bound[k, : rows - k - 1] = ((target_probs + draft_probs) * FLOAT_TOLERANCE + ZERO_UNDER) * (1 + ratio)
             if loss in ("tv", "e2e_tv", "lk"):
-                bound[k, : rows - k - 1] += q * (near + (q * near).sum(-1, keepdims=True))
+                bound[k, : rows - k - 1] += draft_probs * (near + (draft_probs * near).sum(-1, keepdims=True))
         # A row's weight: that of the mean, over α for LK. The chain's is at most 1.
         weights[:] = 1.0 / max(1, sum(sum(counts(loss, n, num_steps)) for n in documents))
         if loss == "e2e_tv":

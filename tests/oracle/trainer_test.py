@@ -94,23 +94,23 @@ class Oracle:
                     steps = [k for k in steps if base + k + 1 >= start]
                 reached, expected = 1.0, 0.0
                 for k in steps:
-                    log_p, log_q = log_targets[base + k], drafts[k - 1][base]
+                    log_target, log_draft = log_targets[base + k], drafts[k - 1][base]
                     if top_k:
-                        kept = torch.topk(log_p, top_k).indices
-                        log_p, log_q = torch.log_softmax(log_p[kept], -1), torch.log_softmax(log_q[kept], -1)
-                    p, q = log_p.exp(), log_q.exp()
-                    alpha = torch.minimum(p, q).sum()
-                    kl = (p * (log_p - log_q)).sum()
+                        kept = torch.topk(log_target, top_k).indices
+                        log_target, log_draft = torch.log_softmax(log_target[kept], -1), torch.log_softmax(log_draft[kept], -1)
+                    target, draft = log_target.exp(), log_draft.exp()
+                    alpha = torch.minimum(target, draft).sum()
+                    kl = (target * (log_target - log_draft)).sum()
                     acceptance[k - 1].append(alpha.item())
-                    entropies.append((-(p * log_p).sum().item(), -(q * log_q).sum().item(), kl.item()))
+                    entropies.append((-(target * log_target).sum().item(), -(draft * log_draft).sum().item(), kl.item()))
                     reached = reached * alpha
                     expected = expected + reached
                     if loss == "ce":
-                        terms.append(-log_q[tokens[base + k + 1]])
+                        terms.append(-log_draft[tokens[base + k + 1]])
                     elif loss == "kl":
                         terms.append(kl)
                     elif loss == "reverse_kl":
-                        terms.append((q * (log_q - log_p)).sum())
+                        terms.append((draft * (log_draft - log_target)).sum())
                     elif loss == "tv":
                         terms.append(1 - alpha)
                     elif loss == "lk":
