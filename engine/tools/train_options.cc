@@ -7,6 +7,7 @@
 #include "engine/base/status_macros.h"
 #include "engine/runtime/backend.h"
 #include "engine/training/mtp_block.h"
+#include "engine/training/mtp_trainer.h"
 
 namespace bebop {
 namespace {
@@ -60,16 +61,16 @@ absl::Status CheckOptions(const TrainOptions& options) {
     return absl::Status(status.code(), absl::StrCat("--", status.message()));
   }
   BEBOP_RETURN_IF_ERROR(CheckRange("--num-steps-ahead", options.num_steps_ahead, 1, MtpBlock::kMaxSteps));
-  BEBOP_RETURN_IF_ERROR(CheckRange("--lr", options.learning_rate, 0.0, 1.0));
+  BEBOP_RETURN_IF_ERROR(CheckRange("--lr", options.learning_rate, 0.0, TrainerLimits::kLearningRate));
   BEBOP_RETURN_IF_ERROR(CheckRange("--warmup-ratio", options.warmup_ratio, 0.0, 1.0));
-  BEBOP_RETURN_IF_ERROR(CheckRange("--weight-decay", options.weight_decay, 0.0, 1e6));
-  BEBOP_RETURN_IF_ERROR(CheckRange("--clip-norm", options.clip_norm, 0.0, 1e30));
+  BEBOP_RETURN_IF_ERROR(CheckRange("--weight-decay", options.weight_decay, 0.0, TrainerLimits::kWeightDecay));
+  BEBOP_RETURN_IF_ERROR(CheckRange("--clip-norm", options.clip_norm, 0.0, TrainerLimits::kClipNorm));
   BEBOP_RETURN_IF_ERROR(CheckRange("--epochs", options.epochs, int64_t{1}, int64_t{1'000'000}));
   BEBOP_RETURN_IF_ERROR(CheckRange("--max-steps", options.max_steps, int64_t{0}, kAny));
-  const int64_t shortest = options.num_steps_ahead + 2;
-  BEBOP_RETURN_IF_ERROR(CheckRange("--batch-tokens", options.batch_tokens, shortest, int64_t{1} << 24));
+  const int64_t shortest = TrainerLimits::LeastTokens(options.num_steps_ahead);
+  BEBOP_RETURN_IF_ERROR(CheckRange("--batch-tokens", options.batch_tokens, shortest, TrainerLimits::kBatchTokens));
   if (options.max_seq_len != 0) {
-    BEBOP_RETURN_IF_ERROR(CheckRange("--max-seq-len", options.max_seq_len, shortest, int64_t{1} << 24));
+    BEBOP_RETURN_IF_ERROR(CheckRange("--max-seq-len", options.max_seq_len, shortest, TrainerLimits::kBatchTokens));
     if (options.max_seq_len > options.batch_tokens) {
       return absl::InvalidArgumentError(absl::StrCat("--max-seq-len: ", options.max_seq_len, " is more than --batch-tokens ",
                                                      options.batch_tokens, ", and a document is in one batch"));

@@ -105,6 +105,15 @@ class Planner {
 
 }  // namespace
 
+bool AnythingCounts(const TrainingDocument& document, DraftLoss loss, int32_t num_steps) {
+  const auto num_tokens = static_cast<int32_t>(document.token_ids.size());
+  for (int32_t base = 0; base < num_tokens; ++base) {
+    const StepRange range = CountedSteps(document, loss, num_steps, base);
+    if (range.first <= range.last) return true;
+  }
+  return false;
+}
+
 void PlanBatch(std::span<const TrainingDocument* const> documents, DraftLoss loss, int32_t num_steps, int64_t logit_rows,
                BatchPlan* plan) {
   BEBOP_CHECK(num_steps >= 1 && logit_rows >= 2 * num_steps);

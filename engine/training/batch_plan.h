@@ -34,9 +34,13 @@ struct LogitChunk {
 // Row t of a document of n tokens is the base t; step k of its chain is judged by target row t + k and predicts the token t + k +
 // 1, which counts when it is at loss_start or after. The target row must be in the document; cross-entropy also needs the token
 // there. End-to-end TV takes a chain as a whole: it counts when its first predicted token, t + 2, is at loss_start or after and
-// all of its target rows are in the document. (Taking a chain from the step on that predicts loss_start would train products of
-// acceptances that decoding never forms: there a chain starts after the first sampled token, and all that it predicts are
-// completion tokens.)
+// all of its target rows are in the document: a product of acceptances that began inside the chain is none that decoding forms.
+//
+// loss_start is the first token whose prediction counts, and so the rule is the same for every loss: a step counts by what it
+// predicts. Two consequences. With loss_start the first completion token, the base loss_start - 2 counts, whose first step
+// predicts the first sampled token: decoding drafts no such token, as a chain starts after it (one base of a document). And the
+// losses by single steps also count those later steps of up to K - 1 bases before that one which predict at loss_start or after,
+// with prompt tokens fed: these chains e2e TV leaves out.
 struct BatchPlan {
   int64_t num_rows = 0;  // R
   std::vector<DocumentRows> documents;
@@ -50,6 +54,9 @@ struct BatchPlan {
   std::vector<int64_t> step_rows;     // [K] rows that count
   int64_t terms = 0;                  // of the mean
 };
+
+// Whether any step of the document counts: a batch without one is no step (terms 0).
+bool AnythingCounts(const TrainingDocument& document, DraftLoss loss, int32_t num_steps);
 
 // Fills `plan`, whose memory is reused. `logit_rows`: most targets and drafts (K a base) of a chunk, >= 2K.
 void PlanBatch(std::span<const TrainingDocument* const> documents, DraftLoss loss, int32_t num_steps, int64_t logit_rows,

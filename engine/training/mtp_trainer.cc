@@ -108,7 +108,8 @@ std::vector<MemoryPart> Parts(const ModelConfig& config, const TrainerOptions& o
           {"batch and logits", Buffers(config, options, activation_dtype, ops, nullptr).bytes}};
 }
 
-absl::Status CheckOptions(const ModelConfig& config, const TrainerOptions& options, const DeviceMemory& memory) {
+absl::Status CheckOptions(const ModelConfig& config, const TrainerOptions& options, const DeviceMemory& memory,
+                          const TrainingOps& ops) {
   const auto refuse = [](const char* name, const std::string& range, double value) {
     return absl::InvalidArgumentError(absl::StrCat("training: ", name, ": expected ", range, ", got ", value));
   };
@@ -118,15 +119,22 @@ absl::Status CheckOptions(const ModelConfig& config, const TrainerOptions& optio
   };
   const OptimizerOptions& optimizer = options.optimizer;
   const int32_t steps = options.num_steps_ahead;
+  constexpr auto kMostTokens = static_cast<double>(TrainerLimits::kBatchTokens);
   BEBOP_RETURN_IF_ERROR(within("num_steps_ahead", steps, 1, MtpBlock::kMaxSteps));
-  BEBOP_RETURN_IF_ERROR(within("batch_tokens", static_cast<double>(options.batch_tokens), steps + 2, 1 << 24));
+  BEBOP_RETURN_IF_ERROR(within("batch_tokens", static_cast<double>(options.batch_tokens), TrainerLimits::LeastTokens(steps),
+                               kMostTokens));
+  if (options.batch_tokens > ops.MaxRows(config)) {
+    return absl::InvalidArgumentError(absl::StrCat("training: batch_tokens (--batch-tokens): ", options.batch_tokens,
+                                                   ", but attention on this device takes at most ", ops.MaxRows(config),
+                                                   " rows at num_attention_heads ", config.num_attention_heads));
+  }
   if (options.chunk_rows != 0) {
-    BEBOP_RETURN_IF_ERROR(within("chunk_rows", static_cast<double>(options.chunk_rows), 2 * steps, 1 << 24));
+    BEBOP_RETURN_IF_ERROR(within("chunk_rows", static_cast<double>(options.chunk_rows), 2 * steps, kMostTokens));
   }
   BEBOP_RETURN_IF_ERROR(within("truncate_top_k", options.truncate_top_k, 0, config.vocab_size));
-  BEBOP_RETURN_IF_ERROR(within("learning_rate", optimizer.learning_rate, 0, 1));
-  BEBOP_RETURN_IF_ERROR(within("weight_decay", optimizer.weight_decay, 0, 1e6));
-  BEBOP_RETURN_IF_ERROR(within("clip_norm", optimizer.clip_norm, 0, 1e30));
+  BEBOP_RETURN_IF_ERROR(within("learning_rate", optimizer.learning_rate, 0, TrainerLimits::kLearningRate));
+  BEBOP_RETURN_IF_ERROR(within("weight_decay", optimizer.weight_decay, 0, TrainerLimits::kWeightDecay));
+  BEBOP_RETURN_IF_ERROR(within("clip_norm", optimizer.clip_norm, 0, TrainerLimits::kClipNorm));
   if (!(optimizer.beta1 >= 0 && optimizer.beta1 < 1)) return refuse("beta1", "0 or more and less than 1", optimizer.beta1);
   if (!(optimizer.beta2 >= 0 && optimizer.beta2 < 1)) return refuse("beta2", "0 or more and less than 1", optimizer.beta2);
   if (!(optimizer.epsilon > 0)) return refuse("epsilon", "more than 0", optimizer.epsilon);
@@ -283,13 +291,13 @@ class Trainer final : public MtpTrainer {
     for (const LogitChunk& chunk : plan_.chunks) RunChunk(chunk, train, &sums);
     Finish(sums, &report);
     BEBOP_RETURN_IF_ERROR(memory_.status());
-    if (!sums.finite) return NotFinite(batch, sums, 0.0);
+    if (!sums.finite) return NotFinite(batch, train, sums, 0.0);
     if (train) {
       ops_.Clear(FloatMatrix(gradients_, 1, layout_.total));
       block_->Backward(chains, num_steps, dhidden_.data(), gradients_);
       report.gradient_norm = optimizer_->Norm(gradients_);
       BEBOP_RETURN_IF_ERROR(memory_.status());
-      if (!std::isfinite(report.gradient_norm)) return NotFinite(batch, sums, report.gradient_norm);
+      if (!std::isfinite(report.gradient_norm)) return NotFinite(batch, train, sums, report.gradient_norm);
       ++step_;
       optimizer_->Step(step_, report.gradient_norm, gradients_, parameters_);
       block_->SetParameters(parameters_);
@@ -412,7 +420,7 @@ class Trainer final : public MtpTrainer {
     report->kl /= rows;
   }
 
-  absl::Status NotFinite(std::span<const TrainingDocument* const> batch, const Sums& sums, double norm) const {
+  absl::Status NotFinite(std::span<const TrainingDocument* const> batch, bool train, const Sums& sums, double norm) const {
     std::string first;
     for (size_t i = 0; i < batch.size() && sums.bad_row >= 0; ++i) {
       const DocumentRows& rows = plan_.documents[i];
@@ -420,10 +428,12 @@ class Trainer final : public MtpTrainer {
       first = absl::StrCat(", first in the chain of token ", sums.bad_row - rows.first_row, " of line ", batch[i]->line);
     }
     const auto line = [](std::string* out, const TrainingDocument* document) { absl::StrAppend(out, document->line); };
-    const std::string what = sums.finite ? absl::StrCat("loss ", sums.loss, ", but the gradient norm is ", norm)
-                                         : std::string("the loss is not finite, and the gradient norm not taken");
+    const std::string place = train ? absl::StrCat("step ", step_ + 1) : absl::StrCat("evaluation after step ", step_);
+    const std::string what = sums.finite
+                                 ? absl::StrCat("loss ", sums.loss, ", but the gradient norm is ", norm)
+                                 : absl::StrCat("the loss is not finite", train ? ", and the gradient norm not taken" : "");
     return absl::DataLossError(
-        absl::StrCat("training: step ", step_ + 1, ": ", what, first, "; documents of lines ", absl::StrJoin(batch, ", ", line)));
+        absl::StrCat("training: ", place, ": ", what, first, "; documents of lines ", absl::StrJoin(batch, ", ", line)));
   }
 
   double GemmFlops(int64_t rows, bool train) const {
@@ -472,8 +482,8 @@ int64_t MtpTrainer::Bytes(const ModelConfig& config, const TrainerOptions& optio
 absl::StatusOr<std::unique_ptr<MtpTrainer>> MtpTrainer::Create(const ModelConfig& config, const ModelWeights* weights,
                                                                Backend* backend, TrainingOps* ops, const TrainerOptions& options,
                                                                std::span<const float> parameters) {
-  BEBOP_RETURN_IF_ERROR(CheckOptions(config, options, *backend->memory()));
   BEBOP_RETURN_IF_ERROR(ops->CheckModel(config, weights->embedding.dtype));
+  BEBOP_RETURN_IF_ERROR(CheckOptions(config, options, *backend->memory(), *ops));
   const int64_t total = MtpLayout(config).total;
   if (static_cast<int64_t>(parameters.size()) != total) {
     return absl::InvalidArgumentError(absl::StrCat("training: parameters: expected ", total, " values, got ", parameters.size()));

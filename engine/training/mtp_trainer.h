@@ -19,6 +19,16 @@
 
 namespace bebop {
 
+// The ranges of options, for whoever checks them before a trainer is made, under names of its own.
+struct TrainerLimits {
+  static constexpr double kLearningRate = 1.0;
+  static constexpr double kWeightDecay = 1e6;
+  static constexpr double kClipNorm = 1e30;
+  static constexpr int64_t kBatchTokens = int64_t{1} << 24;
+  // Of a batch, and of a document that is trained on: one base whose chain's targets are all there.
+  static constexpr int32_t LeastTokens(int32_t num_steps_ahead) { return num_steps_ahead + 2; }
+};
+
 struct TrainerOptions {
   DraftLoss loss = DraftLoss::kEndToEndTotalVariation;
   int32_t num_steps_ahead = 5;  // K: steps of the chain, forward and backward; 1 .. 8
@@ -26,12 +36,15 @@ struct TrainerOptions {
   // Rows of logits that exist at a time, targets and drafts of all steps; >= 2K; 0: as many as fit in 32 MiB, on a device 2 GiB.
   int64_t chunk_rows = 0;
   // An experiment of the paper (Fig. 14b), not for use: p and q are restricted to the target's K largest logits of a place and
-  // renormalised; 0: full vocabulary.
+  // renormalised; 0: full vocabulary. All that is reported is of the restricted distributions, evaluations included: α is then
+  // larger than that of decoding, and no number compares with a run over the full vocabulary.
   int32_t truncate_top_k = 0;
   OptimizerOptions optimizer;
 };
 
-// What a batch came to. Means are over its terms (chains for e2e TV, else single steps that count).
+// What a batch came to. Means are over its terms (chains for e2e TV, else single steps that count). Which places count depends on
+// the loss (BatchPlan): cross-entropy has one target less a document, e2e TV only whole chains. So numbers of two losses are means
+// over slightly different places, also of the same data.
 struct TrainingReport {
   int64_t step = 0;  // of the optimizer, after it; 0 for an evaluation
   double loss = 0.0;
@@ -70,7 +83,7 @@ class MtpTrainer {
   // were. DATA_LOSS: the loss or the gradient is not finite; says which, the first chain that is not, and the lines of the batch's
   // documents. INVALID_ARGUMENT: more than batch_tokens rows. INTERNAL: the device failed.
   virtual absl::StatusOr<TrainingReport> Step(std::span<const TrainingDocument* const> batch) = 0;
-  // The same quantities with the weights as they are, and no step.
+  // The same quantities with the weights as they are, and no step. Errors as there.
   virtual absl::StatusOr<TrainingReport> Evaluate(std::span<const TrainingDocument* const> batch) = 0;
 
   // What a checkpoint holds, in host memory, in the order of MtpLayout.

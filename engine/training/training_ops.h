@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <memory>
 
 #include "absl/status/status.h"
@@ -38,6 +39,11 @@ class TrainingOps {
   // OK when the operators take this model with weights of `weight_dtype`; else UNIMPLEMENTED names the key, its value and what is
   // needed.
   virtual absl::Status CheckModel(const ModelConfig& config, DType weight_dtype) const = 0;
+  // Most rows of a batch that the operators take, whatever the memory.
+  virtual int64_t MaxRows(const ModelConfig& config) const {
+    (void)config;
+    return std::numeric_limits<int64_t>::max();
+  }
 
   // Makes room for copies of operands of up to `values` floats, padding included, which products read: rearranged on the CPU,
   // rounded to bf16 on a device. Enough for every product to come. RESOURCE_EXHAUSTED: not the memory.

@@ -8,6 +8,7 @@
 #include "engine/base/status_macros.h"
 #include "engine/memory/device_memory.h"
 #include "engine/training/training_ops.h"
+#include "kernels/common/cuda_stream.h"
 
 namespace bebop {
 namespace {
@@ -43,6 +44,11 @@ class CudaTrainingOps final : public TrainingOps {
       if (!status.ok()) return status;
     }
     return absl::OkStatus();
+  }
+
+  // What a row takes of the workspace in ChainAttention and its backward: two row numbers, and a float a head.
+  int64_t MaxRows(const ModelConfig& config) const override {
+    return stream_.workspace_bytes() / (8 + 4 * int64_t{config.num_attention_heads});
   }
 
   absl::Status ReserveOperands(int64_t values) override {

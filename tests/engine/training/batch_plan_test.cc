@@ -54,6 +54,9 @@ TEST(BatchPlanTest, HasEveryTermOnceInChunksOfTheAskedSize) {
     }
     PlanBatch(pointers, loss, num_steps, logit_rows, &plan);
 
+    for (const TrainingDocument& document : documents) {
+      EXPECT_EQ(AnythingCounts(document, loss, num_steps), !Terms({document}, loss, num_steps).empty());
+    }
     std::set<Term> terms;
     std::vector<int64_t> step_rows(static_cast<size_t>(num_steps), 0);
     int64_t chains = 0, first_base = 0, first_run = 0, last_row = -1;

@@ -96,5 +96,22 @@ TEST(CudaTrainingFailureTest, TooSmallADeviceSaysWhatTrainingTakes) {
   emulation::SetDeviceMemoryBytes(size_t{16} << 30);
 }
 
+TEST(CudaTrainingFailureTest, BatchesThatAttentionCannotTakeAreRefused) {
+  const TrainerHarness host(SmallConfig(), DType::kBFloat16, 1);
+  ModelConfig config = SmallConfig();
+  config.num_attention_heads = 16;
+  Device device(SmallConfig());
+  const int64_t most = device.ops->MaxRows(config);
+  EXPECT_EQ(most, (int64_t{256} << 20) / (8 + 16 * 4));  // of the stream's workspace
+  TrainerOptions options = SmallOptions();
+  options.batch_tokens = most + 1;
+  const absl::Status status =
+      MtpTrainer::Create(config, device.weights.get(), device.backend.get(), device.ops.get(), options, host.parameters).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_NE(status.message().find("(--batch-tokens): 3728271, but attention on this device takes at most 3728270"),
+            std::string::npos)
+      << status;
+}
+
 }  // namespace
 }  // namespace bebop

@@ -242,7 +242,9 @@ TEST(MtpTrainerTest, ALossThatIsNotFiniteChangesNothingAndNamesTheDocuments) {
   EXPECT_TRUE(absl::StrContains(report.status().message(), "the loss is not finite")) << report.status();
   EXPECT_TRUE(absl::StrContains(report.status().message(), "token 0 of line 10")) << report.status();
   EXPECT_TRUE(absl::StrContains(report.status().message(), "lines 10, 20, 30")) << report.status();
-  EXPECT_EQ((*trainer)->Evaluate(batch.pointers).status().code(), absl::StatusCode::kDataLoss);
+  const absl::Status evaluation = (*trainer)->Evaluate(batch.pointers).status();
+  EXPECT_EQ(evaluation.code(), absl::StatusCode::kDataLoss);
+  EXPECT_TRUE(absl::StrContains(evaluation.message(), "evaluation after step 0: the loss is not finite, first")) << evaluation;
   const MtpTrainer::State state = (*trainer)->state();
   EXPECT_EQ(state.step, 0);
   EXPECT_TRUE(SameBits(state.parameters, harness.parameters));
