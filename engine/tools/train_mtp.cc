@@ -75,7 +75,8 @@ void AddFlags(CLI::App* app, bebop::TrainOptions* options) {
   app->add_option("--model", options->model, "Checkpoint directory (Hugging Face layout): the frozen target; required");
   app->add_option("--data", options->data, "JSON lines of documents, as `bebop rollouts` writes them; required");
   app->add_option("--out", options->out,
-                  "Safetensors file to write: what --mtp of bebop-server and `bebop weights push` take; required");
+                  "Safetensors file to write: what --mtp of bebop-server and `bebop weights push` take. It may be the file of --mtp, "
+                  "and none else that is read; required");
   app->add_option("--mtp", options->mtp, "Begin from the mtp.* tensors of this file or folder; default: the model's");
   app->add_flag("--init-mtp", options->init_mtp, "Begin from random weights that --seed decides");
   AddChoice(app, "--loss", kLosses, &options->loss, "ce, kl, reverse_kl, tv, e2e_tv or lk; default: e2e_tv");
@@ -97,14 +98,16 @@ void AddFlags(CLI::App* app, bebop::TrainOptions* options) {
   app->add_option("--seed", options->seed, "Of the order of the documents, and of --init-mtp")
       ->transform(CLI::Validator(CheckUnsigned, ""))
       ->capture_default_str();
-  number("--truncate-top-k,--train-truncate-top-k", &options->truncate_top_k,
-         "An experiment, not for use: losses over the target's K largest logits alone; 0: all");
+  number("--truncate-top-k", &options->truncate_top_k,
+         "An experiment, not for use: losses, and all numbers of log and evaluation, over the target's K largest logits alone, "
+         "so that alpha comes out too high; 0: all");
   app->add_flag("--resume", options->resume, "Go on with the run whose checkpoints are there");
   app->add_option("--checkpoints", options->checkpoints,
                   "Folder of checkpoints; default: OUT.checkpoints. It is removed when OUT is written");
   number("--checkpoint-every", &options->checkpoint_every, "Steps between two checkpoints");
   app->add_option("--eval-data", options->eval_data, "JSON lines to evaluate on, before the first step and after the last");
-  number("--eval-every", &options->eval_every, "Steps between two evaluations; 0: none in between");
+  number("--eval-every", &options->eval_every,
+         "Steps between two evaluations, with a checkpoint before each; 0: none in between");
   number("--log-every", &options->log_every, "Steps between two lines of the log, which has their means");
   app->add_flag("--json", options->json, "The log as one JSON object a line");
   app->add_option("--device", options->device, "Where to compute: cpu, or in a build with CUDA also cuda or cuda:N")
@@ -115,8 +118,8 @@ void AddFlags(CLI::App* app, bebop::TrainOptions* options) {
   app->set_help_flag("-h,--help", "Print this and exit");
   app->set_version_flag("--version", "bebop-train-mtp " BEBOP_VERSION);
   app->footer(
-      "SIGINT or SIGTERM saves a checkpoint after the step that runs and exits with 128 + its number; a second one ends at "
-      "once.\n"
+      "SIGINT or SIGTERM saves a checkpoint after the batch that runs, of a step or an evaluation, and exits with 128 + its "
+      "number; a second one ends at once.\n"
       "Exit status 0: OUT is written; 1: training failed; 2: a bad flag, model or data file.");
 }
 
@@ -153,14 +156,13 @@ int main(int argc, char** argv) {
   auto run = bebop::TrainingRun::Prepare(options);
   if (!run.ok()) return Fail(run.status(), kExitUsage);
   if (stop_signal.load() != 0) return 128 + stop_signal.load();  // there is nothing to save yet
-  const absl::StatusOr<bool> finished = (*run)->Train(stop_signal);
-  if (!finished.ok() && absl::IsInvalidArgument(finished.status())) return Fail(finished.status(), kExitUsage);
-  absl::Status status = finished.status();
+  absl::StatusOr<bool> finished = (*run)->Train(stop_signal);
+  if (finished.ok() && *finished) finished = (*run)->Finish(stop_signal);
+  const absl::Status status = finished.status();
   if (status.ok() && !*finished) {
     std::fprintf(stderr, "stopped at step %lld: %s\n", static_cast<long long>((*run)->step()), (*run)->HowToGoOn(status).c_str());
     return 128 + stop_signal.load();
   }
-  if (status.ok()) status = (*run)->Finish();
   if (status.ok()) return kExitOk;
   return Fail(absl::Status(status.code(), absl::StrCat(status.message(), "; ", (*run)->HowToGoOn(status))), kExitFailed);
 }

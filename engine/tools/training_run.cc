@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <limits>
 #include <thread>
 #include <utility>
@@ -11,8 +12,12 @@
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "engine/base/status_macros.h"
+#include "engine/formats/file.h"
+#include "engine/formats/safetensors.h"
+#include "engine/training/batch_plan.h"
 #include "engine/weights/checkpoint.h"
 #include "engine/weights/weight_digest.h"
+#include "kernels/common/check.h"
 #include "kernels/common/cpu_features.h"
 
 namespace bebop {
@@ -34,6 +39,58 @@ std::vector<const TrainingDocument*> BatchOf(const TrainingData& data, const std
   std::vector<const TrainingDocument*> batch;
   for (const int32_t index : indices) batch.push_back(&data.documents[static_cast<size_t>(index)]);
   return batch;
+}
+
+bool SameFile(const std::string& a, const std::string& b) {
+  std::error_code error;
+  return std::filesystem::equivalent(a, b, error);  // false when either is not there
+}
+
+absl::Status RefuseInput(const std::string& out, const std::string& input, const char* flag) {
+  return absl::InvalidArgumentError(absl::StrCat("--out: ", out, " would take the place of ", input, " of ", flag,
+                                                 ", and it would be lost; give another file"));
+}
+
+// OK when writing `out` takes nothing from the checkpoint folder that `flag` names. What an earlier run has left there, a file of
+// mtp.* tensors alone that no index names, may be replaced.
+absl::Status CheckSparesCheckpoint(const std::string& out, const std::string& folder, const char* flag) {
+  std::error_code error;
+  for (std::filesystem::directory_iterator entry(folder, error); !error && entry != std::filesystem::directory_iterator();
+       entry.increment(error)) {
+    const std::string path = entry->path().string();
+    if (!SameFile(out, path)) continue;
+    if (!MtpFileType(path).ok()) return RefuseInput(out, path, flag);
+    const std::string index_path = absl::StrCat(folder, "/model.safetensors.index.json");
+    if (!FileExists(index_path)) continue;
+    BEBOP_ASSIGN_OR_RETURN(const MappedFile index_file, MappedFile::Open(index_path));
+    BEBOP_ASSIGN_OR_RETURN(const SafetensorsIndex index, ParseSafetensorsIndex(index_file.bytes(), index_path));
+    for (const auto& [tensor, shard] : index.weight_map) {
+      if (SameFile(out, absl::StrCat(folder, "/", shard))) return RefuseInput(out, path, flag);
+    }
+  }
+  return absl::OkStatus();  // what is wrong with the folder, its reader says
+}
+
+// OK when what the run writes is none of what it reads. --mtp FILE may be --out: the run begins from it, and replaces it when it
+// is done.
+absl::Status CheckSparesInputs(const TrainOptions& options) {
+  for (const std::string& out : {options.out, options.out + ".tmp"}) {
+    if (SameFile(out, options.data)) return RefuseInput(out, options.data, "--data");
+    if (SameFile(out, options.eval_data)) return RefuseInput(out, options.eval_data, "--eval-data");
+    if (out != options.out && SameFile(out, options.mtp)) return RefuseInput(out, options.mtp, "--mtp");
+    BEBOP_RETURN_IF_ERROR(CheckSparesCheckpoint(out, options.model, "--model"));
+    if (!options.mtp.empty()) BEBOP_RETURN_IF_ERROR(CheckSparesCheckpoint(out, options.mtp, "--mtp"));
+  }
+  const auto refuse_folder = [&](const char* flag, const std::string& other) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--checkpoints: ", options.checkpoints, " is ", other, " of ", flag, "; give a folder of its own"));
+  };
+  if (SameFile(options.checkpoints, options.model)) return refuse_folder("--model", options.model);
+  if (SameFile(options.checkpoints, options.mtp)) return refuse_folder("--mtp", options.mtp);
+  std::error_code error;
+  const auto canonical = [&](const std::string& path) { return std::filesystem::weakly_canonical(path, error); };
+  if (canonical(options.checkpoints) == canonical(options.out)) return refuse_folder("--out", options.out);
+  return absl::OkStatus();
 }
 
 // Floating point operations a second of the products of training: forward, both gradients, at the shape of the MLP's largest
@@ -58,17 +115,24 @@ absl::StatusOr<double> MeasureGemmRate(const ModelConfig& config, int64_t batch_
     storage.push_back(memory_of.ok() ? *std::move(memory_of) : nullptr);
     return storage.back().get();
   };
-  const TensorView x = matrix(rows, hidden), y = matrix(rows, wide), w = matrix(wide, hidden);
+  const TensorView x = matrix(rows, hidden), y = matrix(rows, wide), w = matrix(wide, hidden), dx = matrix(rows, hidden);
   void* const forward_data = packed(wide, hidden);
   void* const transposed_data = packed(hidden, wide);
   BEBOP_RETURN_IF_ERROR(status);
+  // Ordinary values that stay what they are, however often the products run: y is 1 everywhere.
+  const auto fill = [&](const TensorView& view, float value) {
+    const std::vector<float> values(static_cast<size_t>(view.rows * view.cols), value);
+    memory.CopyIn(view.data, values.data(), static_cast<int64_t>(values.size() * sizeof(float)));
+  };
+  fill(x, 1.0f);
+  fill(w, 1.0f / static_cast<float>(hidden));
   const PackedMatrix forward = ops.Pack(w, forward_data), transposed = ops.PackTransposed(w, transposed_data);
   double best = std::numeric_limits<double>::infinity();
   const absl::Time start = absl::Now();
   for (int i = 0; i < kFewest || absl::Now() - start < kLongEnough; ++i) {
     const absl::Time before = absl::Now();
     ops.Linear({.x = x, .w = forward, .y = y});
-    ops.Linear({.x = y, .w = transposed, .y = x});
+    ops.Linear({.x = y, .w = transposed, .y = dx});
     ops.LinearBackwardWeight({.x = x, .dy = y, .dw = w});
     float last = 0.0f;
     memory.CopyOut(&last, w.data, sizeof(last));  // waits
@@ -83,11 +147,22 @@ std::string DeviceKind(const std::string& device) { return device.substr(0, devi
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<TrainingRun>> TrainingRun::Prepare(const TrainOptions& options) {
-  BEBOP_RETURN_IF_ERROR(CheckOptions(options));
-  const absl::Status writable = CheckWritable(options.out);
-  if (!writable.ok()) return absl::Status(writable.code(), absl::StrCat("--out: ", writable.message()));
-  std::unique_ptr<TrainingRun> run(new TrainingRun(WithDefaults(options)));
+absl::StatusOr<std::unique_ptr<TrainingRun>> TrainingRun::Prepare(const TrainOptions& given) {
+  BEBOP_RETURN_IF_ERROR(CheckOptions(given));
+  const TrainOptions options = WithDefaults(given);
+  const auto under = [](const char* flag, const absl::Status& status) {
+    return absl::Status(status.code(), absl::StrCat(flag, ": ", status.message()));
+  };
+  if (const absl::Status writable = CheckWritable(options.out); !writable.ok()) return under("--out", writable);
+  BEBOP_RETURN_IF_ERROR(CheckSparesInputs(options));
+  std::unique_ptr<TrainingRun> run(new TrainingRun(options));
+  // Until the run is gone: two runs would clear away each other's checkpoints, and write one OUT.tmp.
+  absl::StatusOr<RunLock> folder = RunLock::Acquire(options.checkpoints);
+  if (!folder.ok()) return under("--checkpoints", folder.status());
+  absl::StatusOr<RunLock> out = RunLock::Acquire(options.out);
+  if (!out.ok()) return under("--out", out.status());
+  run->folder_lock_ = *std::move(folder);
+  run->out_lock_ = *std::move(out);
   BEBOP_ASSIGN_OR_RETURN(const int64_t newest, run->checkpoints_.Newest());
   if (newest >= 0 && !options.resume) {
     return absl::FailedPreconditionError(
@@ -130,8 +205,11 @@ absl::Status TrainingRun::ReadInputs() {
   if (!options_.eval_data.empty()) {
     BEBOP_ASSIGN_OR_RETURN(eval_data_, ReadTrainingData(options_.eval_data, data_options));
   }
+  for (const auto& [path, data] : {std::pair(&options_.data, &data_), std::pair(&options_.eval_data, &eval_data_)}) {
+    if (!path->empty()) BEBOP_RETURN_IF_ERROR(CheckAnythingCounts(*path, *data));
+  }
   for (int64_t epoch = 0; epoch < options_.epochs; ++epoch) {
-    epoch_batches_.push_back(static_cast<int64_t>(PlanEpoch(data_, options_.batch_tokens, options_.seed, epoch).size()));
+    epoch_batches_.push_back(static_cast<int64_t>(Batches(data_, options_.seed, epoch).size()));
     all_batches_ += epoch_batches_.back();
     if (options_.max_steps > 0 && all_batches_ >= options_.max_steps) break;
   }
@@ -145,6 +223,28 @@ absl::Status TrainingRun::ReadInputs() {
   }
   start_digest_ = DigestOf(start_);
   return absl::OkStatus();
+}
+
+absl::Status TrainingRun::CheckAnythingCounts(const std::string& path, const TrainingData& data) const {
+  for (const TrainingDocument& document : data.documents) {
+    if (AnythingCounts(document, options_.loss, options_.num_steps_ahead)) return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(absl::StrCat(path, ": expected documents with predictions that count for --loss ",
+                                                 LossName(options_.loss), " at --num-steps-ahead ", options_.num_steps_ahead,
+                                                 ", got none in ", data.counts.documents,
+                                                 " documents: what follows loss_start is too short"));
+}
+
+std::vector<std::vector<int32_t>> TrainingRun::Batches(const TrainingData& data, uint64_t seed, int64_t epoch) const {
+  std::vector<std::vector<int32_t>> batches = PlanEpoch(data, options_.batch_tokens, seed, epoch);
+  // The order does not depend on the loss, so that runs of two losses see the data alike: whole batches are left out, and no
+  // document.
+  std::erase_if(batches, [&](const std::vector<int32_t>& batch) {
+    return std::none_of(batch.begin(), batch.end(), [&](int32_t index) {
+      return AnythingCounts(data.documents[static_cast<size_t>(index)], options_.loss, options_.num_steps_ahead);
+    });
+  });
+  return batches;
 }
 
 absl::Status TrainingRun::LoadTarget() {
@@ -274,15 +374,15 @@ RunPlace TrainingRun::Place() const {
 
 absl::StatusOr<bool> TrainingRun::Train(const std::atomic<int>& stop) {
   if (!options_.eval_data.empty() && progress_.state.step == 0) {
-    BEBOP_ASSIGN_OR_RETURN(const ReportSum sum, Evaluate());
-    log_->Evaluation(0, sum);
+    BEBOP_ASSIGN_OR_RETURN(const std::optional<ReportSum> sum, Evaluate(stop));
+    if (sum) log_->Evaluation(0, *sum);
   }
   ReportSum since_log;
   TrainingReport report;
   const auto finished = [this] { return options_.max_steps > 0 && progress_.state.step >= options_.max_steps; };
   int64_t saved = progress_.state.step;
   while (progress_.epoch < static_cast<int64_t>(epoch_batches_.size()) && !finished()) {
-    const auto batches = PlanEpoch(data_, options_.batch_tokens, options_.seed, progress_.epoch);
+    const auto batches = Batches(data_, options_.seed, progress_.epoch);
     while (progress_.batch < static_cast<int64_t>(batches.size()) && !finished()) {
       if (stop.load() != 0) {
         BEBOP_RETURN_IF_ERROR(Save());
@@ -302,7 +402,7 @@ absl::StatusOr<bool> TrainingRun::Train(const std::atomic<int>& stop) {
       progress_.seconds += stepped->seconds;
       seconds_this_run_ += stepped->seconds;
       ++batches_this_run_;
-      if (stepped->terms == 0) continue;  // nothing in it counted: no step
+      BEBOP_CHECK(stepped->terms > 0);  // a batch is a step: --max-steps, warm-up and decay count either
       report = *std::move(stepped);
       progress_.state.step = report.step;
       since_log.Add(report);
@@ -316,8 +416,11 @@ absl::StatusOr<bool> TrainingRun::Train(const std::atomic<int>& stop) {
         saved = report.step;
       }
       if (options_.eval_every > 0 && report.step % options_.eval_every == 0 && report.step < all_batches_) {
-        BEBOP_ASSIGN_OR_RETURN(const ReportSum sum, Evaluate());
-        log_->Evaluation(report.step, sum);
+        // It can take longer than whoever wants to stop the run waits.
+        if (saved != report.step) BEBOP_RETURN_IF_ERROR(Save());
+        saved = report.step;
+        BEBOP_ASSIGN_OR_RETURN(const std::optional<ReportSum> sum, Evaluate(stop));
+        if (sum) log_->Evaluation(report.step, *sum);
       }
     }
     if (progress_.batch < static_cast<int64_t>(batches.size())) break;  // --max-steps
@@ -325,35 +428,35 @@ absl::StatusOr<bool> TrainingRun::Train(const std::atomic<int>& stop) {
     progress_.batch = 0;
   }
   if (since_log.terms() > 0) log_->Steps(Place(), since_log, report);
-  if (progress_.state.step == 0) {
-    return absl::InvalidArgumentError(absl::StrCat(options_.data, ": expected documents with predictions that count for --loss ",
-                                                   LossName(options_.loss), " at --num-steps-ahead ", options_.num_steps_ahead,
-                                                   ", got none in ", data_.counts.documents,
-                                                   " documents: what follows loss_start is too short"));
-  }
   // Evaluating takes time, and the disk may be full: neither costs a step.
   if (saved != progress_.state.step) BEBOP_RETURN_IF_ERROR(Save());
   return true;
 }
 
-absl::StatusOr<ReportSum> TrainingRun::Evaluate() {
+absl::StatusOr<std::optional<ReportSum>> TrainingRun::Evaluate(const std::atomic<int>& stop) {
   ReportSum sum;
-  for (const std::vector<int32_t>& indices : PlanEpoch(eval_data_, options_.batch_tokens, /*seed=*/0, /*epoch=*/0)) {
+  for (const std::vector<int32_t>& indices : Batches(eval_data_, /*seed=*/0, /*epoch=*/0)) {
+    if (stop.load() != 0) return std::nullopt;
     BEBOP_ASSIGN_OR_RETURN(const TrainingReport report, trainer_->Evaluate(BatchOf(eval_data_, indices)));
     sum.Add(report);
   }
   return sum;
 }
 
-absl::Status TrainingRun::Finish() {
+absl::StatusOr<bool> TrainingRun::Finish(const std::atomic<int>& stop) {
   std::optional<ReportSum> evaluation;
   if (!options_.eval_data.empty()) {
-    BEBOP_ASSIGN_OR_RETURN(evaluation, Evaluate());
+    BEBOP_ASSIGN_OR_RETURN(evaluation, Evaluate(stop));
+    if (!evaluation) return false;
   }
   BEBOP_RETURN_IF_ERROR(WriteMtpFile(options_.out, trainer_->layout(), trainer_->state().parameters, out_dtype_));
-  BEBOP_RETURN_IF_ERROR(checkpoints_.Remove());
+  // The run has done what it was for: what it cannot clear away is said, and no failure.
+  if (const absl::Status removed = checkpoints_.Remove(); !removed.ok()) {
+    log_->Note(absl::StrCat(options_.out, " is written, but its checkpoints are still there, remove ", options_.checkpoints, ": ",
+                            removed.message()));
+  }
   log_->Finished(Place(), progress_.seconds, evaluation, data_.counts, options_.out);
-  return absl::OkStatus();
+  return true;
 }
 
 }  // namespace bebop

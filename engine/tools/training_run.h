@@ -16,6 +16,7 @@
 #include "engine/tools/train_options.h"
 #include "engine/tools/training_log.h"
 #include "engine/training/mtp_trainer.h"
+#include "engine/training/run_lock.h"
 #include "engine/training/training_checkpoint.h"
 #include "engine/training/training_data.h"
 #include "engine/training/training_ops.h"
@@ -28,18 +29,22 @@ namespace bebop {
 //
 //   auto run = TrainingRun::Prepare(options);      // what is wrong with flags and files, before the first step
 //   auto finished = (*run)->Train(stop);           // false: stopped by `stop`, with a checkpoint to go on from
-//   if (*finished) status = (*run)->Finish();      // the evaluation and the file
+//   if (*finished) finished = (*run)->Finish(stop);  // the evaluation and the file; false: stopped, too
 class TrainingRun {
  public:
-  // Errors of flags, files and memory, naming the offender and both values; nothing has been written.
-  static absl::StatusOr<std::unique_ptr<TrainingRun>> Prepare(const TrainOptions& options);
+  // Errors of flags, files and memory, naming the offender and both values; nothing has been written. What is written later is
+  // none of the files that are read, but for --mtp FILE. FAILED_PRECONDITION, too: another process has --out or --checkpoints;
+  // nobody else gets them while the run lives.
+  static absl::StatusOr<std::unique_ptr<TrainingRun>> Prepare(const TrainOptions& given);
 
-  // Trains to the end, or until `stop` is not 0; then a checkpoint is there, and false is returned. DATA_LOSS: loss or gradient
+  // Trains to the end, or until `stop` is not 0, which is looked at between the batches of steps and evaluations; then a
+  // checkpoint is there, and false is returned. DATA_LOSS: loss or gradient
   // is not finite; a checkpoint of the weights before that step is there, unless the run had no step yet. Others: a checkpoint or
   // the device failed; the last whole checkpoint stays.
   absl::StatusOr<bool> Train(const std::atomic<int>& stop);
-  // Evaluates, writes the trained file and removes the checkpoints. An error leaves the last checkpoint.
-  absl::Status Finish();
+  // Evaluates, writes the trained file and removes the checkpoints. False: stopped while it evaluated; it leaves the last
+  // checkpoint, as an error does. Call after Train has returned true.
+  absl::StatusOr<bool> Finish(const std::atomic<int>& stop);
 
   int64_t step() const { return progress_.state.step; }
   // What is there after a run that `status` (OK: a signal) has ended, and how to go on from it.
@@ -53,10 +58,15 @@ class TrainingRun {
   absl::Status MakeTrainer();  // and continues the run that was stopped
   std::map<std::string, std::string> Identity() const;
   absl::Status Save();
-  absl::StatusOr<ReportSum> Evaluate();
+  absl::StatusOr<std::optional<ReportSum>> Evaluate(const std::atomic<int>& stop);  // nullopt: stopped
+  // INVALID_ARGUMENT: none of its documents does for the loss.
+  absl::Status CheckAnythingCounts(const std::string& path, const TrainingData& data) const;
+  // PlanEpoch without the batches in which nothing counts: each is a step.
+  std::vector<std::vector<int32_t>> Batches(const TrainingData& data, uint64_t seed, int64_t epoch) const;
   RunPlace Place() const;
 
   const TrainOptions options_;  // with defaults filled in
+  RunLock folder_lock_, out_lock_;
   TrainingCheckpoints checkpoints_;
   ModelConfig config_;
   TrainingData data_, eval_data_;

@@ -270,6 +270,18 @@ absl::Status CheckDigest(const std::string& path, const std::string& expected) {
 
 // --- Folders of checkpoints ---
 
+// The step of an entry called step-<digits>, and with `suffix` behind; -1: it is none of ours.
+int64_t StepOf(std::string_view name, std::string_view suffix) {
+  if (!name.starts_with(kStepPrefix) || !name.ends_with(suffix)) return -1;
+  name.remove_prefix(std::string_view(kStepPrefix).size());
+  if (name.size() < suffix.size()) return -1;
+  name.remove_suffix(suffix.size());
+  int64_t step = 0;
+  // As PathOf writes it: no sign, no space, no leading zero.
+  if (!absl::SimpleAtoi(absl::string_view(name.data(), name.size()), &step) || name != std::to_string(step)) return -1;
+  return step;
+}
+
 // Steps that the folder has, newest first.
 absl::StatusOr<std::vector<int64_t>> ListSteps(const std::string& folder) {
   std::vector<int64_t> steps;
@@ -277,11 +289,8 @@ absl::StatusOr<std::vector<int64_t>> ListSteps(const std::string& folder) {
   std::filesystem::directory_iterator entry(folder, error);
   if (error == std::errc::no_such_file_or_directory) return steps;
   for (; !error && entry != std::filesystem::directory_iterator(); entry.increment(error)) {
-    std::string_view name = entry->path().filename().native();
-    if (!name.starts_with(kStepPrefix)) continue;
-    name.remove_prefix(std::string_view(kStepPrefix).size());
-    int64_t step = 0;
-    if (absl::SimpleAtoi(absl::string_view(name.data(), name.size()), &step) && step >= 0) steps.push_back(step);
+    const int64_t step = StepOf(entry->path().filename().native(), "");
+    if (step >= 0) steps.push_back(step);
   }
   if (error) return absl::ErrnoToStatus(error.value(), folder);
   std::sort(steps.begin(), steps.end(), std::greater<>());
@@ -306,8 +315,7 @@ absl::Status Prune(const std::string& folder) {
   std::error_code error;
   for (std::filesystem::directory_iterator entry(folder, error); !error && entry != std::filesystem::directory_iterator();
        entry.increment(error)) {
-    const std::string name = entry->path().filename().string();
-    if (name.starts_with(kStepPrefix) && name.ends_with(kUnfinished)) unfinished.push_back(entry->path().string());
+    if (StepOf(entry->path().filename().native(), kUnfinished) >= 0) unfinished.push_back(entry->path().string());
   }
   for (const std::string& path : unfinished) {
     if (!error) std::filesystem::remove_all(path, error);
@@ -476,9 +484,14 @@ absl::Status CheckWritable(const std::string& path) {
     return absl::InvalidArgumentError(StrCat(path, ": expected a file to write, got a folder"));
   if (!std::filesystem::is_directory(folder, error)) return absl::NotFoundError(StrCat(path, ": ", folder, " is no folder"));
   const std::string part = path + kUnfinished;
-  BEBOP_RETURN_IF_ERROR(FileWriter::Create(part).status());
-  unlink(part.c_str());
-  return absl::OkStatus();
+  const Descriptor fresh(open(part.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
+  if (fresh.valid()) {
+    unlink(part.c_str());
+    return absl::OkStatus();
+  }
+  // One that is there stays until the trained weights take its place.
+  if (errno == EEXIST && Descriptor(open(part.c_str(), O_WRONLY | O_CLOEXEC)).valid()) return absl::OkStatus();
+  return FileError(part, "cannot be written");
 }
 
 absl::Status WriteMtpFile(const std::string& path, const MtpLayout& layout, const std::vector<float>& parameters, DType dtype) {

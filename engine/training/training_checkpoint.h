@@ -26,12 +26,12 @@ absl::StatusOr<std::optional<DType>> MtpFileType(const std::string& path);
 // copies the embedding's and the hidden state's halves at equal weight.
 std::vector<float> InitMtpParameters(const MtpLayout& layout, uint64_t seed);
 
-// OK when WriteMtpFile could write `path` now: said before hours of training, not after. Errors as there; INVALID_ARGUMENT: a
-// folder.
+// OK when WriteMtpFile could write `path` now: said before hours of training, not after. Leaves everything as it is. Errors as
+// there; INVALID_ARGUMENT: a folder.
 absl::Status CheckWritable(const std::string& path);
 // Writes `parameters` as a safetensors file of the checkpoint's names, [tensor -> dtype] as the checkpoint has them (bf16 rounded
-// to nearest even): whole or not at all (a temporary file beside it, synced, renamed). RESOURCE_EXHAUSTED: disk full;
-// PERMISSION_DENIED, NOT_FOUND: naming the path.
+// to nearest even): whole or not at all (a temporary file PATH.tmp, synced, renamed; what had that name is lost).
+// RESOURCE_EXHAUSTED: disk full; PERMISSION_DENIED, NOT_FOUND: naming the path.
 absl::Status WriteMtpFile(const std::string& path, const MtpLayout& layout, const std::vector<float>& parameters, DType dtype);
 
 // Where a run is. `identity` is everything that a resumed run must share (loss, options, digests of data and target): name ->

@@ -10,6 +10,7 @@ import os
 import pty
 import re
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -89,7 +90,8 @@ class TrainMtpTest(unittest.TestCase):
         cls.rollout, cls.admin = match.groups()
         # What all tests train on.
         cls.data = cls.path("rollouts.jsonl")
-        made = program("bebop", "--server", cls.rollout, "rollouts", "--prompts", cls.train_prompts, "--out", cls.data, "--max-new-tokens", 64, "-n", 2, "--seed", 1)
+        made = program("bebop", "--server", cls.rollout, "rollouts", "--prompts", cls.train_prompts, "--out", cls.data, "--max-new-tokens", 64, "-n", 2, "--seed", 1,
+                       "--mode", "off")  # the shipped head changes no sample
         assert made.returncode == 0, made.stderr
 
     @classmethod
@@ -236,6 +238,112 @@ class TrainMtpTest(unittest.TestCase):
             self.assertEqual(json_lines(result.stdout)[0]["step"], steps[-1] + 1)
             self.assertEqual(read_bytes(self.path("stopped.safetensors")), whole)
 
+    def test_signals_are_heard_while_it_evaluates(self):
+        """Before the first step, between steps, and after the last one. An evaluation of all of `long` would end in a line of the log."""
+        whole, out = self.uninterrupted(), self.path("judged.safetensors")
+        long = ("--eval-data", write(self.path("long.jsonl"), read_bytes(self.data).decode() * 40))
+        process = subprocess.Popen(train_command(*self.short("judged.safetensors", *long)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        while "products at" not in (line := process.stderr.readline()):
+            self.assertNotEqual(line, "")
+        time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=60)
+        self.assertEqual((process.returncode, output), (128 + signal.SIGTERM, ""), errors)
+        self.assertIn("stopped at step 0: ", errors)
+        status, steps, errors = self.interrupt("judged.safetensors", 1, signal.SIGTERM, "--resume")
+        self.assertEqual(status, 128 + signal.SIGTERM, errors)
+        # No checkpoint is due by itself: the evaluation has one.
+        at = steps[-1] + 1
+        status, steps, errors = self.interrupt("judged.safetensors", at, signal.SIGTERM, "--resume", *long, "--eval-every", "1", "--checkpoint-every", "100")
+        self.assertEqual((status, steps), (128 + signal.SIGTERM, [at]), errors)
+        self.assertTrue(os.path.isdir(f"{out}.checkpoints/step-{at}"))
+        status, steps, errors = self.interrupt("judged.safetensors", 11, signal.SIGINT, "--resume", *long)
+        self.assertEqual((status, steps[-1]), (128 + signal.SIGINT, 11), errors)
+        self.assertEqual(steps.count(11), 1)
+        self.assertIn("stopped at step 11: ", errors)
+        self.assertFalse(os.path.exists(out))
+        result = train(*self.short("judged.safetensors", "--resume"))
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertEqual(read_bytes(out), whole)
+
+    def test_a_kill_while_it_evaluates_loses_no_step(self):
+        long = ("--eval-data", self.path("killing.jsonl"), "--eval-every", "3", "--checkpoint-every", "100")
+        write(self.path("killing.jsonl"), read_bytes(self.data).splitlines(keepends=True)[0].decode())
+        process = subprocess.Popen(train_command(*self.short("judged2.safetensors", *long)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=ENVIRONMENT)
+        lines = (json.loads(line) for line in process.stdout)
+        while not ("evaluation" in (line := next(lines)) and line["step"] == 3):
+            pass
+        process.kill()
+        process.communicate()
+        self.assertTrue(os.path.isdir(self.path("judged2.safetensors.checkpoints/step-3")))
+
+    def test_one_run_at_a_time(self):
+        out, folder = self.path("one.safetensors"), self.path("one.safetensors.checkpoints")
+        process = subprocess.Popen(train_command(*self.short("one.safetensors")), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        process.stdout.readline()  # it trains
+        process.send_signal(signal.SIGSTOP)
+        self.assert_refused(train(*self.short("one.safetensors", "--resume")), 2, f"--checkpoints: {folder}: another run uses it")
+        self.assert_refused(train(*self.short("two.safetensors", "--checkpoints", folder + "/", "--resume")), 2, f"--checkpoints: {folder}/: another run uses it")
+        self.assert_refused(train(*self.short("one.safetensors", "--checkpoints", self.path("two.checkpoints"))), 2, f"--out: {out}: another run uses it")
+        process.send_signal(signal.SIGCONT)
+        _, errors = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, 0, errors)
+        self.assertEqual(read_bytes(out), self.uninterrupted())
+        left = [name for name in os.listdir(self.folder) if name.startswith(("one.", "two."))]
+        self.assertEqual(left, ["one.safetensors"])
+
+    def test_what_is_read_is_not_replaced(self):
+        model = self.path("model")
+        shutil.copytree(MODEL, model)
+        # A checkpoint of two files, one of them with nothing but the MTP layer.
+        sharded = self.path("sharded")
+        os.mkdir(sharded)
+        for name in ("config.json", "model.safetensors", "mtp-ce.safetensors"):
+            shutil.copy(os.path.join(MODEL, name), sharded)
+        tensors = [name for name in read_safetensors(os.path.join(MODEL, "mtp-ce.safetensors"))[0] if name != "__metadata__"]
+        write(os.path.join(sharded, "model.safetensors.index.json"), json.dumps({"weight_map": {name: "mtp-ce.safetensors" for name in tensors}}))
+        data = {name: shutil.copy(self.data, self.path(name)) for name in ("d.jsonl", "e.jsonl", "e2.jsonl.tmp")}
+        link = self.path("link.jsonl")
+        os.symlink(data["d.jsonl"], link)
+        config = os.path.join(model, "config.json")
+        paths = [*(os.path.join(folder, name) for folder in (model, sharded) for name in os.listdir(folder)), *data.values()]
+        before = {path: read_bytes(path) for path in paths if os.path.isfile(path)}
+
+        def refused(flag, *flags, folder=model):
+            result = program("bebop-train-mtp", "--model", folder, "--threads", "1", "--max-steps", "1", *flags)
+            self.assert_refused(result, 2, flag, "give a")
+            self.assertEqual({path: read_bytes(path) for path in before}, before)
+
+        data_flags = ("--data", data["d.jsonl"], "--eval-data", data["e.jsonl"])
+        refused("of --data,", *data_flags, "--out", data["d.jsonl"])
+        refused("of --data,", "--data", link, "--out", data["d.jsonl"])
+        refused("of --data,", *data_flags, "--out", link)
+        refused("of --data,", "--data", data["e2.jsonl.tmp"], "--out", self.path("e2.jsonl"))  # by OUT.tmp
+        refused("of --eval-data,", *data_flags, "--out", data["e.jsonl"])
+        for name in ("model.safetensors", "config.json", "tokenizer.json"):
+            refused("of --model,", *data_flags, "--out", os.path.join(model, name))
+        refused("of --model,", *data_flags, "--out", os.path.join(sharded, "mtp-ce.safetensors"), folder=sharded)
+        refused("of --mtp,", *data_flags, "--mtp", sharded, "--out", os.path.join(sharded, "model.safetensors"))
+        refused("--checkpoints: ", *data_flags, "--out", self.path("new.safetensors"), "--checkpoints", model)
+        refused("--checkpoints: ", *data_flags, "--out", self.path("new.safetensors"), "--checkpoints", self.path("new.safetensors"))
+        # A file of another run beside the model, which this one even begins from.
+        head = os.path.join(model, "mtp-ce.safetensors")
+        result = program("bebop-train-mtp", "--model", model, "--threads", "1", "--max-steps", "1", "--data", data["d.jsonl"], "--mtp", head, "--out", head)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertNotEqual(read_bytes(head), before[head])
+        self.assertTrue(os.path.exists(config))
+
+    def test_every_batch_is_a_step(self):
+        # Half of the documents, and with a document a batch half of the batches, have no whole chain.
+        lines = [json.dumps({"token_ids": [10 * i + j for j in range(8)], "loss_start": 0 if i % 2 else 7}) + "\n" for i in range(8)]
+        flags = ("--data", write(self.path("half.jsonl"), "".join(lines)), "--batch-tokens", 8, "--json", "--log-every", 1, "--lr", "1e-4")
+        result = train(*flags, "--out", self.path("half.safetensors"), "--epochs", 9, "--max-steps", 30)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertEqual([line["step"] for line in json_lines(result.stdout)], [*range(1, 31), 30])
+        result = train(*flags, "--out", self.path("half.safetensors"), "--epochs", 2, "--decay", "linear", "--warmup-ratio", "0.25")
+        rates = [line["lr"] for line in json_lines(result.stdout)[:-1]]
+        self.assertEqual([round(rate / 1e-4, 3) for rate in rates], [0.5, 1.0, *(round(1 - i / 6, 3) for i in range(1, 7))])
+
     def test_a_full_disk_keeps_the_last_checkpoint_and_the_old_file(self):
         out = write(self.path("full.safetensors"), "old")
         status, _, errors = self.interrupt("full.safetensors", 5, signal.SIGTERM)
@@ -309,6 +417,8 @@ class TrainMtpTest(unittest.TestCase):
         refused("/none.jsonl", data=self.path("none.jsonl"))
         refused("expected documents with predictions that count for --loss e2e_tv at --num-steps-ahead 5, got none in 1 documents",
                 data=bad('{"token_ids": [1,2,3,4,5,6,7,8], "loss_start": 7}\n'))
+        refused("none.jsonl", flags=("--eval-data", self.path("none.jsonl")))
+        refused("bad.jsonl: expected documents with predictions that count", flags=("--eval-data", bad('{"token_ids": [1,2,3,4,5,6,7,8], "loss_start": 7}\n')))
         refused("--out: /none/a.safetensors", "/none is no folder", out="/none/a.safetensors")
         refused("--out: ", "got a folder", out=self.folder)
         refused("--num-steps-ahead: 9 is not in [1, 8]", flags=("--num-steps-ahead", "9"))

@@ -177,9 +177,12 @@ TEST_F(TrainingCheckpointTest, SyncsInOrder) {
 TEST_F(TrainingCheckpointTest, RemoveLeavesWhatIsNotItsOwn) {
   TrainingCheckpoints checkpoints(runs_);
   ASSERT_TRUE(checkpoints.Save(Progress(1), layout_).ok());
-  WriteFile(runs_ + "/notes.txt", "mine");
+  const std::set<std::string> others = {"notes.txt", "step-+5", "step-05", "step-7.old", "step-draft.tmp", "step-.tmp"};
+  for (const std::string& name : others) WriteFile(StrCat(runs_, "/", name), "mine");
+  EXPECT_EQ(checkpoints.Newest().value_or(-2), 1);
+  ASSERT_TRUE(checkpoints.Save(Progress(2), layout_).ok());
   ASSERT_TRUE(checkpoints.Remove().ok());
-  EXPECT_EQ(Entries(runs_), (std::set<std::string>{"notes.txt"}));
+  EXPECT_EQ(Entries(runs_), others);
 }
 
 TEST_F(TrainingCheckpointTest, AnotherRunsCheckpointIsRefusedWithBothValues) {
@@ -510,6 +513,10 @@ TEST_F(MtpFileTest, PlacesThatCannotBeWritten) {
   EXPECT_TRUE(CheckWritable(out_).ok());
   EXPECT_FALSE(FileExists(out_));
   EXPECT_EQ(Entries(folder_.path()), (std::set<std::string>{"model"}));
+  WriteFile(out_ + ".tmp", "somebody's");
+  EXPECT_TRUE(CheckWritable(out_).ok());
+  EXPECT_EQ(std::filesystem::file_size(out_ + ".tmp"), 10u);
+  std::filesystem::remove(out_ + ".tmp");
   EXPECT_EQ(CheckWritable(model_).code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(CheckWritable(folder_.path() + "/none/a.safetensors").code(), absl::StatusCode::kNotFound);
   EXPECT_EQ(WriteMtpFile(folder_.path() + "/none/a.safetensors", layout_, Progress(1).state.parameters, DType::kFloat32).code(),
