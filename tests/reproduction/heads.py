@@ -102,24 +102,29 @@ def rollouts_path(context: Context, seed: int) -> Path:
 
 
 def make_rollouts(context: Context) -> None:
+    """The data of every seed."""
+    for seed in range(context.settings.seeds):
+        make_rollouts_of_seed(context, seed)
+
+
+def make_rollouts_of_seed(context: Context, seed: int) -> None:
     """Samples of the model itself at temperature 1 on training-split prompts, one a prompt, by `bebop rollouts`."""
     settings = context.settings
-    for seed in range(settings.seeds):
-        path = rollouts_path(context, seed)
-        # All lines may be there and not yet be in the order of the prompts: `bebop rollouts` knows, and goes on with what an interrupted run left.
-        done = path.with_suffix(".done")
-        if done.exists():
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        prompts = path.with_suffix(".prompts")
-        start = time.monotonic()
-        with open_server(context) as server:
-            texts = workloads.training(settings.rollouts, seed)
-            prompts.write_text("".join(json.dumps({"prompt_token_ids": server.encode(text)}) + "\n" for text in texts), encoding="utf-8")
-            run_program([context.programs.client, "--server", server.rollout, "rollouts", "--prompts", prompts, "--out", path, "--mode", "off",
-                         "--max-new-tokens", settings.max_new_tokens, "--concurrency", 64, "--seed", seed + 1], path.with_suffix(".log"))
-        done.touch()
-        context.say(f"rollouts {seed}: {settings.rollouts} sequences in {time.monotonic() - start:.0f} s")
+    path = rollouts_path(context, seed)
+    # All lines may be there and not yet be in the order of the prompts: `bebop rollouts` knows, and goes on with what an interrupted run left.
+    done = path.with_suffix(".done")
+    if done.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prompts = path.with_suffix(".prompts")
+    start = time.monotonic()
+    with open_server(context) as server:
+        texts = workloads.training(settings.rollouts, seed)
+        prompts.write_text("".join(json.dumps({"prompt_token_ids": server.encode(text)}) + "\n" for text in texts), encoding="utf-8")
+        run_program([context.programs.client, "--server", server.rollout, "rollouts", "--prompts", prompts, "--out", path, "--mode", "off",
+                     "--max-new-tokens", settings.max_new_tokens, "--concurrency", 64, "--seed", seed + 1], path.with_suffix(".log"))
+    done.touch()
+    context.say(f"rollouts {seed}: {settings.rollouts} sequences in {time.monotonic() - start:.0f} s")
 
 
 def run_program(command: list[object], log: Path, out: Path | None = None) -> None:
@@ -190,6 +195,7 @@ def try_recipes(context: Context) -> None:
             train_head(context, Head(loss, 0), path, lr, "--max-steps", RECIPE_STEPS)
             context.say(f"recipe: {path.stem}")
 
+    make_rollouts_of_seed(context, 0)
     start_head(context)
     side_by_side(context, [functools.partial(one, loss, lr) for loss in RECIPE_LOSSES for lr in RECIPE_RATES])
 

@@ -113,12 +113,20 @@ def measure_decoding(context: Context) -> None:
     store.close()
 
 
+def check_trained(context: Context, wanted: Iterable[Head]) -> None:
+    """FileNotFoundError: the file of one of them is not there."""
+    for head in wanted:
+        if not head.path(context).exists():
+            raise FileNotFoundError(f"{head.path(context)}: stage train has not run")
+
+
 def run_plan(context: Context, plan: list[tuple[Head, list[Any]]], work: Callable[[Server, Head, list[Any], Encoded], None]) -> None:
     """Starts the servers, loads every head that has cells left into one of them and calls work(server, head, its cells, prompts)."""
     settings = context.settings
     plan = [(head, cells) for head, cells in plan if cells]
     if not plan:
         return
+    check_trained(context, [head for head, _ in plan])
 
     def job_of(head: Head, cells: list[Any]) -> Callable[[Server], None]:
         def job(server: Server) -> None:
@@ -229,6 +237,7 @@ def measure_throughput(context: Context) -> None:
     plan = [entry for entry in plan if (entry[0], entry[1], *entry[2].label.values(), entry[3]) not in done]
     if not plan:
         return
+    check_trained(context, [entry[2] for entry in plan])
     with heads.open_server(context) as server:
         encoded = Encoded(server, settings.throughput_prompts)
         warm = Decoding(samples=settings.samples, max_new_tokens=settings.max_new_tokens, entropy=False, spec_detail=False)

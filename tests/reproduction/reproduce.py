@@ -6,7 +6,7 @@
 
 Stages, in order: rollouts, train, decode, score, throughput, rl, analyse. Each keeps what it has done in --work and goes on from there when it is
 called again. `--only analyse` makes tables and plots again in seconds from records that are there. `--only recipe` is a stage of its own, which
-only runs when asked for: short trainings at several learning rates.
+only runs when asked for: short trainings at several learning rates, on the rollouts of the first seed, which it makes where they are not there.
 
 Needs a build with bebop-server and bebop-train-mtp and the packages of tests/requirements.txt; tests/reproduction/run.sh sees to both.
 """
@@ -31,7 +31,9 @@ MODEL = ROOT / "tests/models/bebop-tiny"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Stages: rollouts, train, decode, score, throughput, rl, analyse.")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=
+                                     "Stages: rollouts, train, decode, score, throughput, rl, analyse; recipe, only when asked for: trainings at "
+                                     "several learning rates.")
     parser.add_argument("--scale", choices=("quick", "full", "gpu"), default="full", help="quick: a smoke test; full: the page; gpu: a large checkpoint")
     parser.add_argument("--quick", action="store_const", const="quick", dest="scale", help="--scale quick")
     parser.add_argument("--work", type=Path, help="where everything is kept; default build/reproduction/SCALE")
@@ -61,6 +63,10 @@ def check_same_run(work: Path, identity: dict[str, object]) -> None:
 
 def main() -> int:
     arguments = parse()
+    if arguments.publish and arguments.scale != "full" and arguments.model.resolve() == MODEL:
+        print(f"error: --publish: docs/reproduction.md is of --scale full, not of {arguments.scale}; without --publish the report is in the work folder",
+              file=sys.stderr)
+        return 2
     missing = client_site.missing_packages()
     if missing:
         print(f"skipped: {sys.executable} has no {', '.join(missing)} (pip install -r tests/requirements.txt)", file=sys.stderr)
@@ -83,8 +89,9 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    # These import bebop, which is there from here on.
+    # bebop is there from here on; the other modules import it.
     import analyse
+    import bebop
     import heads
     import measures
     import rl_stage
@@ -122,11 +129,15 @@ def main() -> int:
                 if name in stages and name != "analyse":
                     with open(work / "times.jsonl", "a", encoding="utf-8") as times:
                         times.write(json.dumps({"stage": name, "seconds": seconds}) + "\n")
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, bebop.BebopError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("stopped; what is done is kept, and the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
