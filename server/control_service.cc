@@ -141,7 +141,8 @@ class ControlService final : public WithRawMethods<v1::Control::Service> {
     if (!deadline.ok()) return deadline.status();
     context_.draining = true;
     if (context_.on_draining) context_.on_draining();
-    if (waiting_drains_.fetch_add(1) < limits::kWaitingDrains) engine_.Drain(*deadline);  // others are told at once that it drains
+    // Others are told at once that it drains.
+    if (waiting_drains_.fetch_add(1) < limits::kWaitingDrains) engine_.Drain(*deadline);
     --waiting_drains_;
     return State();
   }

@@ -66,7 +66,8 @@ int main(int argc, char** argv) {
   sigaddset(&stop_signals, SIGTERM);
   sigaddset(&stop_signals, SIGINT);
   signal(SIGPIPE, SIG_IGN);
-  setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);  // what fails is said by this program; before gRPC looks, and before other threads exist
+  // What fails is said by this program. Before gRPC looks, and before other threads exist.
+  setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);
 
   const auto command = bebop::ParseServerCommand(std::vector<std::string>(argv + 1, argv + argc), Environment());
   if (!command.ok()) return Fail(command.status());

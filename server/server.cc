@@ -113,12 +113,14 @@ std::string WhyNot(const std::string& host, int32_t port) {
   hints.ai_socktype = SOCK_STREAM;
   hints.ai_flags = AI_PASSIVE | AI_NUMERICSERV;
   addrinfo* found = nullptr;
-  if (const int error = getaddrinfo(host.c_str(), absl::StrCat(port).c_str(), &hints, &found); error != 0) return absl::StrCat(": ", gai_strerror(error));
+  if (const int error = getaddrinfo(host.c_str(), absl::StrCat(port).c_str(), &hints, &found); error != 0) {
+    return absl::StrCat(": ", gai_strerror(error));
+  }
   std::string reason;
   const int listener = socket(found->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
   const int reuse = 1;  // as gRPC does: a connection that is closing is no reason
-  if (listener < 0 || setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &reuse, sizeof(reuse)) != 0 || bind(listener, found->ai_addr, found->ai_addrlen) != 0 ||
-      listen(listener, 1) != 0) {
+  if (listener < 0 || setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &reuse, sizeof(reuse)) != 0 ||
+      bind(listener, found->ai_addr, found->ai_addrlen) != 0 || listen(listener, 1) != 0) {
     reason = absl::StrCat(": ", std::generic_category().message(errno));
   }
   if (listener >= 0) close(listener);

@@ -156,8 +156,8 @@ class PushStream final : public ServerReadReactor<ByteBuffer> {
     chunks_.clear();
   }
 
-  // On the writer: up to two chunks, which may be hashed together, or the end, and then it is the other streams' turn. The call is not
-  // finished while `scheduled_`.
+  // On the writer: up to two chunks, which may be hashed together, or the end, and then it is the other streams' turn. The call is
+  // not finished while `scheduled_`.
   void Work() {
     std::array<ByteBuffer, 2> bytes;
     size_t num_chunks = 0;
@@ -196,8 +196,9 @@ class PushStream final : public ServerReadReactor<ByteBuffer> {
     };
     const TensorChunk first = chunk(parsed_[0]);
     const bool same_update = num_parsed == 2 && parsed_[0].update_id() == parsed_[1].update_id();
-    absl::Status status = same_update ? session_.WriteChunks(update_id_, first, chunk(parsed_[1]))
-                                      : session_.WriteChunk(parsed_[0].update_id(), first.tensor, first.offset, first.bytes, first.digest);
+    absl::Status status = same_update
+                              ? session_.WriteChunks(update_id_, first, chunk(parsed_[1]))
+                              : session_.WriteChunk(parsed_[0].update_id(), first.tensor, first.offset, first.bytes, first.digest);
     if (status.ok() && num_parsed == 2 && !same_update) {
       const TensorChunk second = chunk(parsed_[1]);
       status = session_.WriteChunk(update_id_, second.tensor, second.offset, second.bytes, second.digest);
@@ -208,7 +209,8 @@ class PushStream final : public ServerReadReactor<ByteBuffer> {
   absl::Status Parse(ByteBuffer* bytes, v1::WeightChunk* message) {
     if (absl::Status status = ParseMessage(*bytes, message); !status.ok()) return status;
     bytes->Clear();
-    if (absl::Status status = context_.rules.allow_unknown_fields ? absl::OkStatus() : CheckKnownFields(*message); !status.ok()) return status;
+    const absl::Status known = context_.rules.allow_unknown_fields ? absl::OkStatus() : CheckKnownFields(*message);
+    if (!known.ok()) return known;
     return CompleteChunk(message, &update_id_, &tensor_);
   }
 

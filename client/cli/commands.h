@@ -48,9 +48,9 @@ struct RolloutsFlags {
   v1::GenerateRequest request;   // what the lines leave unset
 };
 // Output lines have the request_id of their prompt, or "line-N" where it has none. They come in order of arrival, each synced before
-// its place in flight is given on, and are in the order of the prompts once the run has come to its end. A run that finds its output there
-// asks for the prompts it lacks, and refuses to go on with other prompts or flags. Refused prompts have no line, and are asked again
-// by the next run.
+// its place in flight is given on, and are in the order of the prompts once the run has come to its end. A run that finds its output
+// there asks for the prompts it lacks, and refuses to go on with other prompts or flags. Refused prompts have no line, and are asked
+// again by the next run.
 int RunRollouts(Client* client, const GlobalFlags& global, const RolloutsFlags& flags);
 
 struct ScoreFlags {

@@ -110,7 +110,8 @@ Progress::~Progress() {
 
 void Progress::Show(int64_t done, const std::string& more) {
   if (!enabled_) return;
-  std::fprintf(stderr, "\r\033[K%s: %lld/%lld%s", what_.c_str(), static_cast<long long>(done), static_cast<long long>(total_), more.c_str());
+  std::fprintf(stderr, "\r\033[K%s: %lld/%lld%s", what_.c_str(), static_cast<long long>(done), static_cast<long long>(total_),
+               more.c_str());
 }
 
 }  // namespace bebop

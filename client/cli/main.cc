@@ -97,10 +97,15 @@ CLI::App* AddGenerate(CLI::App* app, bebop::GenerateFlags* flags) {
 
 CLI::App* AddRollouts(CLI::App* app, bebop::RolloutsFlags* flags) {
   CLI::App* verb = app->add_subcommand("rollouts", "Training data from a file of prompts; a run that was interrupted goes on");
-  verb->add_option("--prompts", flags->prompts, "One GenerateRequest a line in JSON; the flags fill what a line leaves unset")->required();
-  verb->add_option("--out", flags->out, "One GenerateResult a line, with its prompt; beside it FILE.run, which says what made it")->required();
-  verb->add_option("--concurrency", flags->concurrency, "How many are in flight")->check(CLI::Range(1, 1024))->capture_default_str();
-  AddSeed(verb, "Of the run: each prompt gets one of its own from it; default: a fresh one, kept in FILE.run", [flags](uint64_t n) { flags->seed = n; });
+  verb->add_option("--prompts", flags->prompts, "One GenerateRequest a line in JSON; the flags fill what a line leaves unset")
+      ->required();
+  verb->add_option("--out", flags->out, "One GenerateResult a line, with its prompt; beside it FILE.run, which says what made it")
+      ->required();
+  verb->add_option("--concurrency", flags->concurrency, "How many are in flight")
+      ->check(CLI::Range(1, 1024))
+      ->capture_default_str();
+  AddSeed(verb, "Of the run: each prompt gets one of its own from it; default: a fresh one, kept in FILE.run",
+          [flags](uint64_t n) { flags->seed = n; });
   AddRequest(verb, &flags->request);
   return verb;
 }
@@ -252,7 +257,8 @@ bool IsAdminNamed(const CLI::App& app) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);  // what fails is said by this program; before gRPC looks, and before other threads exist
+  // What fails is said by this program. Before gRPC looks, and before other threads exist.
+  setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);
   bebop::GlobalFlags global;
   global.server = FromEnvironment("BEBOP_SERVER", global.server);
   std::string admin = FromEnvironment("BEBOP_ADMIN", "127.0.0.1:50052");

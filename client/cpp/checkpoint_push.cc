@@ -421,7 +421,9 @@ absl::Status SendAll(WeightsClient* client, const v1::StartWeightUpdateRequest& 
     std::vector<Part> parts;
     for (const v1::TensorProgress& missing : state.missing()) {
       const auto found = index_of.find(missing.name());
-      if (found == index_of.end()) return absl::InternalError(StrCat("the server misses tensor ", Quoted(missing.name()), ", which was not announced"));
+      if (found == index_of.end()) {
+        return absl::InternalError(StrCat("the server misses tensor ", Quoted(missing.name()), ", which was not announced"));
+      }
       parts.push_back({found->second, missing.next_offset() / std::max<int64_t>(1, (*tensors)[found->second].width())});
     }
     for (size_t i = parts.back().tensor + 1; i < tensors->size(); ++i) parts.push_back({i, 0});

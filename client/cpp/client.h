@@ -22,7 +22,8 @@ struct ClientOptions {
   std::string token = {};  // shown with each call, for servers with --token-file; empty: none
 };
 
-// Whether `server` can be an address: INVALID_ARGUMENT for a web address or one without a port, which calls would take for one that does not answer yet.
+// Whether `server` can be an address: INVALID_ARGUMENT for a web address or one without a port, which calls would take for one that
+// does not answer yet.
 absl::Status CheckAddress(absl::string_view address);
 
 // What a status of a call holds besides code and message.

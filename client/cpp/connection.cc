@@ -28,7 +28,8 @@ constexpr absl::string_view kSchemes[] = {"dns", "unix", "unix-abstract", "vsock
 bool IsPort(absl::string_view text) {
   uint32_t port = 0;
   const auto is_digit = [](char c) { return absl::ascii_isdigit(static_cast<unsigned char>(c)); };
-  return !text.empty() && std::all_of(text.begin(), text.end(), is_digit) && absl::SimpleAtoi(text, &port) && port > 0 && port < 65536;
+  return !text.empty() && std::all_of(text.begin(), text.end(), is_digit) && absl::SimpleAtoi(text, &port) && port > 0 &&
+         port < 65536;
 }
 
 }  // namespace
@@ -45,14 +46,17 @@ absl::Status CheckAddress(absl::string_view address) {
   const bool is_host = !host.empty() && host.find_first_of(":/[]") == absl::string_view::npos;
   if (colon != absl::string_view::npos && (is_ipv6 || is_host) && IsPort(address.substr(colon + 1))) return absl::OkStatus();
   if (is_known && scheme.size() + 1 < address.size()) return absl::OkStatus();  // gRPC knows what it means
-  return absl::InvalidArgumentError(absl::StrCat("\"", address, "\": expected HOST:PORT, or [IPV6]:PORT, with a port from 1 to 65535"));
+  return absl::InvalidArgumentError(
+      absl::StrCat("\"", address, "\": expected HOST:PORT, or [IPV6]:PORT, with a port from 1 to 65535"));
 }
 
 absl::Status FromGrpc(const grpc::Status& status) {
   if (status.ok()) return absl::OkStatus();
   std::string message = status.error_message();
   if (status.error_code() == grpc::StatusCode::UNIMPLEMENTED && message.empty()) {  // a server of ours would say more
-    message = "this address does not serve the call: generation and scores are on the rollout port, weights and control on the admin port";
+    message =
+        "this address does not serve the call: generation and scores are on the rollout port, weights and control on the admin "
+        "port";
   }
   absl::Status result(static_cast<absl::StatusCode>(status.error_code()), message);  // the same codes
   rpc::Status details;

@@ -13,7 +13,8 @@ constexpr char kMetadataUrl[] = "bebop/reason-metadata";  // names and values by
 
 }  // namespace
 
-absl::Status StatusWithReason(absl::StatusCode code, absl::string_view reason, absl::string_view message, const StatusMetadata& metadata) {
+absl::Status StatusWithReason(absl::StatusCode code, absl::string_view reason, absl::string_view message,
+                              const StatusMetadata& metadata) {
   absl::Status status(code, message);
   status.SetPayload(kReasonUrl, absl::Cord(reason));
   std::string bytes;

@@ -21,13 +21,15 @@ absl::Status Overtaken() { return absl::AbortedError("another call has paused or
 
 }  // namespace
 
-absl::StatusOr<CommitResult> Engine::CommitWeights(std::unique_ptr<ModelWeights> weights, InFlight in_flight, absl::Duration deadline) {
+absl::StatusOr<CommitResult> Engine::CommitWeights(std::unique_ptr<ModelWeights> weights, InFlight in_flight,
+                                                   absl::Duration deadline) {
   using ControlState = Impl::ControlState;
   const absl::Time start = impl_->clock.Now();
   // Only waits for samples may end without a swap.
   const absl::Time until = in_flight == InFlight::kWait ? start + deadline : absl::InfiniteFuture();
   const absl::Time scores_until = start + std::min(deadline / 2, kLongestScoreWait);
-  const WeightName name{.target_step = weights->version.target_step, .draft_step = weights->version.draft_step, .label = weights->version.label};
+  const WeightVersion& version = weights->version;
+  const WeightName name{.target_step = version.target_step, .draft_step = version.draft_step, .label = version.label};
   // New weights until the swap, then the old ones: whose bytes go with this thread's last reference, far from the step loop.
   std::shared_ptr<const ModelWeights> swapped = std::move(weights);
   absl::StatusOr<CommitResult> result = absl::UnknownError("not tried");

@@ -124,8 +124,8 @@ struct Engine::Impl {
 
   void RunTasks() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex);
 
-  // Has the engine thread, whose the device is, call `attempt` between two steps, once at least, until it returns true. DEADLINE_EXCEEDED: it
-  // did not until `deadline`, and is not called any more; UNAVAILABLE: the engine ends.
+  // Has the engine thread, whose the device is, call `attempt` between two steps, once at least, until it returns true.
+  // DEADLINE_EXCEEDED: it did not until `deadline`, and is not called any more; UNAVAILABLE: the engine ends.
   absl::Status OnEngineThread(std::function<bool(EngineCore&, ControlState&)> attempt, absl::Time deadline = absl::InfiniteFuture());
 
   absl::StatusOr<std::unique_ptr<OffloadedWeights>> Offload(const ModelWeights& weights) {

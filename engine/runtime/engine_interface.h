@@ -53,8 +53,8 @@ class EngineInterface {
   // Detaches `observer` (no further call to it after the next step); the request is cancelled when it was the last one.
   virtual void Detach(const std::string& request_id, const GenerateObserver* observer) = 0;
   virtual void CancelScore(uint64_t handle) = 0;
-  // `listener` hears of every sample that ends from now on, once, however many observers it has and whether or not it is asked for again; as observers
-  // are called. For counters. Replaces the one before; empty: none.
+  // `listener` hears of every sample that ends from now on, once, however many observers it has and whether or not it is asked for
+  // again; as observers are called. For counters. Replaces the one before; empty: none.
   virtual void ListenToSampleEnds(std::function<void(const SampleResult&)> listener) = 0;
   // Ends a request for all observers with the tokens so far as data (finish kAborted); waits for the step that executes, if any.
   // False: unknown or already ended.
