@@ -33,9 +33,9 @@ if [[ -f $cache ]] && ! grep -qxF "CMAKE_HOME_DIRECTORY:INTERNAL=$PWD" "$cache";
   rm -rf build/cpu-release
 fi
 
-say "building bebop-server, bebop and bebop-train-mtp (the first time takes some minutes)"
 mkdir -p build
 log=build/quickstart-build.log
+say "building bebop-server, bebop and bebop-train-mtp (the first time takes 10 minutes or more on two cores; progress: tail -f $log)"
 cmake --preset cpu-release -DBEBOP_BUILD_TESTS=OFF -DBEBOP_BUILD_BENCH=OFF -B build/cpu-release >"$log" 2>&1 || { tail -40 "$log"; exit 1; }
 cmake --build build/cpu-release -j "$(nproc)" --target bebop-server bebop bebop-train-mtp >>"$log" 2>&1 || { tail -40 "$log"; exit 1; }
 

@@ -797,6 +797,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompts.add_argument("--seed", type=int, default=0)
     prompts.add_argument("--split", choices=SPLITS, default="heldout")
     prompts.add_argument("--tokenizer", help="tokenizer.json, to add `prompt_token_ids`")
+    prompts.add_argument("--format", choices=("records", "requests"), default="records",
+                         help="requests: lines for `bebop rollouts --prompts`, with token ids alone; needs --tokenizer")
     checker = verbs.add_parser("check", help="print solved %% of results")
     checker.add_argument("--prompts", required=True, help="file from `prompts`")
     checker.add_argument("--results", required=True, help="JSON lines of results, - for stdin")
@@ -805,6 +807,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     if arguments.verb == "prompts":
+        if arguments.format == "requests" and not arguments.tokenizer:
+            parser.error("--format requests needs --tokenizer")
         try:
             tokenizer = BytePairTokenizer(arguments.tokenizer) if arguments.tokenizer else None
         except (OSError, ValueError, KeyError) as error:
@@ -814,6 +818,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for record in draw_prompts(task, arguments.n, arguments.seed, arguments.split):
                 if tokenizer:
                     record["prompt_token_ids"] = tokenizer.encode(record["prompt"])
+                if arguments.format == "requests":
+                    record = {"request_id": record["id"], "prompt_token_ids": record["prompt_token_ids"]}
                 print(json.dumps(record))
         return 0
     try:
