@@ -104,14 +104,17 @@ absl::StatusOr<SafetensorsHeader> ParseSafetensorsHeader(std::string_view head, 
   if (file_size < kLengthBytes) return absl::DataLossError(StrCat(name, ": expected at least 8 bytes, got ", file_size));
   const uint64_t header_bytes = SafetensorsHeaderBytes(head);
   if (header_bytes > kMaxSafetensorsHeaderBytes) {
-    return Invalid(name, ": expected a header of at most ", kMaxSafetensorsHeaderBytes, " bytes, got ", header_bytes);
+    return Invalid(name, ": not a safetensors file: expected a header of at most ", kMaxSafetensorsHeaderBytes, " bytes, got ",
+                   header_bytes);
   }
   if (header_bytes > file_size - kLengthBytes) {
     return absl::DataLossError(
         StrCat(name, ": expected a header of ", header_bytes, " bytes, the file ends after ", file_size - kLengthBytes));
   }
   const std::string_view json = head.substr(kLengthBytes, header_bytes);
-  if (json.empty() || json.front() != '{') return Invalid(name, ": expected the header to start with '{'");
+  if (json.empty() || json.front() != '{') {
+    return Invalid(name, ": not a safetensors file: expected the header to start with '{'");
+  }
 
   // About 8 values a tensor: room for 250,000 tensors, and a bound on what a hostile header costs.
   absl::StatusOr<JsonValue> root =
