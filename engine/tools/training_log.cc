@@ -126,12 +126,13 @@ void TrainingLog::Steps(const RunPlace& place, const ReportSum& sum, const Train
   const double tokens_per_second = sum.seconds() > 0.0 ? static_cast<double>(sum.tokens()) / sum.seconds() : 0.0;
   const double fraction = BoundFraction(sum.gemm_flops(), sum.seconds());
   if (!json_) {
-    Print(absl::StrFormat("step %d  epoch %d  %s  norm %.3g  lr %.3g  %.0f tokens/s  %.0f %% of the GEMM bound", place.step,
-                          place.epoch, QualityText(sum), last.gradient_norm, last.learning_rate, tokens_per_second,
-                          100.0 * fraction));
+    Print(absl::StrFormat("step %d/%d  epoch %d  %s  norm %.3g  lr %.3g  %.0f tokens/s  %.0f %% of the GEMM bound", place.step,
+                          place.all_batches, place.epoch, QualityText(sum), last.gradient_norm, last.learning_rate,
+                          tokens_per_second, 100.0 * fraction));
     return;
   }
   Print(Text({{"step", place.step},
+              {"total_steps", place.all_batches},
               {"epoch", place.epoch},
               {"loss", sum.loss()},
               {"alpha", sum.acceptance()},

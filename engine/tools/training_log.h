@@ -40,8 +40,8 @@ struct RunPlace {
   int64_t epoch = 0;
   int64_t num_epochs = 0;
   int64_t done_batches = 0;  // of the whole run
-  int64_t all_batches = 0;
-  int64_t tokens = 0;  // of the whole run, trained on
+  int64_t all_batches = 0;   // each is a step
+  int64_t tokens = 0;        // of the whole run, trained on
   double seconds_left = 0.0;
 };
 

@@ -293,6 +293,10 @@ absl::Status TrainingRun::MakeTrainer() {
                                                                        ", ", pool_->num_threads(), " threads")
                                                         : "";
   log_->Note(absl::StrCat("data: ", CountsText(data_.counts)));
+  if (2 * data_.counts.truncated > data_.counts.documents) {
+    log_->Note(absl::StrCat("warning: --max-seq-len (by default --batch-tokens) cuts ", data_.counts.truncated, " of ",
+                            data_.counts.documents, " documents, and what it cuts off is not trained on"));
+  }
   log_->Note(absl::StrFormat("%s%s: products at %.0f GFLOP/s; memory beside the target's %s: %s", backend_->name(), set,
                              gemm_rate * 1e-9, BytesText(weights_->storage_bytes),
                              BytesText(MtpTrainer::Bytes(config_, options, options_.dtype, *backend_, *ops_))));

@@ -51,13 +51,19 @@ class Reader {
     if (num_lines_ == 0)
       return absl::InvalidArgumentError(StrCat(path_, ": expected lines of JSON with documents, got an empty file"));
     const TrainingDataCounts& counts = data_.counts;
-    return absl::InvalidArgumentError(StrCat(path_, ": expected documents to train on, got none: ", counts.skipped_short,
-                                             " skipped with fewer than ", options_.num_steps_ahead + 2,
-                                             " tokens (--num-steps-ahead ", options_.num_steps_ahead,
-                                             " + 2) or nothing to predict, ", counts.skipped_failed, " that had failed"));
+    return absl::InvalidArgumentError(
+        StrCat(path_, ": expected documents to train on, got none: ", counts.skipped_short, " skipped with fewer than ",
+               options_.num_steps_ahead + 2, " tokens (--num-steps-ahead ", options_.num_steps_ahead,
+               " + 2) or nothing to predict, ", counts.skipped_failed, " that had failed", CutAwayText()));
   }
 
  private:
+  std::string CutAwayText() const {
+    if (num_cut_away_ == 0) return "";
+    return StrCat("; ", num_cut_away_, " of them have more tokens, which --max-seq-len ", options_.max_seq_len,
+                  " cuts off (by default --batch-tokens)");
+  }
+
   absl::Status Document(const JsonObject& object) {
     TrainingDocument document;
     document.line = line_;
@@ -134,6 +140,7 @@ class Reader {
     const int64_t size = static_cast<int64_t>(document.token_ids.size());
     if (size < options_.num_steps_ahead + 2 || document.loss_start >= size) {
       ++counts.skipped_short;
+      num_cut_away_ += too_long;
       return;
     }
     counts.truncated += too_long;
@@ -147,7 +154,8 @@ class Reader {
   const TrainingDataOptions options_;
   TrainingData& data_;
   int64_t line_ = 0;
-  int64_t num_lines_ = 0;  // that are not empty
+  int64_t num_lines_ = 0;     // that are not empty
+  int64_t num_cut_away_ = 0;  // documents that were skipped and too long before
 };
 
 // A stream of 64-bit words that (seed, epoch) decide.
