@@ -275,7 +275,8 @@ absl::Status EngineCore::Submit(GenerateRequest request, std::shared_ptr<Generat
   if (absl::Status status = impl.CheckRequest(request); !status.ok()) return refuse(std::move(status));
   if (DeliveryLedger::Entry* entry = impl.ledger.Find(request.request_id)) {
     if (entry->body_hash() != request.body_hash) {
-      return refuse(absl::AlreadyExistsError(absl::StrCat("request id ", request.request_id, " is in use with another body")));
+      return refuse(absl::AlreadyExistsError(absl::StrCat(
+          "request id ", request.request_id, " is of a request with another body, which runs or whose result is still kept")));
     }
     GenerateObserver* const listener = observer.get();
     impl.ledger.Attach(entry, std::move(observer));

@@ -31,7 +31,7 @@ constexpr int kReadFlags = O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY;
 
 absl::Status Outside(const std::string& path) {
   return StatusWithReason(absl::StatusCode::kPermissionDenied, "OUTSIDE_ROOT",
-                          StrCat(Quoted(path), ": expected a path beneath the weights root"));
+                          StrCat(Quoted(path), ": expected a path that is relative to the weights root and stays beneath it"));
 }
 
 absl::Status SystemError(int error, const std::string& path) { return absl::ErrnoToStatus(error, Quoted(path)); }

@@ -178,9 +178,10 @@ absl::StatusOr<std::vector<size_t>> WeightUpdate::MatchManifest() const {
   if (is_delta()) return slots;
   const TensorInfo* first = nullptr;
   int64_t num_missing = 0;
-  bool has_draft = false;
+  bool has_draft = false, has_target = false;
   for (size_t i = 0; i < known.size(); ++i) {
     has_draft = has_draft || (named[i] && known[i].mtp);
+    has_target = has_target || (named[i] && !known[i].mtp);
     if (named[i] || !(known[i].mtp ? draft_ : target_)) continue;
     if (num_missing++ == 0) first = &known[i];
   }
@@ -190,6 +191,7 @@ absl::StatusOr<std::vector<size_t>> WeightUpdate::MatchManifest() const {
   if (num_missing > 1) absl::StrAppend(&message, " (and ", num_missing - 1, " more missing)");
   if (first->mtp && !has_draft && target_)
     absl::StrAppend(&message, "; to keep the loaded draft, set components to TARGET alone");
+  if (target_ && has_draft && !has_target) absl::StrAppend(&message, "; to replace the draft alone, set components to DRAFT");
   return Invalid("MISSING_TENSOR", message);
 }
 
