@@ -92,6 +92,9 @@ CLI::App* AddGenerate(CLI::App* app, bebop::GenerateFlags* flags) {
   AddRequest(verb, request);
   AddSeed(verb, "", [request](uint64_t n) { request->mutable_sampling()->set_seed(n); });
   verb->add_flag("--stream", flags->stream, "Show tokens as they come");
+  verb->footer(
+      "A line of --requests whose request_id the server has seen with the same body gets the result that is kept\n"
+      "(for 10 minutes), also after new weights. Leave request_id out to sample afresh.");
   return verb;
 }
 

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <condition_variable>
+#include <csignal>
 #include <cstdio>
 #include <fstream>
 #include <map>
@@ -444,6 +445,7 @@ class Generation {
 
 struct Totals {
   int64_t written = 0, refused = 0, samples = 0, tokens = 0;  // of this run
+  int64_t spec_steps = 0, accepted = 0;                       // verifications, and drafts that they accepted
   std::map<std::string, int64_t> finish;                      // samples by reason
   double seconds = 0.0;
 
@@ -452,11 +454,43 @@ struct Totals {
     samples += result.samples_size();
     for (const v1::SampleResult& sample : result.samples()) {
       tokens += sample.token_ids_size();
+      spec_steps += sample.spec().num_spec_steps();
+      accepted += sample.spec().num_accepted_draft_tokens();
       ++finish[v1::Finish::Reason_Name(sample.finish().reason())];
     }
   }
   double tokens_per_second() const { return seconds > 0.0 ? static_cast<double>(tokens) / seconds : 0.0; }
+  // Tokens a verification; 1 without drafts.
+  double accept_length() const {
+    return spec_steps > 0 ? 1.0 + static_cast<double>(accepted) / static_cast<double>(spec_steps) : 1.0;
+  }
 };
+
+// Between two lines that say how far the run is, where stderr is no terminal.
+constexpr absl::Duration kBetweenLines = absl::Seconds(30);
+
+// What SIGINT and SIGTERM say before they end the process. What is in the file is synced, so nothing is left to do.
+std::string* last_words = nullptr;
+
+extern "C" void SayAndEnd(int signal_number) {  // the signal's default action is restored by then (SA_RESETHAND)
+  if (write(STDERR_FILENO, last_words->data(), last_words->size()) < 0) {
+    // There is nobody to tell.
+  }
+  raise(signal_number);
+}
+
+// Ignored signals stay so.
+void HandleSignals(const std::string& words) {
+  last_words = new std::string(words);  // lives as long as the process
+  for (const int signal_number : {SIGINT, SIGTERM}) {
+    struct sigaction action = {};
+    if (sigaction(signal_number, nullptr, &action) != 0 || action.sa_handler == SIG_IGN) continue;
+    action = {};
+    action.sa_handler = SayAndEnd;
+    action.sa_flags = static_cast<int>(SA_RESETHAND);
+    sigaction(signal_number, &action, nullptr);
+  }
+}
 
 std::string Eta(double seconds) {
   const auto whole = static_cast<int64_t>(seconds);
@@ -476,13 +510,15 @@ void PrintSummary(const GlobalFlags& global, const RolloutsFlags& flags, const R
     json["finish"] = totals.finish;
     json["seconds"] = totals.seconds;
     json["tokens_per_second"] = totals.tokens_per_second();
+    json["accept_length"] = totals.accept_length();
     json["seed"] = absl::StrCat(run.seed);
     PrintLine(json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));  // a path may be no UTF-8
     return;
   }
-  PrintLine(absl::StrFormat("%s: %d of %d prompts; in this run %d with %d samples of %d tokens in %.1f s, %.1f tokens/s; seed %d",
-                            flags.out, there, run.num_prompts, totals.written, totals.samples, totals.tokens, totals.seconds,
-                            totals.tokens_per_second(), run.seed));
+  PrintLine(absl::StrFormat(
+      "%s: %d of %d prompts; in this run %d with %d samples of %d tokens in %.1f s, %.1f tokens/s, accept length %.3f; seed %d",
+      flags.out, there, run.num_prompts, totals.written, totals.samples, totals.tokens, totals.seconds,
+      totals.tokens_per_second(), totals.accept_length(), run.seed));
 }
 
 // Opens the output and finds out whether it goes on with a run (whose seed then counts) or begins one.
@@ -534,8 +570,12 @@ int RunRollouts(Client* client, const GlobalFlags& global, const RolloutsFlags& 
     if (!out.has()[i]) todo.push_back(i);
   }
 
+  HandleSignals(absl::StrCat("\nstopped: ", flags.out, " keeps what has come in, and the same command goes on from there\n"));
+
   Totals totals;
   const absl::Time start = absl::Now();
+  const bool has_terminal = isatty(STDERR_FILENO) == 1;
+  absl::Time last_line = start;
   absl::Status failure;  // the one that ended the run
   int exit_code = kExitOk;
   {
@@ -567,9 +607,14 @@ int RunRollouts(Client* client, const GlobalFlags& global, const RolloutsFlags& 
       totals = std::move(with_these);
       totals.seconds = absl::ToDoubleSeconds(absl::Now() - start);
       const auto done = static_cast<double>(totals.written + totals.refused);
-      progress.Show(static_cast<int64_t>(out.num_lines()),
-                    absl::StrFormat(", %.0f tokens/s, %s left", totals.tokens_per_second(),
-                                    done > 0.0 ? Eta(totals.seconds / done * (static_cast<double>(todo.size()) - done)) : "?"));
+      const std::string rate =
+          absl::StrFormat(", %.0f tokens/s, %s left", totals.tokens_per_second(),
+                          done > 0.0 ? Eta(totals.seconds / done * (static_cast<double>(todo.size()) - done)) : "?");
+      progress.Show(static_cast<int64_t>(out.num_lines()), rate);
+      if (!has_terminal && absl::Now() - last_line >= kBetweenLines) {
+        last_line = absl::Now();
+        std::fprintf(stderr, "rollouts: %s\n", absl::StrCat(out.num_lines(), "/", run.num_prompts, rate).c_str());
+      }
     }
   }
   totals.seconds = absl::ToDoubleSeconds(absl::Now() - start);
