@@ -148,6 +148,14 @@ int main(int argc, char** argv) {
   } catch (const CLI::CallForVersion& version) {
     std::printf("%s\n", version.what());
     return kExitOk;
+  } catch (const CLI::ConversionError& error) {
+    // CLI11's words: "Could not convert: --lr = abc".
+    const std::string text = absl::StrReplaceAll(error.what(), {{"Could not convert: ", ""}});
+    const size_t separator = text.find(" = ");
+    if (separator == std::string::npos) return Fail(absl::InvalidArgumentError(text), kExitUsage);
+    return Fail(absl::InvalidArgumentError(
+                    absl::StrCat(text.substr(0, separator), ": expected a number, got \"", text.substr(separator + 3), "\"")),
+                kExitUsage);
   } catch (const CLI::ParseError& error) {
     return Fail(absl::InvalidArgumentError(error.what()), kExitUsage);
   }
