@@ -421,7 +421,7 @@ class Rollouts(unittest.TestCase):
         out, _ = process.communicate(timeout=60)
         self.assertEqual(process.returncode, 0)
         self.assertRegex(shown.decode(), rf"rollouts: \d+/{NUM_PROMPTS}, \d+ tokens/s, \d+:\d\d:\d\d left")
-        self.assertRegex(out, rf"terminal.jsonl: {NUM_PROMPTS} of {NUM_PROMPTS} prompts; in this run {NUM_PROMPTS} with .* tokens/s; seed 11\n$")
+        self.assertRegex(out, rf"terminal.jsonl: {NUM_PROMPTS} of {NUM_PROMPTS} prompts; in this run {NUM_PROMPTS} with .* tokens/s, accept length [1-9]\.[0-9]+; seed 11\n$")
 
 
 if __name__ == "__main__":
